@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# The stages of dvc.yaml call `python`: this environment's.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help reproduce test test-all lab lint strip clean install embedded
+
+help:
+	@echo 'Usage: make TARGET [PYTHON=python3.12]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## make the environment in .venv (about 2 GB; with CUDA more)
+
+# Without the stamp the environment is absent or half made, so it is made afresh; with it, it is brought up to date.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'ld3m needs Python 3.11 or newer and "$(PYTHON)" is not: name one, as in make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@echo 'Installing the packages of requirements.lock into $(VENV): a few minutes the first time'
+	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	@$(PIP) install --quiet -r requirements.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Brings the embedded data and prior out of store/; a prior of other parameters is in no store, and the pipeline makes it.
+embedded: $(INSTALLED)
+	@$(PY) -m dvc pull --allow-missing data.dvc prior
+
+reproduce: embedded ## run the pipeline (only what changed) and print the main table
+	@$(PY) -m dvc repro
+	@echo && cat reports/tables/main.md && echo
+	@echo 'tables    reports/tables/'
+	@echo 'figures   reports/figures/'
+	@echo 'notebooks reports/notebooks/ (executed)'
+
+test: embedded ## run the tests
+	@$(PY) -m pytest -q -m 'not slow'
+
+test-all: embedded ## run all tests, the slow ones too
+	@$(PY) -m pytest -q
+
+lab: embedded ## open the notebooks in Jupyter Lab
+	@$(PY) -m jupyterlab notebooks
+
+lint: $(INSTALLED) ## check the code and the notebooks with ruff
+	@$(PY) -m ruff check .
+
+strip: $(INSTALLED) ## remove outputs from the notebooks, as they are committed
+	@$(PY) -m nbstripout notebooks/*.ipynb
+
+clean: ## remove caches; results, downloads and the environment stay
+	@rm -rf .pytest_cache .ruff_cache .hypothesis ld3m.egg-info
+	@find . -name .venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

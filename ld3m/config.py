@@ -1,0 +1,392 @@
+"""params.yaml as frozen models: an unknown key, a missing key or a value out of range is an error that names it.
+
+    python -m ld3m.config apply profiles/smoke.yaml    # merge a profile into params.yaml, comments kept
+    python -m ld3m.config check                        # read params.yaml and say whether it is valid
+
+Read by notebooks only: functions of the library take explicit values.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ld3m.augment import parse_strategy
+from ld3m.data import Normalization
+from ld3m.networks import ARCHITECTURES
+from ld3m.paths import PARAMS
+
+Objective = Literal["dc", "dm", "mtt"]
+Space = Literal["pixel", "ld3m"]
+Control = Literal["random_real", "iteration0", "prior_samples", "full_data"]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+
+
+def _known(architecture: str) -> str:
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    return architecture
+
+
+def _strategy(strategy: str) -> str:
+    parse_strategy(strategy)
+    return strategy
+
+
+Architecture = Annotated[str, AfterValidator(_known)]
+Strategy = Annotated[str, AfterValidator(_strategy)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NormalizationParams(Model):
+    mean: tuple[float, ...]
+    std: tuple[Rate, ...]
+
+
+class Splits(Model):
+    train: str
+    validation: str | Share
+    test: str
+
+
+class DatasetParams(Model):
+    source: str
+    size_px: Count
+    channels: Literal[1, 3]
+    splits: Splits
+    image_column: str
+    label_column: str
+    classes: tuple[str | int, ...] | None
+    normalization: NormalizationParams | None
+    augmentation: Strategy
+
+
+class AutoencoderParams(Model):
+    widths: Widths
+    latent_channels: Count
+    codebook: Count
+    steps: Count
+    continuous_steps: Count
+    batch: Count
+    learning_rate: Rate
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_prior.fit_autoencoder`."""
+        return self.model_dump(exclude={"widths", "latent_channels", "codebook"})
+
+
+class DenoiserParams(Model):
+    widths: Widths
+    conditioning_width: Count
+    steps: Count
+    batch: Count
+    learning_rate: Rate
+    null_share: Share
+    ema_decay: Share
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_prior.fit_denoiser`."""
+        return self.model_dump(exclude={"widths", "conditioning_width"})
+
+
+class PriorCheck(Model):
+    """Guided samples a class, and the training of the ConvNet that judges them."""
+
+    samples_per_class: Count
+    steps: Count
+    guidance: float
+    width: Count
+    epochs: Count
+    learning_rate: Rate
+
+
+class PriorParams(Model):
+    autoencoder: AutoencoderParams
+    denoiser: DenoiserParams
+    check: PriorCheck
+
+
+class NetworkParams(Model):
+    width: Count
+    depth: Count | None = None
+
+
+class TrajectoriesParams(Model):
+    experts: Count
+    epochs: Count
+    batch: Count
+    learning_rate: Rate
+
+
+class ClassMatchingParams(Model):
+    real_batch: Count
+
+
+class TrajectoryMatchingParams(Model):
+    student_steps: Count
+    student_batch: Count | None
+    expert_epochs: Count
+    max_start_epoch: Count
+    student_lr: Rate
+    first_order: bool
+
+
+class Objectives(Model):
+    dc: ClassMatchingParams
+    dm: ClassMatchingParams
+    mtt: TrajectoryMatchingParams
+
+
+class PixelParams(Model):
+    start: Literal["real", "noise"]
+
+
+class LD3MParams(Model):
+    start: Literal["real", "noise"]
+    learn: Literal["auto", "z", "z_T"]
+    skip: Literal["x0", "mean", "none"]
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance: float
+    eta: Annotated[float, Field(ge=0, le=1)]
+    clamp: Literal["none", "hard"]
+    render_batch: Count
+
+
+class Spaces(Model):
+    pixel: PixelParams
+    ld3m: LD3MParams
+
+
+class Budget(Model):
+    """What one cell spends: `learning_rates` has one entry for every learnable of the space and the objective."""
+
+    iterations: Count
+    learning_rates: dict[str, Rate]
+
+
+class Budgets(Model):
+    pixel: Budget
+    ld3m: Budget
+
+
+class DistillParams(Model):
+    network: Architecture
+    momentum: Share
+    validate_every: Count
+    validation_seeds: Count
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
+    dc: Budgets
+    dm: Budgets
+    mtt: Budgets
+
+
+class Recipe(Model):
+    epochs: Count
+    batch: Count
+    learning_rates: dict[Architecture, Rate]
+    momentum: Share
+    weight_decay: Annotated[float, Field(ge=0)]
+    ema_decay: Share | None
+
+
+class EvaluateParams(Model):
+    seeds: Annotated[int, Field(ge=2)]
+    recipe: Recipe
+    full_data_epochs: Count
+
+
+class GradientNormParams(Model):
+    steps: Annotated[tuple[Count, ...], Field(min_length=1)]
+    images_per_class: Count
+    networks: Count
+
+
+class Grid(Model):
+    objective: Annotated[tuple[Objective, ...], Field(min_length=1)]
+    space: Annotated[tuple[Space, ...], Field(min_length=1)]
+    ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
+    control: tuple[Control, ...]
+    architecture: Annotated[tuple[Architecture, ...], Field(min_length=1)]
+
+
+class Params(Model):
+    seed: Whole
+    processes: Count
+    dataset: str
+    grid: Grid
+    datasets: dict[str, DatasetParams]
+    prior: PriorParams
+    networks: dict[Architecture, NetworkParams]
+    trajectories: TrajectoriesParams
+    objectives: Objectives
+    spaces: Spaces
+    distill: DistillParams
+    evaluate: EvaluateParams
+    gradient_norms: GradientNormParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        if self.dataset not in self.datasets:
+            raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
+        for name in {*self.grid.architecture, self.distill.network}:
+            if name not in self.networks:
+                raise ValueError(f"networks.{name} is missing: its width and depth")
+            if name not in self.evaluate.recipe.learning_rates:
+                raise ValueError(f"evaluate.recipe.learning_rates.{name} is missing")
+        needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
+        if self.trajectories.epochs < needed:
+            raise ValueError(
+                f"trajectories.epochs = {self.trajectories.epochs}: objectives.mtt reads snapshots up to epoch {needed}"
+            )
+        latent = {"auto": "z" if self.spaces.ld3m.skip == "x0" else "z_T"}.get(
+            self.spaces.ld3m.learn, self.spaces.ld3m.learn
+        )
+        learnables = {"pixel": {"images"}, "ld3m": {latent, "c"}}
+        for objective in ("dc", "dm", "mtt"):
+            for space, names in learnables.items():
+                names = names | ({"student_lr"} if objective == "mtt" else set())
+                given = set(getattr(getattr(self.distill, objective), space).learning_rates)
+                if given != names:
+                    raise ValueError(
+                        f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
+                        f"needed are {', '.join(sorted(names))}"
+                    )
+        return self
+
+    @property
+    def data(self) -> DatasetParams:
+        """The parameters of the data set that is distilled."""
+        return self.datasets[self.dataset]
+
+    def dataset_arguments(self) -> dict[str, Any]:
+        """The arguments of `data.load_dataset`."""
+        given = self.data.model_dump(exclude={"augmentation", "normalization"})
+        fixed = self.data.normalization and Normalization(**self.data.normalization.model_dump())
+        return given | {"normalization": fixed, "name": self.dataset, "seed": self.seed}
+
+    def network_arguments(self, architecture: str) -> dict[str, Any]:
+        """The arguments of `networks.build` but the number of classes and the seed."""
+        size = {"channels": self.data.channels, "size_px": self.data.size_px}
+        return {"name": architecture} | size | self.networks[architecture].model_dump()
+
+    def trajectories_arguments(self) -> dict[str, Any]:
+        """The arguments of `experts.train_experts` but the data and the network."""
+        shared = {"strategy": self.data.augmentation, "seed": self.seed, "processes": self.processes}
+        return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
+
+    def prior_arguments(self) -> dict[str, Any]:
+        """The arguments of `diffusion.build_prior` but the number of classes."""
+        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
+        return {
+            "channels": self.data.channels,
+            "latent_size": self.data.size_px // 2 ** (len(autoencoder.widths) - 1),
+            "latent_channels": autoencoder.latent_channels,
+            "codebook": autoencoder.codebook,
+            "autoencoder_widths": autoencoder.widths,
+            "unet_widths": denoiser.widths,
+            "conditioning_width": denoiser.conditioning_width,
+            "seed": self.seed,
+        }
+
+    def prior_check_arguments(self) -> dict[str, Any]:
+        """The arguments of `train_prior.recognised`."""
+        return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
+
+    def budget(self, objective: str, space: str) -> Budget:
+        return getattr(getattr(self.distill, objective), space)
+
+
+def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
+    """The validated parameters; `overrides` are dotted keys, e.g. {"distill.momentum": 0.9}."""
+    values = _read(path)
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ValueError(f"override {key!r}: there is no such key in {path.name}")
+        node[last] = value
+    return validate(values, origin=path.name)
+
+
+def validate(values: Any, *, origin: str) -> Params:
+    """Plain values as Params, or a ValueError with one line for every wrong key."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{origin} is not valid:"]
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"]))
+            wrong = (
+                "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else problem["msg"]
+            )
+            got = (
+                ""
+                if problem["type"] == "missing" or isinstance(problem["input"], dict)
+                else f" (got {problem['input']!r})"
+            )
+            lines.append(f"  {key or '(whole)'}: {wrong}{got}")
+        raise ValueError("\n".join(lines)) from None
+
+
+def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
+    """Merges a profile into params.yaml, which keeps its comments; refused whole where the result is not valid."""
+    yaml = YAML()
+    values = yaml.load(path.read_text())
+    _merge(values, _read(profile), origin=profile.name, under="")
+    validate(values, origin=f"{path.name} with {profile.name}")
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        yaml.dump(values, file)
+    partial.replace(path)
+
+
+def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:
+    for key, value in overlay.items():
+        is_new_entry = under in ("datasets", "networks", "evaluate.recipe.learning_rates") or under.endswith(
+            "learning_rates"
+        )
+        if key not in values and not is_new_entry:
+            raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and not under.endswith("learning_rates"):
+            _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
+        else:
+            values[key] = value
+
+
+def _read(path: Path) -> Any:
+    try:
+        values = YAML(typ="safe").load(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; `git checkout {Path(path).name}` restores it") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values")
+    return values
+
+
+if __name__ == "__main__":
+    try:
+        match sys.argv[1:]:
+            case ["apply", profile]:
+                apply_profile(Path(profile))
+                print(f"params.yaml now has the values of {profile}; next: dvc repro")
+            case ["check"]:
+                load_params()
+                print("params.yaml is valid")
+            case _:
+                sys.exit(__doc__)
+    except (ValueError, FileNotFoundError) as problem:
+        sys.exit(str(problem))

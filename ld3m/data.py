@@ -1,0 +1,274 @@
+"""Image datasets as tensors in memory, the one Normalization, and the choice of real images."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ld3m import seeds, sources
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and std on [0, 1]; the only conversion between pixels ([-1, 1]) and images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError(
+                f"normalization needs one mean and one positive std a channel, got mean {self.mean} and "
+                f"std {self.std}: change datasets.<name>.normalization in params.yaml"
+            )
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim < 3 or x.shape[-3] != len(self.mean):
+            raise ValueError(f"normalization has {len(self.mean)} channels, the tensor is {tuple(x.shape)}")
+        return x.new_tensor(self.mean)[:, None, None], x.new_tensor(self.std)[:, None, None]  # (C,1,1)
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        """Images (..., C, H, W) of pixels in [-1, 1] of the same shape."""
+        mean, std = self._statistics(pixels)
+        return ((pixels + 1) / 2 - mean) / std
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Pixels (..., C, H, W) of images of the same shape; the inverse of `to_images`, not clamped."""
+        mean, std = self._statistics(images)
+        return (images * std + mean) * 2 - 1
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The image values (C, 1, 1) of pixel -1 and of pixel +1."""
+        one = torch.ones(len(self.mean), 1, 1)
+        return self.to_images(-one), self.to_images(one)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images: `uint8` (N, C, H, W) in 0..255, `labels` (N,) int64, and the name of each label."""
+
+    uint8: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, index: Tensor | None = None) -> Tensor:
+        """Float32 pixels (n, C, H, W) in [-1, 1] of the images at `index` (n,), or of all."""
+        return (self.uint8 if index is None else self.uint8[index]).float() / 127.5 - 1
+
+    @cached_property
+    def _members(self) -> tuple[Tensor, ...]:
+        return tuple(torch.nonzero(self.labels == label).flatten() for label in range(len(self.classes)))
+
+    def of_class(self, label: int) -> Tensor:
+        """Ascending indices (n,) of the images of one class."""
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f"label is {label}, allowed are 0..{len(self.classes) - 1}")
+        return self._members[label]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three splits with the same classes, and the normalization they share."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    normalization: Normalization
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every array, label and class name of the three splits, in order."""
+        digest = hashlib.sha256(repr(self.train.classes).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(repr(tuple(split.uint8.shape)).encode())
+            digest.update(split.uint8.contiguous().numpy())
+            digest.update(split.labels.contiguous().numpy())
+        return digest.hexdigest()
+
+
+def measure_normalization(split: Split) -> Normalization:
+    """Per-channel mean and population std on [0, 1], in float64 from the exact counts of the 256 values."""
+    counts = torch.zeros(split.uint8.shape[1], 256, dtype=torch.int64)  # (C,256)
+    for chunk in split.uint8.split(256):
+        for channel in range(len(counts)):
+            counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    weights = counts.double() / counts.sum(dim=1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values  # (C,)
+    variance = (weights * (values - mean[:, None]) ** 2).sum(dim=1)
+    return Normalization(tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
+
+
+def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
+    """Indices (classes * ipc,) of the distinct real images that every run and control starts from.
+
+    Classes are contiguous. The choice for a smaller `ipc` begins, class by class, that for a larger one.
+    """
+    chosen = []
+    for label, name in enumerate(split.classes):
+        members = split.of_class(label)
+        if not 1 <= ipc <= len(members):
+            raise ValueError(
+                f"ipc is {ipc}, but class {name!r} has {len(members)} images: choose ipc in 1..{len(members)}"
+            )
+        order = torch.randperm(len(members), generator=seeds.generator(seed, "initial", label))
+        chosen.append(members[order[:ipc]])
+    return torch.cat(chosen)
+
+
+def class_batch(split: Split, label: int, *, count: int, generator: torch.Generator) -> Tensor:
+    """Indices (min(count, n),) of images of one class, drawn without replacement."""
+    if count < 1:
+        raise ValueError(f"count is {count}: a batch needs at least one image")
+    members = split.of_class(label)
+    return members[torch.randperm(len(members), generator=generator)[:count]]
+
+
+def load_dataset(
+    source: str | Path,
+    *,
+    name: str,
+    size_px: int,
+    channels: int,
+    splits: Mapping[str, str | float],
+    image_column: str = "image",
+    label_column: str = "label",
+    classes: Sequence[str | int] | None = None,
+    normalization: Normalization | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Reads a dataset into memory as uint8 images of `channels` (1 or 3) and `size_px` x `size_px`.
+
+    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there
+    or under `data/`, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
+    source's split for train, validation and test; validation may be a fraction, taken by `seed` from each
+    class of train. `classes` keeps these names or indices, relabelled in this order. Without `normalization`
+    train is measured. Images are made square by `sources.to_square`.
+    Raises FileNotFoundError for missing data, ValueError for data or settings that cannot be used.
+    """
+    key = f"datasets.{name}"
+    if channels not in (1, 3) or size_px < 1:
+        raise ValueError(f"{key}: channels is {channels} (allowed: 1, 3), size_px {size_px} (allowed: from 1)")
+    if normalization and len(normalization.mean) != channels:
+        raise ValueError(
+            f"{key}.normalization has {len(normalization.mean)} channels, but {key}.channels is {channels}: "
+            f"change one of them in params.yaml"
+        )
+    _check_splits(splits, key)
+    parts = ("train", "validation", "test")
+    stored = {part: splits[part] for part in parts if isinstance(splits[part], str)}
+    tables = {part: sources.read_split(str(source), split, key=key) for part, split in stored.items()}
+    columns = {"image_column": image_column, "label_column": label_column}
+    labels = {part: _labels(table, stored[part], columns, key) for part, table in tables.items()}
+    known = dict.fromkeys(class_name for names, _ in labels.values() for class_name in names)  # train's first
+    kept = _kept(list(known), classes, key)
+    relabel = {class_name: label for label, class_name in enumerate(kept)}
+    chosen = {}
+    for part, (names, values) in labels.items():
+        new = np.array([relabel.get(class_name, -1) for class_name in names])[values]
+        if empty := [class_name for label, class_name in enumerate(kept) if not (new == label).any()]:
+            raise ValueError(
+                f"{key}: split {stored[part]!r} has no images of class {_some(empty)}: add them, or name the "
+                f"classes to keep in {key}.classes in params.yaml"
+            )
+        chosen[part] = (np.flatnonzero(new >= 0), new)
+    loaded = {}
+    for part, (rows, new) in chosen.items():
+        where = f"{key}, split {stored[part]!r}"
+        uint8 = sources.decode(tables[part], image_column, rows, size_px=size_px, channels=channels, where=where)
+        loaded[part] = Split(uint8, torch.from_numpy(new[rows]), tuple(kept))
+    if "validation" not in loaded:
+        loaded |= _divide(loaded["train"], float(splits["validation"]), name=name, seed=seed)
+    return Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded)
+
+
+def _check_splits(splits: Mapping[str, str | float], key: str) -> None:
+    if set(splits) != {"train", "validation", "test"}:
+        raise ValueError(f"{key}.splits has the keys {sorted(splits)}: set train, validation and test")
+    names = [split for split in splits.values() if isinstance(split, str)]
+    if len(set(names)) != len(names) or not {splits["train"], splits["test"]} <= set(names):
+        raise ValueError(f"{key}.splits is {dict(splits)}: name three different splits, or a fraction as validation")
+    fraction = splits["validation"]
+    if fraction not in names and not 0 < fraction < 1:
+        raise ValueError(f"{key}.splits.validation is {fraction}: a fraction must be between 0 and 1")
+
+
+def _labels(
+    table: "datasets.Dataset", split: str, columns: Mapping[str, str], key: str
+) -> tuple[list[str], np.ndarray]:
+    """The class names a split knows, and the index into them of each row."""
+    for setting, column in columns.items():
+        if column not in table.column_names:
+            raise ValueError(
+                f"{key}.{setting} is {column!r}, but split {split!r} has the columns {table.column_names}: "
+                f"change {key}.{setting} in params.yaml"
+            )
+    column = columns["label_column"]
+    feature, values = table.features[column], list(table[column])
+    where = f"{key}: split {split!r}, column {column!r}"
+    if not values:
+        raise ValueError(f"{where}: the split is empty")
+    if absent := [row for row, value in enumerate(values) if value in (None, "", -1)]:
+        raise ValueError(f"{where}: {len(absent)} rows have no label, first row {absent[0]}: remove them")
+    names = getattr(feature, "names", None)  # of a ClassLabel
+    kinds = {type(value) for value in values}
+    if kinds == {str}:
+        names, indices = np.unique(values, return_inverse=True)
+        return names.tolist(), indices
+    if kinds != {int} or min(values) < 0 or (names and max(values) >= len(names)):
+        raise ValueError(
+            f"{where}: labels must be class names or integers from 0, these are {feature} such as "
+            f"{_some(sorted(set(map(str, values))))}: change {key}.label_column in params.yaml"
+        )
+    return names or [str(label) for label in range(max(values) + 1)], np.array(values)
+
+
+def _kept(names: list[str], classes: Sequence[str | int] | None, key: str) -> list[str]:
+    if classes is None:
+        return names
+    kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
+    for item in kept:
+        if item not in names:
+            near = [known for known in names if item.lower() in known.lower()]
+            near = near or difflib.get_close_matches(item, names) or names
+            raise ValueError(
+                f"{key}.classes: there is no class {item!r}; near or allowed are {_some(near)}, or an index "
+                f"in 0..{len(names) - 1}"
+            )
+    if not kept or len(set(kept)) != len(kept):
+        raise ValueError(f"{key}.classes is {list(classes)}: name each class to keep once")
+    return kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _divide(train: Split, fraction: float, *, name: str, seed: int) -> dict[str, Split]:
+    held = torch.zeros(len(train), dtype=torch.bool)
+    for label, class_name in enumerate(train.classes):
+        members = train.of_class(label)
+        count = round(fraction * len(members))
+        if not 0 < count < len(members):
+            raise ValueError(
+                f"datasets.{name}.splits.validation is {fraction}, {count} of the {len(members)} training "
+                f"images of class {class_name!r}: change it so that both sides have some"
+            )
+        order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name, class_name))
+        held[members[order[:count]]] = True
+    masks = {"train": ~held, "validation": held}
+    return {part: Split(train.uint8[mask], train.labels[mask], train.classes) for part, mask in masks.items()}

@@ -1,0 +1,222 @@
+"""The generative prior: a frozen latent diffusion model behind encode, embed, null, denoise, quantize and decode.
+
+On disk it is a diffusers folder: `unet/`, `vqvae/` and `scheduler/` as diffusers writes them, and
+`class_embedder/model.safetensors` with the class embeddings, of which the last row is the null class.
+"""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ld3m.seeds import forked
+
+PARTS = ("unet", "vqvae", "scheduler", "class_embedder")
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A class-conditional latent diffusion model that predicts noise.
+
+    Shapes: pixels (B, C, H, W) in [-1, 1]; latents z (B, c, h, w), scaled to about unit variance;
+    conditioning (B, 1, D); labels (B,) int64.
+    """
+
+    unet: UNet2DConditionModel
+    autoencoder: VQModel
+    embedding: nn.Embedding  # (classes + 1, D)
+    alpha_bar: Tensor  # (1000,) float64: the products of 1 - beta, eq. 1
+
+    @property
+    def classes(self) -> int:
+        return self.embedding.num_embeddings - 1
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.in_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along one axis."""
+        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
+    def latent_shape(self, size_px: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square images, or a ValueError where the prior cannot take the size."""
+        unit = self.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if size_px < unit or size_px % unit:
+            raise ValueError(
+                f"size_px = {size_px} does not fit this prior, which takes multiples of {unit} px; "
+                "set datasets.<name>.size_px in params.yaml, or choose another prior"
+            )
+        side = size_px // self.downsampling
+        return self.autoencoder.config.latent_channels, side, side
+
+    def check(self, *, size_px: int, channels: int, classes: int) -> None:
+        """Raises ValueError where the prior and the data set do not fit each other."""
+        self.latent_shape(size_px)
+        if channels != self.channels:
+            raise ValueError(
+                f"the data set has {channels} channels, the prior {self.channels}; "
+                "set datasets.<name>.channels in params.yaml to the prior's"
+            )
+        if classes > self.classes:
+            raise ValueError(
+                f"the data set has {classes} classes, the prior knows {self.classes}; "
+                "choose a subset with datasets.<name>.classes in params.yaml, or train a prior on this data set"
+            )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels).latents * self.autoencoder.config.scaling_factor
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """The nearest codebook entries, with the straight-through gradient (identity)."""
+        scale = self.autoencoder.config.scaling_factor
+        return self.autoencoder.quantize(z / scale)[0] * scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to pixels, through the quantiser; not clamped."""
+        return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample
+
+    def embed(self, labels: Tensor) -> Tensor:
+        return self.embedding(labels)[:, None, :]  # (B, 1, D)
+
+    def null(self, count: int) -> Tensor:
+        return self.embedding.weight[-1].expand(count, 1, -1)  # (B, 1, D)
+
+    def denoise(self, z_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
+        """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
+        return self.unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0]
+
+    def to(self, *args, **kwargs) -> "Prior":
+        """The same prior on another device or in another precision (the modules are moved in place)."""
+        return replace(
+            self,
+            unet=self.unet.to(*args, **kwargs),
+            autoencoder=self.autoencoder.to(*args, **kwargs),
+            embedding=self.embedding.to(*args, **kwargs),
+        )
+
+    def frozen(self) -> "Prior":
+        """In evaluation mode and without parameter gradients."""
+        for module in (self.unet, self.autoencoder, self.embedding):
+            module.eval().requires_grad_(False)
+        return self
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight and configuration value that changes what the prior computes."""
+        digest = hashlib.sha256()
+        for module in (self.unet, self.autoencoder, self.embedding):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(repr(float(self.autoencoder.config.scaling_factor)).encode())
+        digest.update(self.alpha_bar.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build_prior(
+    *,
+    channels: int,
+    classes: int,
+    latent_size: int,
+    latent_channels: int,
+    codebook: int,
+    autoencoder_widths: tuple[int, ...],
+    unet_widths: tuple[int, ...],
+    conditioning_width: int,
+    seed: int,
+) -> Prior:
+    """A prior with random weights, of the kind of `cin256-v2`: a VQ autoencoder that halves the resolution between
+    its widths, and a U-Net that attends to one class-embedding token below its first level."""
+    down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
+    with forked(seed, "prior"):
+        autoencoder = VQModel(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(autoencoder_widths),
+            up_block_types=("UpDecoderBlock2D",) * len(autoencoder_widths),
+            block_out_channels=autoencoder_widths,
+            latent_channels=latent_channels,
+            sample_size=latent_size * 2 ** (len(autoencoder_widths) - 1),
+            num_vq_embeddings=codebook,
+            norm_num_groups=8,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=latent_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            down_block_types=down,
+            up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
+            block_out_channels=unet_widths,
+            layers_per_block=1,
+            norm_num_groups=16,
+            cross_attention_dim=conditioning_width,
+            attention_head_dim=2,
+        )
+        embedding = nn.Embedding(classes + 1, conditioning_width)
+    return Prior(unet, autoencoder, embedding, _alpha_bar(_schedule()))
+
+
+def save_prior(prior: Prior, folder: Path) -> None:
+    """Writes the folder whole or not at all: under a temporary name first, then renamed over what was there."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    prior.unet.save_pretrained(partial / "unet")
+    prior.autoencoder.save_pretrained(partial / "vqvae")
+    _schedule().save_pretrained(partial / "scheduler")
+    (partial / "class_embedder").mkdir()
+    save_file({"weight": prior.embedding.weight.detach().contiguous()}, partial / "class_embedder/model.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_prior(folder: Path) -> Prior:
+    """The prior in a diffusers folder, frozen, in float32 on the CPU."""
+    folder = Path(folder)
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"no prior in {folder}: {', '.join(missing)} missing. The embedded prior comes with `dvc pull prior`; "
+            "`dvc repro -f prior` trains it again"
+        )
+    try:
+        local = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **local)
+        autoencoder = VQModel.from_pretrained(folder / "vqvae", **local)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        weight = load_file(folder / "class_embedder/model.safetensors")["weight"]
+    except Exception as error:  # diffusers and safetensors raise many kinds for a truncated or foreign file
+        raise ValueError(
+            f"the prior in {folder} cannot be read ({error}); `dvc checkout -f prior` restores it"
+        ) from error
+    embedding = nn.Embedding.from_pretrained(weight)
+    return Prior(unet, autoencoder, embedding, _alpha_bar(scheduler)).frozen()
+
+
+def _schedule() -> DDIMScheduler:
+    """The noise schedule of `cin256-v2`."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def _alpha_bar(scheduler: DDIMScheduler) -> Tensor:
+    if scheduler.config.prediction_type != "epsilon":
+        raise ValueError(f"prediction_type {scheduler.config.prediction_type!r}: only epsilon is supported")
+    return torch.cumprod(1 - scheduler.betas.double(), dim=0)

@@ -1,0 +1,267 @@
+"""From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ld3m import data, paths
+from ld3m.artefact import read_artefact, write_artefact
+from ld3m.config import Params
+from ld3m.diffusion import Prior, load_prior
+from ld3m.distill import Distilled, Objective, Synthetic, distill
+from ld3m.evaluate import judge_all, real_images
+from ld3m.experts import open_experts
+from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.networks import build, flat_parameters
+from ld3m.progress import progress
+from ld3m.sampler import sample
+from ld3m.seeds import derive
+from ld3m.storage import require_space
+from ld3m.synthetic import start_ld3m, start_pixels
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the cells of one params.yaml share; each part is loaded when it is first asked for."""
+
+    params: Params
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        return data.load_dataset(**self.params.dataset_arguments())
+
+    @cached_property
+    def prior(self) -> Prior:
+        prior = load_prior(paths.prior_folder(self.params.dataset))
+        given = self.params.data
+        prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+        return prior
+
+    def new_network(self, architecture: str) -> Callable[..., nn.Module]:
+        """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
+        return partial(build, classes=len(self.dataset.train.classes), **self.params.network_arguments(architecture))
+
+    def recipe(self, architecture: str, *, epochs: int | None = None) -> dict[str, Any]:
+        """The keyword arguments of `training.train` with which an architecture is judged."""
+        given = self.params.evaluate.recipe
+        return {
+            "epochs": epochs or given.epochs,
+            "batch": given.batch,
+            "learning_rate": given.learning_rates[architecture],
+            "momentum": given.momentum,
+            "weight_decay": given.weight_decay,
+            "warm_up": True,
+            "ema_decay": given.ema_decay,
+        }
+
+    def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
+        """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
+        train = self.dataset.train
+        index = data.initial_indices(train, ipc=ipc, seed=self.params.seed)
+        return train.pixels(index), train.labels[index]
+
+    def synthetic(self, space: str, ipc: int, **changes: Any) -> Synthetic:
+        """The synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say)."""
+        pixels, labels = self.initial(ipc)
+        shared = dict(normalization=self.dataset.normalization, seed=self.params.seed)
+        given = getattr(self.params.spaces, space).model_dump() | changes
+        if space == "pixel":
+            return start_pixels(pixels, labels, **shared, **given)
+        return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
+
+    def objective(self, name: str) -> Objective:
+        given = getattr(self.params.objectives, name)
+        new_network = self.new_network(self.params.distill.network)
+        shared = dict(strategy=self.params.data.augmentation, seed=derive(self.params.seed, name))
+        if name in DISTANCES:
+            return ClassMatching(
+                distance=DISTANCES[name],
+                split=self.dataset.train,
+                normalization=self.dataset.normalization,
+                new_network=new_network,
+                real_batch=given.real_batch,
+                **shared,
+            )
+        network = new_network(seed=0)
+        experts = open_experts(
+            paths.trajectories_folder(self.params.dataset),
+            count=self.params.trajectories.experts,
+            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
+            parameters=len(flat_parameters(network)),
+        )
+        return TrajectoryMatching(
+            experts=experts,
+            network=network,
+            student_lr=torch.tensor(given.student_lr, requires_grad=True),
+            student_steps=given.student_steps,
+            student_batch=given.student_batch,
+            expert_epochs=given.expert_epochs,
+            max_start_epoch=given.max_start_epoch,
+            first_order=given.first_order,
+            **shared,
+        )
+
+    def validate(self, images: Tensor, labels: Tensor) -> float:
+        """Mean validation accuracy, in [0, 1], of the distilling architecture trained on the images."""
+        architecture = self.params.distill.network
+        scores = self._judge(
+            images.__getitem__,
+            labels,
+            self.dataset.validation,
+            (architecture,),
+            self.params.distill.validation_seeds,
+            None,
+        )
+        return sum(scores[architecture]) / len(scores[architecture])
+
+    def test(self, images: Tensor | None, labels: Tensor) -> dict[str, list[float]]:
+        """Test accuracies of every architecture trained on the images, or on the full training split (None)."""
+        train = self.dataset.train
+        fetch = images.__getitem__ if images is not None else partial(real_images, train, self.dataset.normalization)
+        epochs = None if images is not None else self.params.evaluate.full_data_epochs
+        return self._judge(
+            fetch,
+            labels,
+            self.dataset.test,
+            self.params.grid.architecture,
+            self.params.evaluate.seeds,
+            epochs,
+        )
+
+    def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
+        """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
+        pixels, labels = self.initial(ipc)
+        given = self.params.spaces.ld3m
+        to_images = self.dataset.normalization.to_images
+        if name == "random_real":
+            return to_images(pixels), labels
+        if name == "iteration0":
+            return self.synthetic("ld3m", ipc, start="real").render().detach(), labels
+        if name == "prior_samples":
+            samples = sample(
+                self.prior,
+                labels,
+                size_px=pixels.shape[-1],
+                steps=given.steps,
+                guidance=given.guidance,
+                render_batch=given.render_batch,
+                seed=self.params.seed,
+            )
+            return to_images(samples), labels
+        return None, self.dataset.train.labels
+
+    def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
+        """Runs the loop for one cell, from its checkpoint where an interrupted run left one."""
+        cell = f"{objective}-{space}-{ipc}"
+        target = paths.distilled_folder(self.params.dataset, cell)
+        tensors = synthetic.tensors()
+        require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
+        budget = self.params.budget(objective, space)
+        return distill(
+            synthetic,
+            self.objective(objective),
+            iterations=budget.iterations,
+            learning_rates=budget.learning_rates,
+            momentum=self.params.distill.momentum,
+            validate=partial(self.validate, labels=synthetic.labels),
+            validate_every=self.params.distill.validate_every,
+            checkpoint=paths.CHECKPOINTS / self.params.dataset / f"{cell}.safetensors",
+            checkpoint_minutes=self.params.distill.checkpoint_minutes,
+            configuration=self.configuration(objective, space, ipc),
+        )
+
+    def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
+        """Writes the artefact of a finished run and returns its folder."""
+        cell, iterations = f"{objective}-{space}-{ipc}", len(run.history)
+        folder = paths.distilled_folder(self.params.dataset, cell)
+        cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
+        if space == "ld3m":
+            cost["denoising steps, each run twice forward and once backward"] = (
+                iterations * self.params.spaces.ld3m.steps
+            )
+        write_artefact(
+            folder,
+            run.best,
+            labels=synthetic.labels,
+            classes=self.dataset.train.classes,
+            normalization=self.dataset.normalization,
+            name=f"{self.params.dataset} {cell}",
+            record={
+                "configuration": self.configuration(objective, space, ipc),
+                "history": run.history,
+                "validation": run.validation,
+                "cost": cost,
+            },
+        )
+        return folder
+
+    def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
+        """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
+        if objective == "none":
+            return self.control(space, ipc)
+        tensors, _ = read_artefact(paths.distilled_folder(self.params.dataset, f"{objective}-{space}-{ipc}"))
+        return tensors["images"], tensors["labels"]
+
+    def gradient_norms(self) -> pd.DataFrame:
+        """Norm of the DM gradient of what is learned, at iteration 0: columns skip, learned, steps, network, norm."""
+        given = self.params.gradient_norms
+        objective = self.objective("dm")
+        settings = [
+            (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
+        ]
+        rows = []
+        for k in progress(len(settings), label="gradient norms"):
+            learn, skip, steps = settings[k]
+            synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
+            images = synthetic.render()
+            for network in range(given.networks):
+                _, grad_images = objective(images.detach(), synthetic.labels, step=network)
+                (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad_images, retain_graph=True)
+                rows.append((skip, learn, steps, network, grad.norm().item()))
+        return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
+
+    def _judge(self, fetch, labels, real, architectures, seeds, epochs) -> dict[str, list[float]]:
+        return judge_all(
+            fetch,
+            labels,
+            real,
+            normalization=self.dataset.normalization,
+            networks={name: self.new_network(name) for name in architectures},
+            recipes={name: self.recipe(name, epochs=epochs) for name in architectures},
+            strategy=self.params.data.augmentation,
+            seeds=seeds,
+            seed=self.params.seed,
+            processes=self.params.processes,
+        )
+
+    def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
+        """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
+        params, architecture = self.params, self.params.distill.network
+        uses_prior = space == "ld3m"
+        return {
+            "objective": objective,
+            "space": space,
+            "ipc": ipc,
+            "seed": params.seed,
+            "dataset": params.dataset,
+            "augmentation": params.data.augmentation,
+            "network": architecture,
+            "network_size": params.networks[architecture].model_dump(),
+            "iterations": params.budget(objective, space).iterations,
+            "learning_rates": params.budget(objective, space).learning_rates,
+            "momentum": params.distill.momentum,
+            "validate_every": params.distill.validate_every,
+            "validation_seeds": params.distill.validation_seeds,
+            "validation_recipe": self.recipe(architecture),
+            "objective_parameters": getattr(params.objectives, objective).model_dump(),
+            "trajectories": params.trajectories.model_dump() if objective == "mtt" else None,
+            "space_parameters": getattr(params.spaces, space).model_dump(),
+            "data_sha256": self.dataset.fingerprint,
+            "prior_sha256": self.prior.fingerprint() if uses_prior else None,
+        }

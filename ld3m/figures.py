@@ -1,0 +1,139 @@
+"""The figures of the report; each function returns a matplotlib Figure, `save` writes it with bytes that repeat."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ld3m import paths
+from ld3m.tables import NAMES
+
+sns.set_theme(style="whitegrid", context="paper")
+SPACE_COLOURS = {"Pixel": "#d95f02", "LD3M": "#1b9e77"}
+
+
+def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:
+    """Writes <folder>/<name>.png and returns that file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.png"
+    figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return file
+
+
+def _closed(figure: Figure) -> Figure:
+    """The figure, forgotten by pyplot, so that a notebook shows it once."""
+    plt.close(figure)
+    return figure
+
+
+def image_rows(rows: dict[str, Tensor], *, columns: list[str] | None = None, size_inch: float = 0.62) -> Figure:
+    """One labelled row of images per entry; every value is pixels (n, C, H, W), shown clamped to [-1, 1]."""
+    count = max(len(pixels) for pixels in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), count, figsize=(size_inch * count + 1.2, size_inch * len(rows) + 0.3), squeeze=False
+    )
+    for line, (name, pixels) in zip(axes, rows.items(), strict=True):
+        for column, axis in enumerate(line):
+            axis.axis("off")
+            if column < len(pixels):
+                image = ((pixels[column].clamp(-1, 1) + 1) / 2).movedim(0, -1).cpu().numpy()
+                axis.imshow(image.repeat(3, axis=-1) if image.shape[-1] == 1 else image, interpolation="nearest")
+        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
+    for axis, title in zip(axes[0], columns or [], strict=False):
+        axis.set_title(title, fontsize=8, pad=3)
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    return _closed(figure)
+
+
+def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
+    """Test accuracy of every distilled set and control of one IPC, with 95 % intervals; one panel an architecture."""
+    frame = summary[summary.ipc.isin([ipc, 0])].assign(
+        Set=lambda f: (f.objective.map(NAMES) + " " + f.space.map(NAMES)).str.removeprefix("- "),
+        Judge=lambda f: f.architecture.map(NAMES),
+    )
+    judges, sets = list(dict.fromkeys(frame.Judge)), list(dict.fromkeys(frame.Set))
+    figure, axes = plt.subplots(1, len(judges), figsize=(1.75 * len(judges) + 1, 0.28 * len(sets) + 0.8), sharey=True)
+    for axis, judge in zip(np.atleast_1d(axes), judges, strict=True):
+        part = frame[frame.Judge == judge].set_index("Set").loc[sets]
+        colours = [SPACE_COLOURS.get(name.split()[-1], "#666666") for name in sets]
+        for place, (mean, low, high, colour) in enumerate(
+            zip(part["mean"], part.ci_low, part.ci_high, colours, strict=True)
+        ):
+            axis.errorbar(
+                100 * mean,
+                place,
+                xerr=[[100 * (mean - low)], [100 * (high - mean)]],
+                fmt="o",
+                ms=4,
+                color=colour,
+            )
+        axis.set(
+            title=judge,
+            yticks=range(len(sets)),
+            yticklabels=sets,
+            xlim=(0, 100),
+            ylim=(len(sets) - 0.5, -0.5),
+        )
+    figure.supxlabel("test accuracy, % (mean and 95 % interval)", fontsize=9)
+    figure.tight_layout()
+    return _closed(figure)
+
+
+def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int) -> Figure:
+    """Loss, validation accuracy and the gradient norm of every learnable over iterations; one column an objective."""
+    history, validation = history[history.ipc == ipc], validation[validation.ipc == ipc]
+    objectives = list(dict.fromkeys(history.objective))
+    figure, axes = plt.subplots(3, len(objectives), figsize=(3.3 * len(objectives), 6.2), squeeze=False, sharex="col")
+    learnables = [name for name in history.columns if name.startswith("grad_norm_")]
+    dashes = dict(zip(learnables, ["-", "--", ":", "-."], strict=False))
+    for column, objective in zip(axes.T, objectives, strict=True):
+        for space, run in history[history.objective == objective].groupby("space"):
+            colour = SPACE_COLOURS[NAMES[space]]
+            column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=colour, label=NAMES[space])
+            checks = validation[(validation.objective == objective) & (validation.space == space)]
+            column[1].plot(checks.iteration, 100 * checks.accuracy, "o-", ms=3, color=colour)
+            for name in learnables:
+                if run[name].notna().any():
+                    label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
+                    smooth = run[name].rolling(5, min_periods=1).mean()
+                    column[2].plot(run.step, smooth, dashes[name], color=colour, label=label)
+        column[0].set(title=NAMES[objective], yscale="log")
+        column[2].set(yscale="log", xlabel="iteration")
+        column[2].legend(fontsize=6, ncols=2)
+    axes[0, 0].legend(fontsize=7)
+    for axis, label in zip(axes[:, 0], ["matching loss", "validation accuracy, %", "gradient norm"], strict=True):
+        axis.set_ylabel(label)
+    figure.tight_layout()
+    return _closed(figure)
+
+
+def gradient_norms(norms: pd.DataFrame) -> Figure:
+    """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation.
+
+    Columns: skip, learned ("z" or "z_T"), steps, network, norm.
+    """
+    frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
+    grid = sns.relplot(
+        frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
+        errorbar=("ci", 95), seed=0, n_boot=1000, height=2.9, aspect=1.15,
+    )  # fmt: skip
+    grid.set(xscale="log", yscale="log", xlabel="number of steps T", ylabel="gradient norm of what is learned")
+    grid.set_titles("learned: {col_name}")
+    for axis in grid.axes.flat:
+        axis.set_xticks(sorted(norms.steps.unique()), map(str, sorted(norms.steps.unique())))
+        axis.minorticks_off()
+    return _closed(grid.figure)
+
+
+def prior_check(
+    real: Tensor, reconstructed: Tensor, samples: Tensor, classes: tuple[str, ...], *, rows: int = 4
+) -> Figure:
+    """Real validation images, their reconstructions, and guided samples, one column a class (pixels)."""
+    count = len(classes)
+    shown = {"real": real[:count], "reconstructed": reconstructed[:count]}
+    shown |= {f"guided sample {k + 1}": samples[k * count : (k + 1) * count] for k in range(rows)}
+    return image_rows(shown, columns=list(classes))

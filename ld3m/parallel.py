@@ -1,0 +1,25 @@
+"""Fan-out of independent tasks over processes, one thread each, so that results do not depend on how many there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+
+from ld3m.progress import progress
+
+
+def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, processes: int, label: str) -> list[Any]:
+    """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each."""
+    with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
+        results = Parallel(return_as="generator")(delayed(_on_one_thread)(function, task) for task in tasks)
+        return [next(results) for _ in progress(len(tasks), label=label)]
+
+
+def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(**task)
+    finally:
+        torch.set_num_threads(threads)

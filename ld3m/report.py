@@ -1,0 +1,104 @@
+"""Gathers what the stages wrote and writes the tables and figures of reports/."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ld3m import figures, paths
+from ld3m.artefact import read_artefact
+from ld3m.config import Params
+from ld3m.data import Normalization
+from ld3m.storage import read_tensors, write_bytes
+from ld3m.tables import (
+    COLUMNS,
+    NAMES,
+    UNSEEN,
+    cells,
+    differences,
+    paper_style,
+    read_scores,
+    summarise,
+    verdicts,
+    with_unseen_mean,
+)
+
+
+def write_tables(params: Params) -> str:
+    """Writes scores.csv, differences.csv, prior.csv, main.md and main.tex; returns main.md."""
+    scores = with_unseen_mean(read_scores(params), params.distill.network)
+    summary, changes = summarise(scores), differences(scores)
+    table = paper_style(summary)
+    note = (
+        f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = "
+        f"{params.evaluate.seeds} evaluation seeds of one distilled set. {NAMES[params.distill.network]} is the "
+        "architecture used to distil; the unseen mean is over the others."
+    )
+    markdown = "\n".join([table.to_markdown(index=False, disable_numparse=True), "", note, "", *verdicts(changes), ""])
+    latex = table.map(lambda cell: cell.replace("±", r"$\pm$")).to_latex(
+        index=False, caption=note.replace("%", r"\%").replace("±", r"$\pm$")
+    )
+    _write_csv("scores", summary[summary.architecture != UNSEEN][COLUMNS])
+    _write_csv("differences", changes)
+    _write_csv(
+        "prior",
+        pd.DataFrame([json.loads((paths.prior_check_folder(params.dataset) / "check.json").read_text())]),
+    )
+    write_bytes(paths.TABLES / "main.md", markdown.encode())
+    write_bytes(paths.TABLES / "main.tex", latex.encode())
+    return markdown
+
+
+def write_figures(params: Params) -> list[Path]:
+    """Writes every figure of the report and returns the files, in reading order."""
+    summary = summarise(with_unseen_mean(read_scores(params), params.distill.network))
+    history, validation = _records(params, "history"), _records(params, "validation")
+    drawn = {"prior": _prior(params)}
+    for ipc in params.grid.ipc:
+        drawn |= {
+            f"distilled-ipc{ipc}": _distilled(params, ipc),
+            f"accuracy-ipc{ipc}": figures.accuracy_by_architecture(summary, ipc=ipc),
+            f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
+        }
+    norms = json.loads((paths.ablations_folder(params.dataset) / "gradient_norms.json").read_text())
+    drawn["gradient-norms"] = figures.gradient_norms(pd.DataFrame(norms))
+    return [figures.save(figure, name) for name, figure in drawn.items()]
+
+
+def _write_csv(name: str, frame: pd.DataFrame) -> None:
+    write_bytes(paths.TABLES / f"{name}.csv", frame.to_csv(index=False, float_format="%.6f").encode())
+
+
+def _prior(params: Params) -> Figure:
+    shown, metadata = read_tensors(paths.prior_check_folder(params.dataset) / "images.safetensors")
+    return figures.prior_check(**shown, classes=tuple(metadata["classes"]))
+
+
+def _distilled(params: Params, ipc: int) -> Figure:
+    """One row a cell: the first image of every class."""
+    rows = {}
+    for objective, space, cell_ipc in cells(params):
+        if cell_ipc == ipc:
+            tensors, metadata = _images(params, objective, space, ipc)
+            normalization = Normalization(**{key: tuple(value) for key, value in metadata["normalization"].items()})
+            name = f"{NAMES[objective]} {NAMES[space]}".removeprefix("- ")
+            rows[name] = normalization.to_pixels(tensors["images"])[::ipc]
+    return figures.image_rows(rows, columns=metadata["classes"])
+
+
+def _images(params: Params, objective: str, space: str, ipc: int):
+    cell = f"{objective}-{space}-{ipc}"
+    if objective != "none":
+        return read_artefact(paths.distilled_folder(params.dataset, cell))
+    return read_tensors(paths.scores_folder(params.dataset, cell) / "images.safetensors")
+
+
+def _records(params: Params, key: str) -> pd.DataFrame:
+    """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
+    frames = [
+        pd.DataFrame(_images(params, objective, space, ipc)[1][key]).assign(objective=objective, space=space, ipc=ipc)
+        for objective, space, ipc in cells(params)
+        if objective != "none"
+    ]
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,135 @@
+"""The reverse process with the LD3M skip, and its exact gradient at memory flat in the number of steps.
+
+| symbol | here | meaning |
+|---|---|---|
+| `Z` | `z` | clean latent of the synthetic image, (B, c, h, w) |
+| `z_T` | `z_T` | the state the reverse process starts from |
+| `c` | `c` | class conditioning, (B, 1, D) |
+| `T` | `steps` | number of reverse steps |
+| `eps` | `eps` | Gaussian noise, an input: drawn once for every synthetic image and replayed in every pass |
+
+The forward pass keeps only the `T` small latents: every step is a checkpoint, re-run with gradient when the
+backward pass walks the chain from its last step to its first. A step with gradient so costs two forwards and one
+backward of the U-Net, and the result is that of plain autograd through the whole chain.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ld3m.diffusion import Prior
+from ld3m.seeds import generator
+
+Skip = Literal["x0", "mean", "none"]
+
+
+def timesteps(steps: int, *, total: int = 1000) -> list[int]:
+    """The DDIM timesteps, ascending: 1, 101, ..., 901 for ten steps of a thousand."""
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps = {steps}: must lie between 1 and {total}; set spaces.ld3m.steps in params.yaml")
+    return [i * (total // steps) + 1 for i in range(steps)]
+
+
+def skip_weight(skip: Skip, i: int, steps: int) -> float:
+    """Weight of the initial state in reverse step i = T-1 .. 0: i/(T-1) for `x0`, t/T with t = i+1 for `mean`."""
+    if skip == "x0":
+        return i / (steps - 1) if steps > 1 else 0.0
+    if skip == "mean":
+        return (i + 1) / steps
+    if skip == "none":
+        return 0.0
+    raise ValueError(f"skip = {skip!r}: must be 'x0', 'mean' or 'none'; set spaces.ld3m.skip in params.yaml")
+
+
+def noised(prior: Prior, z: Tensor, eps: Tensor, *, steps: int) -> Tensor:
+    """z_T: the latent `z` noised with `eps` to the highest used timestep (eq. 1)."""
+    a = prior.alpha_bar[timesteps(steps)[-1]].item()
+    return a**0.5 * z + (1 - a) ** 0.5 * eps
+
+
+def reverse(
+    prior: Prior,
+    z_T: Tensor,
+    c: Tensor,
+    *,
+    z: Tensor,
+    steps: int,
+    guidance: float,
+    skip: Skip,
+    eta: float = 0.0,
+    eps: Tensor | None = None,
+) -> Tensor:
+    """Runs the reverse process from `z_T` to the latent that is decoded, (B, c, h, w).
+
+    `skip="x0"` mixes `quantize(z)` into every prediction of x0 (released code); `"mean"` mixes `z_T` into the mean of
+    every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost.
+    With `eta` > 0 the noise of the steps is `eps`, (T, B, c, h, w), in the order the steps run.
+    Differentiable in `z_T`, `z` and `c`.
+    """
+    ts = timesteps(steps)
+    alpha_bar = prior.alpha_bar.tolist()
+    initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
+    conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
+    z_t = z_T
+    for i in reversed(range(steps)):
+        step = partial(
+            _step,
+            prior,
+            t=ts[i],
+            a=alpha_bar[ts[i]],
+            a_previous=alpha_bar[ts[i - 1]] if i else alpha_bar[0],
+            guidance=guidance,
+            skip=skip,
+            weight=skip_weight(skip, i, steps),
+            eta=eta,
+            eps=eps[steps - 1 - i] if eta else None,
+        )
+        z_t = checkpoint(step, z_t, conditioning, initial, use_reentrant=False, preserve_rng_state=False)
+    return z_t
+
+
+@torch.no_grad()
+def sample(
+    prior: Prior, labels: Tensor, *, size_px: int, steps: int, guidance: float, render_batch: int, seed: int
+) -> Tensor:
+    """Guided samples of the prior for labels (N,): pixels (N, C, H, W) in [-1, 1]. Plain DDIM from noise, no skip."""
+    z_T = torch.randn(len(labels), *prior.latent_shape(size_px), generator=generator(seed, "prior samples"))
+    parts = [
+        prior.decode(reverse(prior, z, prior.embed(y), z=z, steps=steps, guidance=guidance, skip="none"))
+        for z, y in zip(z_T.split(render_batch), labels.split(render_batch), strict=True)
+    ]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def _step(
+    prior: Prior,
+    z_t: Tensor,
+    conditioning: Tensor,
+    initial: Tensor,
+    *,
+    t: int,
+    a: float,
+    a_previous: float,
+    guidance: float,
+    skip: Skip,
+    weight: float,
+    eta: float,
+    eps: Tensor | None,
+) -> Tensor:
+    """One DDIM step from noise level `a` to `a_previous` (both alpha_bar)."""
+    if guidance == 1:
+        predicted = prior.denoise(z_t, t, conditioning)
+    else:
+        null, asked = prior.denoise(torch.cat([z_t, z_t]), t, conditioning).chunk(2)
+        predicted = null + guidance * (asked - null)
+    x0 = (z_t - (1 - a) ** 0.5 * predicted) / a**0.5
+    if skip == "x0":
+        x0 = (1 - weight) * x0 + weight * initial
+    sigma = eta * ((1 - a_previous) / (1 - a) * (1 - a / a_previous)) ** 0.5
+    mu = a_previous**0.5 * x0 + (1 - a_previous - sigma**2) ** 0.5 * predicted
+    if skip == "mean":
+        mu = (1 - weight) * mu + weight * initial
+    return mu if eps is None else mu + sigma * eps

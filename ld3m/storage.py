@@ -1,0 +1,90 @@
+"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+METADATA_KEY = "ld3m"  # one key: safetensors does not keep the order of several, and bytes shall repeat
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError before long work where the disk of `folder` cannot take what the work will write."""
+    existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed_bytes / 2**20:.1f} MiB needed in {folder}, {free / 2**20:.1f} MiB are free: make room",
+        )
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Replaces `file` in one step; after an error (a full disk, say) the former file is still there."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _explained(error, file) from error
+
+
+def write_json(file: Path, values: Any) -> None:
+    write_bytes(file, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file with `metadata` as JSON; the same values give the same bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    write_bytes(file, save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file that `write_tensors` wrote; ValueError for any other or a broken one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = json.loads((opened.metadata() or {})[METADATA_KEY])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is broken or not written by ld3m ({error!r}): delete it") from error
+    return tensors, metadata
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that replaces `folder` at the end of the block, or vanishes if the block fails."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise _explained(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _explained(error: OSError, target: Path) -> OSError:
+    advice = {
+        errno.ENOSPC: "no space is left: make room",
+        errno.EROFS: "the disk is read-only",
+        errno.EACCES: "not permitted",
+    }
+    reason = advice.get(error.errno, error.strerror)
+    return OSError(error.errno, f"{target} could not be written ({reason}); what was there before is unchanged")

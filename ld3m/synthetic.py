@@ -1,0 +1,134 @@
+"""The spaces: what is learned, and how it becomes images. A synthetic set has `labels`, `learnables` and `render()`.
+
+Classes are contiguous: image i has class i // ipc. `render()` returns images (N, C, H, W) that are differentiable
+in the learnables; `images.backward(grad_images)` therefore fills their gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ld3m.data import Normalization
+from ld3m.diffusion import Prior
+from ld3m.sampler import Skip, noised, reverse
+from ld3m.seeds import generator
+
+DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The images themselves."""
+
+    labels: Tensor  # (N,)
+    learnables: dict[str, Tensor]  # {"images": (N, C, H, W)}
+
+    def render(self) -> Tensor:
+        return self.learnables["images"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is needed to render the set again."""
+        return dict(self.learnables)
+
+
+@dataclass(frozen=True)
+class LD3MCodes:
+    """A latent and a class conditioning for every image, rendered by the reverse process of a frozen prior."""
+
+    labels: Tensor  # (N,)
+    learnables: dict[str, Tensor]  # c (N, 1, D) and z or z_T (N, c, h, w)
+    fixed: dict[str, Tensor]  # eps (N, S, c, h, w), and z where z_T is learned
+    prior: Prior
+    normalization: Normalization
+    steps: int
+    guidance: float
+    skip: Skip
+    eta: float
+    clamp: Literal["none", "hard"]
+    render_batch: int  # images that go through the U-Net at once: lower it where memory is short
+
+    def render(self) -> Tensor:
+        parts = torch.arange(len(self.labels)).split(self.render_batch)
+        return torch.cat([self._render(index) for index in parts])
+
+    def _render(self, index: Tensor) -> Tensor:
+        codes = {name: tensor[index] for name, tensor in self.tensors().items()}
+        eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
+        z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], eps[0], steps=self.steps)
+        z_0 = reverse(
+            self.prior,
+            z_T,
+            codes["c"],
+            z=codes["z"],
+            steps=self.steps,
+            guidance=self.guidance,
+            skip=self.skip,
+            eta=self.eta,
+            eps=eps[1:],
+        )
+        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
+
+    def _decode(self, z_0: Tensor) -> Tensor:
+        pixels = self.prior.decode(z_0)
+        return self.normalization.to_images(pixels.clamp(-1, 1) if self.clamp == "hard" else pixels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.learnables | self.fixed
+
+
+def start_pixels(pixels: Tensor, labels: Tensor, *, normalization: Normalization, start: str, seed: int) -> Pixels:
+    """Starts from real pixels (N, C, H, W) in [-1, 1], or from standard normal images of that shape."""
+    images = normalization.to_images(pixels) if start == "real" else _noise(pixels.shape, seed, "pixels")
+    return Pixels(labels, {"images": images.requires_grad_()})
+
+
+@torch.no_grad()
+def start_ld3m(
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    prior: Prior,
+    normalization: Normalization,
+    start: str,
+    learn: Literal["auto", "z", "z_T"],
+    steps: int,
+    guidance: float,
+    skip: Skip,
+    eta: float,
+    clamp: Literal["none", "hard"],
+    render_batch: int,
+    seed: int,
+) -> LD3MCodes:
+    """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], or from standard normal latents; the conditioning
+    starts from the class embeddings. `learn="auto"` learns `z` with the skip `x0` and `z_T` with the others."""
+    learn = DEFAULT_LEARNED[skip] if learn == "auto" else learn
+    shape = prior.latent_shape(pixels.shape[-1])
+    z = torch.cat([prior.encode(part) for part in pixels.split(render_batch)])
+    if start == "noise":
+        z = _noise(z.shape, seed, "latents").to(z)
+    count = 1 + (steps if eta else 0)
+    eps = torch.stack([_noise((count, *shape), seed, "eps", i) for i in range(len(labels))]).to(z)
+    codes = {"z": z} if learn == "z" else {"z_T": noised(prior, z, eps[:, 0], steps=steps)}
+    learnables = codes | {"c": prior.embed(labels).clone()}
+    for tensor in learnables.values():
+        tensor.requires_grad_()
+    return LD3MCodes(
+        labels=labels,
+        learnables=learnables,
+        fixed={"eps": eps} | ({} if learn == "z" else {"z": z}),
+        prior=prior,
+        normalization=normalization,
+        steps=steps,
+        guidance=guidance,
+        skip=skip,
+        eta=eta,
+        clamp=clamp,
+        render_batch=render_batch,
+    )
+
+
+def _noise(shape: tuple[int, ...], seed: int, *purpose: str | int) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator(seed, *purpose))

@@ -1,0 +1,131 @@
+"""From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from ld3m import paths
+from ld3m.config import Params
+from ld3m.storage import write_json
+
+COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
+UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
+NAMES = {
+    "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
+    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "ld3m": "LD3M", "none": "-",
+    "random_real": "Random real", "iteration0": "Iteration 0", "prior_samples": "Prior samples",
+    "full_data": "Full data", UNSEEN: "Unseen mean",
+}  # fmt: skip
+
+
+def cells(params: Params) -> list[tuple[str, str, int]]:
+    """(objective, space, ipc) of every row: the controls first, the full data (ipc 0) last."""
+    controls = [("none", control, ipc) for ipc in params.grid.ipc for control in params.grid.control]
+    distilled = [
+        (objective, space, ipc)
+        for ipc in params.grid.ipc
+        for objective in params.grid.objective
+        for space in params.grid.space
+    ]
+    return [*controls, *distilled, ("none", "full_data", 0)]
+
+
+def write_scores(folder: Path, accuracies: dict[str, list[float]], *, objective: str, space: str, ipc: int) -> None:
+    """One JSON file an architecture with the test accuracy, in [0, 1], of every seed."""
+    for architecture, values in accuracies.items():
+        record = {
+            "objective": objective,
+            "space": space,
+            "ipc": ipc,
+            "architecture": architecture,
+            "accuracy": values,
+        }
+        write_json(folder / f"{architecture}.json", record)
+
+
+def read_scores(params: Params) -> pd.DataFrame:
+    """One row per cell, architecture and seed: dataset, ipc, objective, space, architecture, seed, accuracy."""
+    rows = []
+    for objective, space, ipc in cells(params):
+        for architecture in params.grid.architecture:
+            file = paths.scores_folder(params.dataset, f"{objective}-{space}-{ipc}") / f"{architecture}.json"
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of `grid`")
+            for seed, accuracy in enumerate(json.loads(file.read_text())["accuracy"]):
+                rows.append((params.dataset, ipc, objective, space, architecture, seed, accuracy))
+    columns = ["dataset", "ipc", "objective", "space", "architecture", "seed", "accuracy"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
+    """The scores with, for every cell and seed, the mean over the unseen architectures as one more."""
+    keys = ["dataset", "ipc", "objective", "space", "seed"]
+    unseen = scores[scores.architecture != seen].groupby(keys, sort=False).accuracy.mean().reset_index()
+    return pd.concat([scores, unseen.assign(architecture=UNSEEN)], ignore_index=True)
+
+
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean and 95 % Student t interval over independent values (two at least)."""
+    mean, error = values.mean(), values.sem()
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return mean, mean - half, mean + half
+
+
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """`COLUMNS`: one row per cell and architecture; the interval is over seeds."""
+    keys = ["dataset", "ipc", "objective", "space", "architecture"]
+    rows = [(*key, len(group), *interval(group.accuracy)) for key, group in scores.groupby(keys, sort=False)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """LD3M minus pixel, paired by seed, for every objective and architecture: mean and interval."""
+    keys = ["ipc", "objective", "architecture", "seed"]
+    columns = [*keys[:-1], "n", "mean", "ci_low", "ci_high"]
+    by_space = scores[scores.objective != "none"].pivot(index=keys, columns="space", values="accuracy")
+    if not {"ld3m", "pixel"} <= set(by_space.columns):
+        return pd.DataFrame(columns=columns)
+    paired = (by_space.ld3m - by_space.pixel).dropna()
+    rows = [(*key, len(group), *interval(group)) for key, group in paired.groupby(level=keys[:-1], sort=False)]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
+    """Rows space x objective, columns architectures and the mean over unseen ones; percent, mean ± half interval."""
+    table = summary.assign(
+        Set=summary.objective.map(NAMES) + " " + summary.space.map(NAMES),
+        text=[
+            f"{100 * m:.1f} ± {100 * (high - m):.1f}" for m, high in zip(summary["mean"], summary.ci_high, strict=True)
+        ],
+    )
+    table["Set"] = table["Set"].str.removeprefix("- ")
+    table["IPC"] = table.ipc.map(lambda ipc: ipc or "all")
+    pivot = table.pivot(index=["IPC", "Set"], columns="architecture", values="text")
+    order = table[["IPC", "Set"]].drop_duplicates()
+    architectures = list(dict.fromkeys(summary.architecture))
+    return (
+        pivot.loc[pd.MultiIndex.from_frame(order), architectures]
+        .rename(columns=NAMES)
+        .reset_index()
+        .rename_axis(columns=None)
+    )
+
+
+def verdicts(changes: pd.DataFrame) -> list[str]:
+    """One plain sentence for every objective: is LD3M above pixel on unseen architectures?"""
+    lines = []
+    for row in changes[changes.architecture == UNSEEN].itertuples():
+        if row.ci_low > 0:
+            verdict = "LD3M is above pixel"
+        elif row.ci_high < 0:
+            verdict = "**LD3M is below pixel**"
+        else:
+            verdict = "**LD3M and pixel are not told apart**"
+        lines.append(
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures by "
+            f"{100 * row.mean:+.1f} points (95 % interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}, "
+            f"paired over {row.n} seeds)."
+        )
+    return lines

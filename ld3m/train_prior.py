@@ -1,0 +1,180 @@
+"""Trains a small class-conditional latent diffusion model on the training split, and measures it."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, mse_loss
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ld3m.data import Dataset, Split
+from ld3m.diffusion import Prior
+from ld3m.networks import build
+from ld3m.progress import progress
+from ld3m.sampler import sample
+from ld3m.seeds import derive, generator
+from ld3m.training import accuracy, train
+
+
+def fit_autoencoder(
+    prior: Prior,
+    split: Split,
+    *,
+    steps: int,
+    continuous_steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> list[float]:
+    """Trains the VQ autoencoder in place and sets its scaling factor to one over the standard deviation of `z`.
+
+    The first `continuous_steps` train without the quantiser; the codebook then starts from encoded training
+    images, so that no entry is dead from the outset. Returns the loss of every step.
+    """
+    autoencoder = prior.autoencoder
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    losses: list[float] = []
+    for step in progress(steps, label="autoencoder", status=lambda: f"loss {losses[-1]:.4f}"):
+        draw = generator(seed, "autoencoder", step)
+        if step == continuous_steps:
+            _start_codebook(prior, split, draw)
+        pixels = split.pixels(torch.randint(len(split), (batch,), generator=draw))
+        latents = autoencoder.encode(pixels).latents
+        decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
+        loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    autoencoder.requires_grad_(False).eval()
+    autoencoder.register_to_config(scaling_factor=1 / _encode_all(prior, split).std().item())
+    return losses
+
+
+def fit_denoiser(
+    prior: Prior,
+    split: Split,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    null_share: float,
+    ema_decay: float,
+    seed: int,
+) -> list[float]:
+    """Trains the U-Net and the class embeddings in place on the encoded split, and leaves their moving averages there.
+
+    `null_share` of the labels are replaced by the null class, for classifier-free guidance.
+    Returns the loss of every step.
+    """
+    z_all = _encode_all(prior, split)
+    alpha_bar = prior.alpha_bar.float()
+    trained = torch.nn.ModuleList([prior.unet.train(), prior.embedding])
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    losses: list[float] = []
+    for step in progress(steps, label="denoiser", status=lambda: f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}"):
+        draw = generator(seed, "denoiser", step)
+        index = torch.randint(len(split), (batch,), generator=draw)
+        t = torch.randint(len(alpha_bar), (batch,), generator=draw)
+        eps = torch.randn(z_all[index].shape, generator=draw)
+        is_null = torch.rand(batch, generator=draw) < null_share
+        labels = torch.where(is_null, prior.classes, split.labels[index])
+        a = alpha_bar[t][:, None, None, None]
+        z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
+        loss = mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(trained)
+        losses.append(loss.item())
+    trained.load_state_dict(average.module.state_dict())
+    prior.frozen()
+    return losses
+
+
+@torch.no_grad()
+def reconstruct(prior: Prior, pixels: Tensor, *, batch: int = 250) -> Tensor:
+    """Encoded, quantised and decoded pixels, clamped to [-1, 1]."""
+    return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in pixels.split(batch)])
+
+
+def reconstruction_error(pixels: Tensor, reconstructed: Tensor) -> dict[str, float]:
+    """Mean squared error on the [-1, 1] scale, and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
+    mse = mse_loss(reconstructed, pixels).item()
+    return {"mse": mse, "psnr_db": 10 * math.log10(4 / mse)}
+
+
+def recognised(
+    prior: Prior,
+    dataset: Dataset,
+    *,
+    samples_per_class: int,
+    steps: int,
+    guidance: float,
+    width: int,
+    epochs: int,
+    learning_rate: float,
+    strategy: str,
+    seed: int,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Guided samples, their asked labels, and how a ConvNet trained on the real training images sees them.
+
+    Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
+    share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
+    """
+    train_split, normalization = dataset.train, dataset.normalization
+    count, (channels, size_px) = len(train_split.classes), train_split.uint8.shape[1:3]
+    network = train(
+        build(
+            "convnet",
+            channels=channels,
+            size_px=size_px,
+            classes=count,
+            width=width,
+            seed=derive(seed, "check"),
+        ),
+        lambda index: normalization.to_images(train_split.pixels(index)),
+        train_split.labels,
+        epochs=epochs,
+        batch=64,
+        learning_rate=learning_rate,
+        momentum=0.9,
+        weight_decay=5e-4,
+        warm_up=True,
+        ema_decay=None,
+        strategy=strategy,
+        seed=derive(seed, "check"),
+    )
+    labels = torch.arange(count).repeat(samples_per_class)
+    pixels = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=100, seed=seed)
+    images, real = normalization.to_images(pixels), normalization.to_images(dataset.validation.pixels())
+    record = {
+        "samples": len(labels),
+        "recognised": accuracy(network, images.__getitem__, labels),
+        "classifier_accuracy": accuracy(network, real.__getitem__, dataset.validation.labels),
+    }
+    return pixels, labels, record
+
+
+def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:
+    codebook = prior.autoencoder.quantize.embedding.weight
+    with torch.no_grad():
+        pixels = split.pixels(torch.randperm(len(split), generator=draw)[:500])
+        latents = prior.autoencoder.encode(pixels).latents.movedim(1, -1).flatten(0, 2)  # (positions, c)
+        codebook.copy_(latents[torch.randperm(len(latents), generator=draw)[: len(codebook)]])
+
+
+@torch.no_grad()
+def _encode_all(prior: Prior, split: Split, *, batch: int = 250) -> Tensor:
+    parts = torch.arange(len(split)).split(batch)
+    return torch.cat([prior.encode(split.pixels(index)) for index in parts])
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,306 @@
+"""The judges: published sizes, features, seeds, flat parameters, second derivatives."""
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import functional
+
+from ld3m.networks import ARCHITECTURES, ViT, build, flat_parameters, unflatten
+
+TINY_WIDTH = {"convnet": 4, "alexnet": 4, "vgg11": 2, "resnet18": 2, "vit": 32}
+
+
+def tiny(name, *, size_px=32, channels=2, classes=3, seed=0, **options):
+    if name == "vit":
+        options.setdefault("depth", 2)
+    return build(
+        name,
+        width=TINY_WIDTH[name],
+        channels=channels,
+        size_px=size_px,
+        classes=classes,
+        seed=seed,
+        **options,
+    ).eval()
+
+
+def random_images(count=2, *, size_px=32, channels=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(count, channels, size_px, size_px, dtype=dtype, generator=generator)
+
+
+def vit_parameters(*, channels, patch_px, patches, width, depth, classes, norms):
+    attention = 3 * width**2 + width**2 + width
+    mlp = 2 * (width**2 + width)
+    embedding = channels * patch_px**2 * width + width + (patches + 1) * width + width
+    layer_norms = (2 * depth + 1) * 2 * width if norms else 0
+    return embedding + depth * (attention + mlp) + layer_norms + width * classes + classes
+
+
+@pytest.mark.parametrize(
+    ("name", "size_px", "options", "count"),
+    [
+        ("convnet", 32, {}, 320_010),
+        ("convnet", 128, {}, 615_690),
+        ("convnet", 128, {"depth": 5, "width": 128}, 615_690),
+        # by layer: convolutions (k*k*in + 1)*out, then the linear layer on 192 maps of 4x4
+        ("alexnet", 32, {}, 76 * 128 + 3201 * 192 + 1729 * 256 + 2305 * 192 + 1729 * 192 + 3073 * 10),
+        # the widely used CIFAR versions of the two; GroupNorm has as many parameters as BatchNorm
+        ("vgg11", 32, {}, 9_231_114),
+        ("resnet18", 32, {}, 11_173_962),
+    ],
+)
+def test_published_parameter_counts(name, size_px, options, count):
+    network = build(name, channels=3, size_px=size_px, classes=10, seed=0, **options)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize(("size_px", "patch_px", "depth"), [(32, 4, 6), (128, 16, 10), (256, 16, 10)])
+def test_vit_parameter_count(size_px, patch_px, depth, norms):
+    with torch.device("meta"):
+        network = ViT(channels=3, size_px=size_px, classes=10, norms=norms)
+    patches = (size_px // patch_px) ** 2
+    expected = vit_parameters(
+        channels=3, patch_px=patch_px, patches=patches, width=512, depth=depth, classes=10, norms=norms
+    )
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(32, 1), (64, 2), (96, 3), (192, 6), (224, 7), (256, 4), (288, 9), (512, 8)]
+)
+def test_vit_heads(width, heads):
+    network = build("vit", channels=1, size_px=32, classes=2, width=width, depth=1, seed=0)
+    assert network.blocks[0].attention[1].heads == heads
+
+
+def test_vit_attention_is_standard_attention():
+    attention = tiny("vit").double().blocks[0].attention[1]
+    attention.heads = 4
+    tokens = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reference = torch.nn.MultiheadAttention(32, 4, bias=True, batch_first=True).double()
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(attention.query_key_value.weight)
+        reference.in_proj_bias.zero_()
+        reference.out_proj.weight.copy_(attention.output.weight)
+        reference.out_proj.bias.copy_(attention.output.bias)
+        torch.testing.assert_close(attention(tokens), reference(tokens, tokens, tokens)[0])
+
+
+def test_vit_is_prenorm_by_default_and_norms_can_be_left_out():
+    def layer_norms(network):
+        return sum(isinstance(module, torch.nn.LayerNorm) for module in network.modules())
+
+    assert layer_norms(tiny("vit", depth=3)) == 7
+    assert layer_norms(tiny("vit", depth=3, norms=False)) == 0
+    features = tiny("vit").features(random_images())
+    torch.testing.assert_close(features.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_vit_drops_out_only_in_training():
+    network, images = tiny("vit"), random_images()
+    assert torch.equal(network(images), network(images))
+    network.train()
+    assert not torch.equal(network(images), network(images))
+
+
+FEATURES = {  # at the tiny widths
+    "convnet": {32: 4 * 16, 64: 4 * 16, 128: 4 * 16, 256: 4 * 16},
+    "alexnet": {32: 6 * 16, 64: 6 * 64, 128: 6 * 256, 256: 6 * 1024},
+    "vgg11": {32: 16, 64: 16 * 4, 128: 16 * 16, 256: 16 * 49},
+    "resnet18": {32: 16, 64: 16, 128: 16, 256: 16},
+    "vit": {32: 32, 64: 32, 128: 32, 256: 32},
+}
+
+
+@pytest.mark.parametrize("size_px", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_features_then_classifier(name, size_px):
+    network = tiny(name, size_px=size_px, channels=5)
+    images = random_images(channels=5, size_px=size_px)
+    features, logits = network.features(images), network(images)
+    assert features.shape == (2, FEATURES[name][size_px])
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(network.classifier(features), logits, atol=0, rtol=0)
+    assert logits.std() > 1e-4
+    torch.testing.assert_close(network(images[1:]), logits[1:])  # no image sees the rest of its batch
+
+
+class Plain:
+    """The networks once more, as plain calls that use up the parameters in order, with instance norm."""
+
+    def __init__(self, network):
+        self.left = list(network.parameters())
+
+    def take(self, count):
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
+
+    def norm(self, maps):
+        weight, bias = self.take(2)
+        return functional.instance_norm(maps, weight=weight, bias=bias)
+
+    def layer_norm(self, tokens):
+        return functional.layer_norm(tokens, tokens.shape[-1:], *self.take(2))
+
+    def linear(self, maps):
+        return functional.linear(maps.flatten(1), *self.take(2))
+
+    def convnet(self, maps):
+        for _ in range(3):
+            maps = functional.conv2d(maps, *self.take(2), padding=1)
+            maps = functional.avg_pool2d(self.norm(maps).relu(), 2)
+        return self.linear(maps)
+
+    def alexnet(self, maps):
+        for padding, pool in ((2, 2), (2, 2), (1, 1), (1, 1), (1, 2)):
+            maps = functional.max_pool2d(functional.conv2d(maps, *self.take(2), padding=padding).relu(), pool)
+        return self.linear(maps)
+
+    def vgg11(self, maps):
+        for pool in (2, 2, 1, 2, 1, 2, 1, 2):
+            maps = functional.conv2d(maps, *self.take(2), padding=1)
+            maps = functional.max_pool2d(self.norm(maps).relu(), pool)
+        return self.linear(maps)
+
+    def resnet18(self, maps):
+        maps = self.norm(functional.conv2d(maps, *self.take(1), padding=1)).relu()
+        for block in range(8):
+            halve = block in (2, 4, 6)
+            branch = functional.conv2d(maps, *self.take(1), padding=1, stride=2 if halve else 1)
+            branch = functional.conv2d(self.norm(branch).relu(), *self.take(1), padding=1)
+            branch = self.norm(branch)
+            if halve:
+                maps = self.norm(functional.conv2d(maps[:, :, ::2, ::2], *self.take(1)))
+            maps = (branch + maps).relu()
+        return self.linear(maps.mean((2, 3)))
+
+    def vit(self, images):
+        class_token, positions, weight, bias = self.take(4)
+        patches = functional.unfold(images, 4, stride=4).transpose(1, 2) @ weight.flatten(1).T + bias
+        tokens = torch.cat([class_token.expand(len(images), 1, -1), patches], 1) + positions
+        for _ in range(2):
+            query, key, value = (self.layer_norm(tokens) @ self.take(1)[0].T).chunk(3, dim=2)  # one head
+            mixed = functional.scaled_dot_product_attention(query, key, value)
+            tokens = tokens + functional.linear(mixed, *self.take(2))
+            hidden = functional.gelu(functional.linear(self.layer_norm(tokens), *self.take(2)))
+            tokens = tokens + functional.linear(hidden, *self.take(2))
+        return self.linear(self.layer_norm(tokens[:, 0]))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_against_a_plain_forward_pass(name):
+    network = tiny(name).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        images = random_images(dtype=torch.float64)
+        plain = Plain(network)
+        torch.testing.assert_close(network(images), getattr(plain, name)(images))
+    assert not plain.left
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_seed_decides_the_weights_and_the_global_generator_is_untouched(name):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, again, other = (flat_parameters(tiny(name, seed=seed)) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(8)
+    assert torch.equal(first, flat_parameters(tiny(name, seed=3)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flat_parameters_make_the_same_network(name):
+    network, other = tiny(name, seed=1), tiny(name, seed=2)
+    images = random_images()
+    flat = flat_parameters(network)
+    assert not flat.requires_grad
+    parts = unflatten(flat, other)
+    assert all(torch.equal(parts[key], value) for key, value in network.named_parameters())
+    storage = flat.untyped_storage().data_ptr()
+    assert all(part.untyped_storage().data_ptr() == storage for part in parts.values())  # views, no copies
+    torch.testing.assert_close(functional_call(other, parts, (images,)), network(images))
+
+    flat.requires_grad_()
+    functional_call(other, unflatten(flat, other), (images,)).square().sum().backward()
+    network(images).square().sum().backward()
+    torch.testing.assert_close(flat.grad, torch.cat([p.grad.flatten() for p in network.parameters()]))
+
+
+def test_flat_parameters_is_a_copy():
+    network = tiny("convnet")
+    flat_parameters(network).zero_()
+    assert flat_parameters(network).abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_second_derivative(name):
+    """DC and MTT differentiate a parameter gradient again: compare with a central difference."""
+    network = tiny(name).double()
+    generator = torch.Generator().manual_seed(5)
+    flat = flat_parameters(network)
+    images = random_images(dtype=torch.float64)
+    along, flat_step, images_step = (
+        torch.randn(like.shape, dtype=torch.float64, generator=generator) for like in (flat, flat, images)
+    )
+
+    def gradient_along(flat, images):
+        flat = flat if flat.requires_grad else flat.clone().requires_grad_()
+        logits = functional_call(network, unflatten(flat, network), (images,))
+        loss = functional.cross_entropy(logits, torch.tensor([0, 2]))
+        return torch.autograd.grad(loss, flat, create_graph=True)[0] @ along
+
+    leaves = flat.clone().requires_grad_(), images.clone().requires_grad_()
+    flat_grad, images_grad = torch.autograd.grad(gradient_along(*leaves), leaves)
+    epsilon = 1e-7
+    for grad, step, moved in (
+        (flat_grad, flat_step, lambda e: (flat + e * flat_step, images)),
+        (images_grad, images_step, lambda e: (flat, images + e * images_step)),
+    ):
+        change = (gradient_along(*moved(epsilon)) - gradient_along(*moved(-epsilon))).detach()
+        torch.testing.assert_close((grad * step).sum(), change / (2 * epsilon), rtol=1e-5, atol=1e-6)
+
+
+def test_convnet_gradgradcheck():
+    network = build("convnet", channels=1, size_px=4, classes=2, width=2, depth=1, seed=0).double()
+    flat = flat_parameters(network).requires_grad_()
+    images = random_images(channels=1, size_px=4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda flat, images: functional_call(network, unflatten(flat, network), (images,)), (flat, images)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mlp", {}, "unknown architecture 'mlp'.*convnet, alexnet, vgg11, resnet18, vit"),
+        ("convnet", {"depth": 6}, "depth=6.*size_px=32.*at most 5"),
+        ("convnet", {"depth": 0}, "depth=0.*at least 1"),
+        ("convnet", {"width": 0}, "width=0.*at least 1"),
+        ("convnet", {"norms": False}, "convnet has no norms"),
+        ("alexnet", {"depth": 3}, "alexnet has no depth, but depth=3"),
+        ("vgg11", {"depth": 3}, "vgg11 has no depth"),
+        ("resnet18", {"depth": 3}, "resnet18 has no depth"),
+        ("alexnet", {"width": 5}, "width=5.*even"),
+        ("alexnet", {"size_px": 7}, "size_px=7.*alexnet.*8 px"),
+        ("vgg11", {"size_px": 31}, "size_px=31.*vgg11.*32 px"),
+        ("resnet18", {"size_px": 8}, "size_px=8.*resnet18.*16 px"),
+        ("vit", {"size_px": 4}, "size_px=4.*vit.*8 px"),
+        ("vit", {"size_px": 100}, "size_px=100.*divisible.*12 px"),
+        ("vit", {"width": 40}, "width=40.*multiple of 32"),
+    ],
+)
+def test_errors_name_the_key(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **{"channels": 3, "size_px": 32, "classes": 10, "seed": 0, **options})
+
+
+def test_unflatten_refuses_another_length():
+    network = tiny("convnet")
+    with pytest.raises(ValueError, match="parameters"):
+        unflatten(flat_parameters(network)[:-1], network)
