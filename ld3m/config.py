@@ -182,7 +182,7 @@ class Budgets(Model):
 class DistillParams(Model):
     network: Architecture
     momentum: Share
-    validate_every: Count
+    validations: Count
     validation_seeds: Count
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dc: Budgets
@@ -199,10 +199,18 @@ class Recipe(Model):
     ema_decay: Share | None
 
 
+class FullDataRecipe(Model):
+    """What differs from `recipe` where all real images are trained on; an epoch is many steps there, not one."""
+
+    epochs: Count
+    batch: Count
+    ema_decay: Share | None
+
+
 class EvaluateParams(Model):
     seeds: Annotated[int, Field(ge=2)]
     recipe: Recipe
-    full_data_epochs: Count
+    full_data: FullDataRecipe
 
 
 class GradientNormParams(Model):

@@ -55,7 +55,7 @@ def distill(
     learning_rates: dict[str, float],
     momentum: float,
     validate: Callable[[Tensor], float],
-    validate_every: int,
+    validations: int,
     checkpoint: Path,
     checkpoint_minutes: float,
     configuration: dict[str, Any],
@@ -63,7 +63,8 @@ def distill(
 ) -> Distilled:
     """Learns `synthetic` with SGD for some iterations.
 
-    `validate(images)` gives an accuracy in [0, 1]; it is asked at iteration 0, every `validate_every` and at the end.
+    `validate(images)` gives an accuracy in [0, 1]; it is asked at iteration 0 and `validations` times after it, evenly
+    spaced, the last time at the end.
     The state goes to the file `checkpoint` every `checkpoint_minutes`; where that file exists the run goes on from
     it, and refuses to if `configuration` (plain JSON values) is not the one it was started with.
     """
@@ -73,9 +74,10 @@ def distill(
         momentum=momentum,
     )
     run = _resume(checkpoint, learnables, optimizer, configuration) if checkpoint.exists() else Distilled()
+    checks = {iterations * check // validations for check in range(validations)}
     saved = time.monotonic()
     for step in progress(iterations, label="distil", start=len(run.history), status=lambda: _status(run)):
-        if step % validate_every == 0:
+        if step in checks:
             _validate(run, synthetic, objective, validate, step)
         optimizer.zero_grad(set_to_none=True)
         images = synthetic.render()

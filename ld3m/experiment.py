@@ -22,7 +22,7 @@ from ld3m.networks import build, flat_parameters
 from ld3m.progress import progress
 from ld3m.sampler import sample
 from ld3m.seeds import derive
-from ld3m.storage import require_space
+from ld3m.storage import new_folder, require_space, write_json, write_tensors
 from ld3m.synthetic import start_ld3m, start_pixels
 
 
@@ -47,11 +47,11 @@ class Experiment:
         """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
         return partial(build, classes=len(self.dataset.train.classes), **self.params.network_arguments(architecture))
 
-    def recipe(self, architecture: str, *, epochs: int | None = None) -> dict[str, Any]:
+    def recipe(self, architecture: str) -> dict[str, Any]:
         """The keyword arguments of `training.train` with which an architecture is judged."""
         given = self.params.evaluate.recipe
         return {
-            "epochs": epochs or given.epochs,
+            "epochs": given.epochs,
             "batch": given.batch,
             "learning_rate": given.learning_rates[architecture],
             "momentum": given.momentum,
@@ -109,33 +109,26 @@ class Experiment:
 
     def validate(self, images: Tensor, labels: Tensor) -> float:
         """Mean validation accuracy, in [0, 1], of the distilling architecture trained on the images."""
-        architecture = self.params.distill.network
+        given = self.params.distill
         scores = self._judge(
-            images.__getitem__,
-            labels,
-            self.dataset.validation,
-            (architecture,),
-            self.params.distill.validation_seeds,
-            None,
-        )
-        return sum(scores[architecture]) / len(scores[architecture])
+            images.__getitem__, labels, self.dataset.validation, (given.network,), given.validation_seeds, {}
+        )[given.network]
+        return sum(scores) / len(scores)
 
     def test(self, images: Tensor | None, labels: Tensor) -> dict[str, list[float]]:
         """Test accuracies of every architecture trained on the images, or on the full training split (None)."""
-        train = self.dataset.train
-        fetch = images.__getitem__ if images is not None else partial(real_images, train, self.dataset.normalization)
-        epochs = None if images is not None else self.params.evaluate.full_data_epochs
-        return self._judge(
-            fetch,
-            labels,
-            self.dataset.test,
-            self.params.grid.architecture,
-            self.params.evaluate.seeds,
-            epochs,
-        )
+        given = self.params.evaluate
+        if images is None:
+            fetch = partial(real_images, self.dataset.train, self.dataset.normalization)
+            changes = given.full_data.model_dump()
+        else:
+            fetch, changes = images.__getitem__, {}
+        return self._judge(fetch, labels, self.dataset.test, self.params.grid.architecture, given.seeds, changes)
 
     def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
+        if name == "full_data":
+            return None, self.dataset.train.labels
         pixels, labels = self.initial(ipc)
         given = self.params.spaces.ld3m
         to_images = self.dataset.normalization.to_images
@@ -143,18 +136,16 @@ class Experiment:
             return to_images(pixels), labels
         if name == "iteration0":
             return self.synthetic("ld3m", ipc, start="real").render().detach(), labels
-        if name == "prior_samples":
-            samples = sample(
-                self.prior,
-                labels,
-                size_px=pixels.shape[-1],
-                steps=given.steps,
-                guidance=given.guidance,
-                render_batch=given.render_batch,
-                seed=self.params.seed,
-            )
-            return to_images(samples), labels
-        return None, self.dataset.train.labels
+        samples = sample(
+            self.prior,
+            labels,
+            size_px=pixels.shape[-1],
+            steps=given.steps,
+            guidance=given.guidance,
+            render_batch=given.render_batch,
+            seed=self.params.seed,
+        )
+        return to_images(samples), labels
 
     def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
         """Runs the loop for one cell, from its checkpoint where an interrupted run left one."""
@@ -170,7 +161,7 @@ class Experiment:
             learning_rates=budget.learning_rates,
             momentum=self.params.distill.momentum,
             validate=partial(self.validate, labels=synthetic.labels),
-            validate_every=self.params.distill.validate_every,
+            validations=self.params.distill.validations,
             checkpoint=paths.CHECKPOINTS / self.params.dataset / f"{cell}.safetensors",
             checkpoint_minutes=self.params.distill.checkpoint_minutes,
             configuration=self.configuration(objective, space, ipc),
@@ -208,6 +199,22 @@ class Experiment:
         tensors, _ = read_artefact(paths.distilled_folder(self.params.dataset, f"{objective}-{space}-{ipc}"))
         return tensors["images"], tensors["labels"]
 
+    def write_scores(
+        self, accuracies: dict[str, list[float]], objective: str, space: str, ipc: int, images: Tensor | None
+    ) -> Path:
+        """Writes one JSON file an architecture, and the images of a control (those of a cell are in its artefact)."""
+        cell = f"{objective}-{space}-{ipc}"
+        folder = paths.scores_folder(self.params.dataset, cell)
+        with new_folder(folder) as partial_folder:
+            for architecture, values in accuracies.items():
+                record = {"cell": cell, "architecture": architecture, "accuracy": values}
+                write_json(partial_folder / f"{architecture}.json", record)
+            if objective == "none" and images is not None:
+                pixels = self.dataset.normalization.to_pixels(images)
+                metadata = {"classes": list(self.dataset.train.classes)}
+                write_tensors(partial_folder / "images.safetensors", {"pixels": pixels}, metadata)
+        return folder
+
     def gradient_norms(self) -> pd.DataFrame:
         """Norm of the DM gradient of what is learned, at iteration 0: columns skip, learned, steps, network, norm."""
         given = self.params.gradient_norms
@@ -226,14 +233,22 @@ class Experiment:
                 rows.append((skip, learn, steps, network, grad.norm().item()))
         return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
 
-    def _judge(self, fetch, labels, real, architectures, seeds, epochs) -> dict[str, list[float]]:
+    def _judge(
+        self,
+        fetch: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        real: data.Split,
+        architectures: tuple[str, ...],
+        seeds: int,
+        recipe_changes: dict[str, Any],
+    ) -> dict[str, list[float]]:
         return judge_all(
             fetch,
             labels,
             real,
             normalization=self.dataset.normalization,
             networks={name: self.new_network(name) for name in architectures},
-            recipes={name: self.recipe(name, epochs=epochs) for name in architectures},
+            recipes={name: self.recipe(name) | recipe_changes for name in architectures},
             strategy=self.params.data.augmentation,
             seeds=seeds,
             seed=self.params.seed,
@@ -256,7 +271,7 @@ class Experiment:
             "iterations": params.budget(objective, space).iterations,
             "learning_rates": params.budget(objective, space).learning_rates,
             "momentum": params.distill.momentum,
-            "validate_every": params.distill.validate_every,
+            "validations": params.distill.validations,
             "validation_seeds": params.distill.validation_seeds,
             "validation_recipe": self.recipe(architecture),
             "objective_parameters": getattr(params.objectives, objective).model_dump(),

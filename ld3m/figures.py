@@ -111,6 +111,22 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     return _closed(figure)
 
 
+def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
+    """Loss, validation accuracy (the chosen iteration is marked) and gradient norms of one run over its iterations."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.6))
+    axes[0].plot(history.step, history.loss)
+    axes[1].plot(checks.iteration, 100 * checks.accuracy, "o-", ms=3)
+    axes[1].axvline(checks.iteration[checks.accuracy.idxmax()], color="0.6", ls=":")
+    for name in history.columns[history.columns.str.startswith("grad_norm_")]:
+        axes[2].plot(history.step, history[name], label=name.removeprefix("grad_norm_"))
+    axes[0].set(title="matching loss", yscale="log", xlabel="iteration")
+    axes[1].set(title="validation accuracy, %", xlabel="iteration")
+    axes[2].set(title="gradient norm", yscale="log", xlabel="iteration")
+    axes[2].legend()
+    figure.tight_layout()
+    return _closed(figure)
+
+
 def gradient_norms(norms: pd.DataFrame) -> Figure:
     """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation.
 

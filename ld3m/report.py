@@ -1,10 +1,15 @@
-"""Gathers what the stages wrote and writes the tables and figures of reports/."""
+"""Gathers what the stages wrote and writes the tables and figures of reports/.
+
+python -m ld3m.report        # copies the main table into README.md
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ld3m import figures, paths
 from ld3m.artefact import read_artefact
@@ -76,29 +81,47 @@ def _prior(params: Params) -> Figure:
 
 
 def _distilled(params: Params, ipc: int) -> Figure:
-    """One row a cell: the first image of every class."""
-    rows = {}
+    """One row a cell or control: the first image of every class."""
+    rows, classes = {}, None
     for objective, space, cell_ipc in cells(params):
         if cell_ipc == ipc:
-            tensors, metadata = _images(params, objective, space, ipc)
-            normalization = Normalization(**{key: tuple(value) for key, value in metadata["normalization"].items()})
             name = f"{NAMES[objective]} {NAMES[space]}".removeprefix("- ")
-            rows[name] = normalization.to_pixels(tensors["images"])[::ipc]
-    return figures.image_rows(rows, columns=metadata["classes"])
+            pixels, classes = _pixels(params, objective, space, ipc)
+            rows[name] = pixels[::ipc]
+    return figures.image_rows(rows, columns=classes)
 
 
-def _images(params: Params, objective: str, space: str, ipc: int):
+def _pixels(params: Params, objective: str, space: str, ipc: int) -> tuple[Tensor, list[str]]:
+    """Pixels (N, C, H, W) of a cell or a control, and the class names."""
     cell = f"{objective}-{space}-{ipc}"
-    if objective != "none":
-        return read_artefact(paths.distilled_folder(params.dataset, cell))
-    return read_tensors(paths.scores_folder(params.dataset, cell) / "images.safetensors")
+    if objective == "none":
+        tensors, metadata = read_tensors(paths.scores_folder(params.dataset, cell) / "images.safetensors")
+        return tensors["pixels"], metadata["classes"]
+    tensors, metadata = read_artefact(paths.distilled_folder(params.dataset, cell))
+    return Normalization(**metadata["normalization"]).to_pixels(tensors["images"]), metadata["classes"]
 
 
 def _records(params: Params, key: str) -> pd.DataFrame:
     """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
     frames = [
-        pd.DataFrame(_images(params, objective, space, ipc)[1][key]).assign(objective=objective, space=space, ipc=ipc)
-        for objective, space, ipc in cells(params)
-        if objective != "none"
+        pd.DataFrame(_metadata(params, cell)[key]).assign(objective=cell[0], space=cell[1], ipc=cell[2])
+        for cell in cells(params)
+        if cell[0] != "none"
     ]
     return pd.concat(frames, ignore_index=True)
+
+
+def _metadata(params: Params, cell: tuple[str, str, int]) -> dict[str, Any]:
+    return read_artefact(paths.distilled_folder(params.dataset, "{}-{}-{}".format(*cell)))[1]
+
+
+def with_table(readme: str, table: str) -> str:
+    """The text of a README with the table between its two marks."""
+    before, _, rest = readme.partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->\n")
+    return f"{before}<!-- table -->\n{table}<!-- /table -->\n{after}"
+
+
+if __name__ == "__main__":
+    readme = paths.ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), (paths.TABLES / "main.md").read_text()))

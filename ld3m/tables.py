@@ -1,14 +1,12 @@
 """From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 from scipy import stats
 
 from ld3m import paths
 from ld3m.config import Params
-from ld3m.storage import write_json
 
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
@@ -30,19 +28,6 @@ def cells(params: Params) -> list[tuple[str, str, int]]:
         for space in params.grid.space
     ]
     return [*controls, *distilled, ("none", "full_data", 0)]
-
-
-def write_scores(folder: Path, accuracies: dict[str, list[float]], *, objective: str, space: str, ipc: int) -> None:
-    """One JSON file an architecture with the test accuracy, in [0, 1], of every seed."""
-    for architecture, values in accuracies.items():
-        record = {
-            "objective": objective,
-            "space": space,
-            "ipc": ipc,
-            "architecture": architecture,
-            "accuracy": values,
-        }
-        write_json(folder / f"{architecture}.json", record)
 
 
 def read_scores(params: Params) -> pd.DataFrame:

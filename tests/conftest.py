@@ -1,0 +1,99 @@
+"""Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ld3m.data import Dataset, Normalization, Split
+from ld3m.diffusion import build_prior
+
+SIZE_PX = 16
+CLASSES = 3
+NORMALIZATION = Normalization((0.4,), (0.3,))
+
+
+def make_prior(*, seed=0, scaling_factor=0.7, channels=1, latent_channels=2):
+    """A random prior in float32: 16 px <-> latents (2, 4, 4), 3 classes, a codebook with a spread like its inputs'."""
+    prior = build_prior(
+        channels=channels,
+        classes=CLASSES,
+        latent_size=4,
+        latent_channels=latent_channels,
+        codebook=16,
+        autoencoder_widths=(8, 8, 8),
+        unet_widths=(32, 32),
+        conditioning_width=8,
+        seed=seed,
+    )
+    prior.autoencoder.register_to_config(scaling_factor=scaling_factor)  # not 1, so that leaving it out is seen
+    with torch.no_grad():
+        prior.autoencoder.quantize.embedding.weight.mul_(8)
+    return prior
+
+
+def make_split(per_class, *, seed):
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(CLASSES).repeat(per_class)  # interleaved: nothing may rely on an order
+    uint8 = torch.randint(256, (len(labels), 1, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=draw)
+    return Split(uint8, labels, ("a", "b", "c"))
+
+
+@pytest.fixture(scope="session")
+def prior():
+    """Shared by all tests: do not change it."""
+    return make_prior().to(torch.float64).frozen()
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    splits = {name: make_split(count, seed=count) for name, count in {"train": 6, "validation": 3, "test": 2}.items()}
+    return Dataset("toy", normalization=NORMALIZATION, **splits)
+
+
+@pytest.fixture
+def randn():
+    """Standard normal float64 tensors of the shapes asked for; the same in every test."""
+    draw = torch.Generator().manual_seed(1)
+    return lambda *shape: torch.randn(shape, dtype=torch.float64, generator=draw)
+
+
+def relative_difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def directional_derivative(function, points, directions, *, h=1e-6):
+    """Central difference of a scalar function of several tensors."""
+    with torch.no_grad():
+        ahead = function(*(p + h * d for p, d in zip(points, directions, strict=True)))
+        behind = function(*(p - h * d for p, d in zip(points, directions, strict=True)))
+    return (float(ahead) - float(behind)) / (2 * h)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that still live; `peak` is the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return output
+
+    def _count(self, storage):
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size).atexit = False
+
+    def _release(self, size):
+        self.live -= size

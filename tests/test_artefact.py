@@ -1,0 +1,193 @@
+import re
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ld3m.artefact import read_artefact, tensors_hash, write_artefact
+from ld3m.data import Normalization
+from ld3m.storage import read_tensors, write_tensors
+
+CLASSES = ("cat", "dog", "sea horse")
+IPC = 2
+
+
+def toy(channels=3, classes=CLASSES):
+    """Two images a class, some of their pixels outside [-1, 1], and what a run records."""
+    normalization = Normalization((0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.1)[:channels])
+    labels = torch.arange(len(classes)).repeat_interleave(IPC)
+    rng = torch.Generator().manual_seed(0)
+    pixels = 3 * torch.rand(len(labels), channels, 8, 8, generator=rng) - 1.5
+    recipe = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "epochs": 3}
+    record = {
+        "configuration": {
+            "iterations": 4,
+            "network": "convnet",
+            "augmentation": "color_crop",
+            "validation_recipe": recipe,
+            "data_sha256": "d" * 64,
+            "prior_sha256": None,
+        },
+        "history": [{"step": 0, "loss": 0.1}],
+        "validation": [{"iteration": 0, "accuracy": 0.25}, {"iteration": 2, "accuracy": 0.75}],
+        "cost": {"iterations": 4},
+    }
+    tensors = {"images": normalization.to_images(pixels), "z": torch.randn(len(labels), 4, generator=rng)}
+    return tensors, dict(labels=labels, classes=classes, normalization=normalization, name="toy", record=record)
+
+
+def write(folder, **changes):
+    tensors, rest = toy(**changes)
+    write_artefact(folder, tensors, **rest)
+    return tensors, rest
+
+
+def rounded(tensors, rest):
+    """The images as 8 bit (N, H, W, C), by plain numpy."""
+    mean, std = (np.array(values)[:, None, None] for values in (rest["normalization"].mean, rest["normalization"].std))
+    images = tensors["images"].double().numpy() * std + mean
+    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def files(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artefact") / "set"
+    return folder, *write(folder)
+
+
+def test_what_is_written_is_read(written):
+    folder, tensors, rest = written
+    read, metadata = read_artefact(folder)
+    assert set(read) == {"images", "labels", "z"}
+    for name, tensor in (tensors | {"labels": rest["labels"]}).items():
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
+    assert rest["record"].items() <= metadata.items()
+    assert metadata["name"] == "toy" and metadata["classes"] == list(CLASSES)
+    assert metadata["normalization"] == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1]}
+    assert metadata["libraries"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name, change", [("images", lambda t: t + 1e-6), ("labels", lambda t: t.flip(0))])
+def test_changed_tensors_are_detected(tmp_path, name, change):
+    write(tmp_path / "set")
+    file = tmp_path / "set" / "distilled.safetensors"
+    tensors, metadata = read_tensors(file)
+    write_tensors(file, tensors | {name: change(tensors[name])}, metadata)
+    with pytest.raises(ValueError, match=r"distilled\.safetensors: the tensors do not match the hash"):
+        read_artefact(tmp_path / "set")
+
+
+def test_a_file_without_a_hash_and_a_missing_one_are_named(tmp_path):
+    write_tensors(tmp_path / "distilled.safetensors", {"images": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="do not match"):
+        read_artefact(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"distilled\.safetensors is missing; `dvc repro`"):
+        read_artefact(tmp_path / "absent")
+
+
+def test_the_hash_is_over_names_shapes_types_and_values():
+    one = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
+    others = [
+        {"b": one["b"], "c": one["a"]},
+        one | {"a": torch.zeros(3, 2)},
+        one | {"a": torch.zeros(2, 3, dtype=torch.int32)},
+        one | {"a": -torch.zeros(2, 3)},
+        {"a": one["a"]},
+    ]
+    assert len({tensors_hash(tensors) for tensors in (one, *others)}) == 6
+    assert tensors_hash(dict(reversed(one.items()))) == tensors_hash(one)
+    assert tensors_hash(one | {"a": torch.zeros(3, 2).T.requires_grad_()}) == tensors_hash(one)
+
+
+def test_bytes_repeat_and_say_nothing_about_the_machine(tmp_path, monkeypatch):
+    write(tmp_path / "one")
+    for name in ("USER", "LOGNAME", "HOME", "HOSTNAME"):
+        monkeypatch.setenv(name, str(tmp_path / "somebody"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "another place" / "two")
+    one, two = files(tmp_path / "one"), files(tmp_path / "another place" / "two")
+    assert one == two and len(one) == 2 + len(CLASSES) * IPC
+    text = (tmp_path / "one" / "card.md").read_text() + str(read_artefact(tmp_path / "one")[1])
+    assert not re.search(r"(?<![\w.`])/\w", text)  # an absolute path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_pngs_are_the_clamped_rounded_images(tmp_path, channels):
+    tensors, rest = write(tmp_path / "set", channels=channels)
+    folders = sorted((tmp_path / "set" / "images").iterdir())
+    assert [re.sub(r"^\d+ ", "", folder.name) for folder in folders] == sorted(CLASSES)
+    expected = rounded(tensors, rest)
+    assert {0, 255} <= set(expected.flatten().tolist())
+    for label, folder in enumerate(folders):
+        assert sorted(file.name for file in folder.iterdir()) == ["0.png", "1.png"]
+        for k in range(IPC):
+            with Image.open(folder / f"{k}.png") as image:
+                assert image.mode == {1: "L", 3: "RGB"}[channels]
+                np.testing.assert_array_equal(
+                    np.asarray(image).reshape(8, 8, channels), expected[IPC * label + k], strict=True
+                )
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("../x", "..", ".", "a/b", "/etc/x", "a\\b"),
+        ("", " ", "\n", "\0"),
+        ("a/b", "a_b", "a:b"),
+        ("", "class 0", "class 1"),
+        ("è", "猫", "`x`\n# title"),
+    ],
+)
+def test_no_class_name_leaves_the_folder_or_overwrites_another(tmp_path, classes):
+    tensors, rest = write(tmp_path / "set", classes=classes)
+    images = tmp_path / "set" / "images"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+    assert sorted(entry.name for entry in (tmp_path / "set").iterdir()) == ["card.md", "distilled.safetensors", "images"]
+    assert len(list(images.iterdir())) == len(classes)
+    shown = [np.asarray(Image.open(file)).tobytes() for file in images.glob("*/*.png")]
+    assert sorted(shown) == sorted(image.tobytes() for image in rounded(tensors, rest))
+
+
+def test_the_recipe_of_the_card_runs(written, monkeypatch):
+    folder, tensors, rest = written
+    monkeypatch.chdir(folder)
+    (recipe,) = re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), flags=re.DOTALL)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, len(CLASSES)))
+    plain = torch.nn.Linear(3 * 8 * 8, len(CLASSES)).requires_grad_()
+    plain.load_state_dict(network[1].state_dict())
+    assert "\nnetwork = ...  # " in recipe and "(N, 3, 8, 8)" in recipe and "with 3 outputs" in recipe
+    exec(recipe.replace("network = ...", "network = given"), {"given": network})
+    momenta = {name: 0 for name, _ in plain.named_parameters()}
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(plain(tensors["images"].flatten(1)), rest["labels"])
+        for (name, weight), grad in zip(
+            plain.named_parameters(), torch.autograd.grad(loss, list(plain.parameters())), strict=True
+        ):
+            momenta[name] = 0.9 * momenta[name] + grad + 5e-4 * weight.detach()
+            weight.data -= 0.01 * momenta[name]
+    torch.testing.assert_close(network[1].weight, plain.weight)
+
+
+def test_the_card_says_what_was_chosen_and_where_it_comes_from(written):
+    folder, _, _ = written
+    card = (folder / "card.md").read_text()
+    for part in ("6 images, 2 a class (cat, dog, sea horse), 3 x 8 x 8", "Iteration 2 of 4", "0.750", "d" * 64):
+        assert part in card
+    assert read_artefact(folder)[1]["tensors_sha256"] in card and "none used" in card
+
+
+def test_a_set_that_cannot_be_written_leaves_the_former_one(tmp_path):
+    write(tmp_path / "set")
+    before = files(tmp_path / "set")
+    tensors, rest = toy()
+    with pytest.raises(KeyError):
+        write_artefact(tmp_path / "set", tensors, **rest | {"record": {}})
+    assert files(tmp_path / "set") == before and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,247 @@
+"""The prior: shapes and scales of its six functions, its folder on disk, its fingerprint."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_prior
+
+from ld3m import diffusion
+from ld3m.diffusion import load_prior, save_prior
+
+SCALE = 0.7  # of make_prior
+WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vqvae/diffusion_pytorch_model.safetensors",
+    "class_embedder/model.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a prior, and the prior that was saved there. Do not change it."""
+    folder, prior = tmp_path_factory.mktemp("priors") / "tiny", make_prior().frozen()
+    save_prior(prior, folder)
+    return folder, prior
+
+
+@pytest.fixture
+def pixels(randn):
+    return randn(3, 1, 16, 16).clamp(-1, 1)
+
+
+def nearest_codes(prior, z):
+    codes = prior.autoencoder.quantize.embedding.weight  # (codebook, c)
+    return torch.stack([codes[(codes - p).square().sum(1).argmin()] for p in z.movedim(1, -1).reshape(-1, z.shape[1])])
+
+
+def test_alpha_bar_is_that_of_cin256(prior):
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    assert prior.alpha_bar.shape == (1000,) and prior.alpha_bar.dtype == torch.float64
+    torch.testing.assert_close(prior.alpha_bar, (1 - betas).cumprod(0), rtol=1e-4, atol=0)
+
+
+def test_encode(prior, pixels):
+    z = prior.encode(pixels)
+    assert z.shape == (3, *prior.latent_shape(16)) == (3, 2, 4, 4)
+    autoencoder = prior.autoencoder
+    torch.testing.assert_close(z, SCALE * autoencoder.quant_conv(autoencoder.encoder(pixels)))
+
+
+def test_quantize_takes_the_nearest_codes_and_passes_the_gradient(prior, randn):
+    z = randn(3, 2, 4, 4).requires_grad_()
+    quantized = prior.quantize(z)
+    nearest = SCALE * nearest_codes(prior, z / SCALE)
+    torch.testing.assert_close(quantized.movedim(1, -1).reshape(-1, 2), nearest)
+    assert len(nearest.unique(dim=0)) > 3
+    weight = randn(3, 2, 4, 4)
+    torch.testing.assert_close(torch.autograd.grad((quantized * weight).sum(), z)[0], weight, rtol=0, atol=1e-15)
+    torch.testing.assert_close(prior.quantize(quantized), quantized)
+
+
+def test_decode_goes_through_the_quantiser(prior, randn):
+    z = randn(3, 2, 4, 4)
+    pixels = prior.decode(z)
+    assert pixels.shape == (3, 1, 16, 16)
+    torch.testing.assert_close(prior.decode(prior.quantize(z)), pixels)
+    autoencoder = prior.autoencoder
+    codes = nearest_codes(prior, z / SCALE).view(3, 4, 4, 2).movedim(-1, 1)
+    torch.testing.assert_close(autoencoder.decoder(autoencoder.post_quant_conv(codes)), pixels)
+
+
+def test_decode_does_not_clamp(prior, randn, monkeypatch):
+    monkeypatch.setattr(prior.autoencoder.decoder.conv_out.bias, "data", torch.full((1,), 5.0, dtype=torch.float64))
+    assert prior.decode(randn(1, 2, 4, 4)).max() > 2
+
+
+def test_embed_and_null(prior):
+    c = prior.embed(torch.tensor([2, 0, 1, 2]))
+    assert c.shape == (4, 1, 8) and torch.equal(c[:, 0], prior.embedding.weight[[2, 0, 1, 2]])
+    null = prior.null(4)
+    assert null.shape == (4, 1, 8) and all(torch.equal(row[0], prior.embedding.weight[3]) for row in null)
+    assert prior.classes == 3  # the null class is not counted
+
+
+def test_denoise(prior, randn):
+    z_t, c = randn(3, 2, 4, 4), prior.embed(torch.tensor([0, 1, 2]))
+    noise = prior.denoise(z_t, 401, c)
+    assert noise.shape == z_t.shape and noise.dtype == torch.float64
+    torch.testing.assert_close(prior.denoise(z_t, torch.tensor([401] * 3), c), noise)
+    mixed = prior.denoise(z_t, torch.tensor([401, 1, 901]), c)
+    torch.testing.assert_close(mixed[0], noise[0])
+    torch.testing.assert_close(mixed[2:], prior.denoise(z_t[2:], 901, c[2:]))
+    assert (mixed[1:] - noise[1:]).abs().max() > 1e-3  # the time matters
+    assert (prior.denoise(z_t, 401, prior.null(3)) - noise).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # and the class
+
+
+def test_the_prior_is_frozen(prior):
+    for module in (prior.unet, prior.autoencoder, prior.embedding):
+        assert not any(part.training for part in module.modules())
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("size_px", "shape"), [(8, (2, 2, 2)), (16, (2, 4, 4)), (40, (2, 10, 10))])
+def test_latent_shape(prior, size_px, shape):
+    assert prior.latent_shape(size_px) == shape
+    pixels = torch.zeros(1, 1, size_px, size_px, dtype=torch.float64)
+    assert prior.encode(pixels).shape[1:] == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size_px": 4}, "size_px = 4 .*multiples of 8 px.*params.yaml"),
+        ({"size_px": 0}, "size_px = 0 "),
+        ({"size_px": 20}, "size_px = 20 .*multiples of 8 px"),
+        ({"channels": 3}, "3 channels, the prior 1; .*params.yaml"),
+        ({"classes": 4}, "4 classes, the prior knows 3; .*params.yaml"),
+    ],
+)
+def test_a_data_set_that_does_not_fit(prior, change, message):
+    fitting = {"size_px": 16, "channels": 1, "classes": 3}
+    prior.check(**fitting)
+    prior.check(**fitting | {"classes": 2})  # a subset does
+    with pytest.raises(ValueError, match=message):
+        prior.check(**fitting | change)
+
+
+def test_build_depends_on_the_seed_alone():
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    first = make_prior().fingerprint()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert make_prior().fingerprint() == first != make_prior(seed=1).fingerprint()
+
+
+@pytest.mark.parametrize(("channels", "latent_channels"), [(3, 4), (1, 3)])
+def test_other_numbers_of_channels(channels, latent_channels):
+    prior = make_prior(channels=channels, latent_channels=latent_channels).frozen()
+    assert prior.channels == channels
+    z = prior.encode(torch.zeros(2, channels, 16, 16))
+    assert z.shape == (2, latent_channels, 4, 4) == (2, *prior.latent_shape(16))
+    assert prior.denoise(z, 1, prior.null(2)).shape == z.shape
+    assert prior.decode(z).shape == (2, channels, 16, 16)
+
+
+def test_save_and_load(saved, pixels):
+    folder, prior = saved
+    loaded = load_prior(folder)
+    assert loaded.fingerprint() == prior.fingerprint()
+    assert torch.equal(loaded.alpha_bar, prior.alpha_bar)
+    assert loaded.autoencoder.config.scaling_factor == SCALE
+    for module in (loaded.unet, loaded.autoencoder, loaded.embedding):
+        assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
+        assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    z, c = prior.encode(pixels.float()), prior.embed(torch.tensor([0, 1, 2]))
+    assert torch.equal(loaded.encode(pixels.float()), z)
+    assert torch.equal(loaded.embed(torch.tensor([0, 1, 2])), c)
+    assert torch.equal(loaded.null(3), prior.null(3))
+    assert torch.equal(loaded.denoise(z, 401, c), prior.denoise(z, 401, c))
+    assert torch.equal(loaded.decode(z), prior.decode(z))
+
+
+@pytest.mark.parametrize("part", ["unet", "autoencoder", "embedding"])
+def test_fingerprint_changes_with_any_weight(part):
+    prior = make_prior()
+    before = prior.fingerprint()
+    assert prior.fingerprint() == before
+    for parameter in (next(getattr(prior, part).parameters()), list(getattr(prior, part).parameters())[-1]):
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-3
+        after = prior.fingerprint()
+        assert after != before
+        before = after
+
+
+def test_fingerprint_changes_with_the_scale_and_the_schedule(prior):
+    assert make_prior(scaling_factor=0.8).fingerprint() != make_prior().fingerprint()
+    changed = prior.alpha_bar.clone()
+    changed[-1] *= 1.001
+    assert replace(prior, alpha_bar=changed).fingerprint() != prior.fingerprint()
+
+
+def test_no_prior(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no prior in .*nowhere: unet, vqvae, scheduler, class_embedder.*dvc"):
+        load_prior(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", ["unet", "vqvae", "scheduler", "class_embedder"])
+def test_a_part_is_missing(saved, tmp_path, part):
+    folder = shutil.copytree(saved[0], tmp_path / "broken")
+    shutil.rmtree(folder / part)
+    with pytest.raises(FileNotFoundError, match=f"broken: {part} missing.*dvc"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_truncated_file(saved, tmp_path, file, kept):
+    folder = shutil.copytree(saved[0], tmp_path / "broken")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+def test_a_missing_file(saved, tmp_path, file):
+    folder = shutil.copytree(saved[0], tmp_path / "broken")
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+        load_prior(folder)
+
+
+def test_other_predictions_than_noise_are_refused(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "other")
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(ValueError, match="'v_prediction'.*epsilon"):
+        load_prior(folder)
+
+
+def test_save_replaces_the_whole_folder(tmp_path):
+    folder = tmp_path / "deeper" / "prior"
+    save_prior(make_prior(), folder)
+    (folder / "unet/stray.bin").write_bytes(b"old")
+    new = make_prior(seed=1)
+    save_prior(new, folder)
+    assert load_prior(folder).fingerprint() == new.fingerprint()
+    assert not (folder / "unet/stray.bin").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["prior"]
+
+
+def test_a_save_that_fails_leaves_the_former_prior(tmp_path, monkeypatch):
+    folder, former = tmp_path / "prior", make_prior()
+    save_prior(former, folder)
+
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(diffusion, "save_file", full)  # the last file of the folder
+        save_prior(make_prior(seed=1), folder)
+    assert load_prior(folder).fingerprint() == former.fingerprint()
+    save_prior(make_prior(seed=1), folder)  # what the failure left behind is in nobody's way
+    assert load_prior(folder).fingerprint() == make_prior(seed=1).fingerprint()

@@ -1,0 +1,323 @@
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ld3m.distill
+from ld3m.distill import distill
+from ld3m.storage import read_tensors
+
+ITERATIONS = 7
+RATES = {"z": 0.05, "c": 0.02, "student_lr": 0.01}
+TARGETS = torch.randn(ITERATIONS, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+CONFIGURATION = {"objective": "toy", "learning_rates": RATES, "widths": (1, 2), "seed": 0}
+
+
+def start():
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@dataclass
+class Codes:
+    """Images z * c: `z` (4, 3) and the scalar `c` are learned."""
+
+    z: torch.Tensor = field(default_factory=lambda: start().requires_grad_())
+    c: torch.Tensor = field(default_factory=lambda: torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
+    labels = torch.tensor([0, 0, 1, 1])
+
+    @property
+    def learnables(self):
+        return {"z": self.z, "c": self.c}
+
+    def render(self):
+        return self.z * self.c
+
+    def tensors(self):
+        return {"z": self.z, "c": self.c, "fixed": torch.ones(2)}
+
+
+@dataclass
+class Squares:
+    """(student_lr * images - target of the step)^2, summed; `student_lr` is learned."""
+
+    student_lr: torch.Tensor = field(
+        default_factory=lambda: torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    )
+
+    @property
+    def learnables(self):
+        return {"student_lr": self.student_lr}
+
+    def __call__(self, images, labels, *, step):
+        assert not images.requires_grad and labels.tolist() == [0, 0, 1, 1]
+        images = images.clone().requires_grad_()
+        loss = ((self.student_lr * images - TARGETS[step]) ** 2).sum()
+        grad_images, self.student_lr.grad = torch.autograd.grad(loss, [images, self.student_lr])
+        return loss.item(), grad_images
+
+
+def by_hand(momentum):
+    """The values of (z, c, student_lr) before every step and after the last, with every derivative written out."""
+    z, c, lr = start(), torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    values, velocities, losses, norms = [(z, c, lr)], [0, 0, 0], [], []
+    for target in TARGETS:
+        residual = lr * z * c - target
+        losses.append((residual**2).sum().item())
+        grads = [2 * residual * lr * c, (2 * residual * lr * z).sum(), (2 * residual * z * c).sum()]
+        norms.append([grad.norm().item() for grad in grads])
+        velocities = [momentum * velocity + grad for velocity, grad in zip(velocities, grads, strict=True)]
+        z, c, lr = (
+            value - RATES[name] * velocity
+            for name, value, velocity in zip(RATES, (z, c, lr), velocities, strict=True)
+        )
+        values.append((z, c, lr))
+    return values, losses, norms
+
+
+def accuracy_of(images):
+    return torch.sigmoid(images.sum()).item()
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(synthetic=None, objective=None, **changes):
+        arguments = dict(
+            iterations=ITERATIONS,
+            learning_rates=RATES,
+            momentum=0.7,
+            validate=accuracy_of,
+            validations=3,
+            checkpoint=tmp_path / "checkpoints" / "cell.safetensors",
+            checkpoint_minutes=0,
+            configuration=CONFIGURATION,
+        )
+        return distill(synthetic or Codes(), objective or Squares(), **arguments | changes)
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return tmp_path / "checkpoints" / "cell.safetensors"
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def callback(now):
+        if now == step:
+            raise Killed
+
+    return callback
+
+
+def assert_same(one, other):
+    assert (one.history, one.validation) == (other.history, other.validation)
+    assert one.best.keys() == other.best.keys()
+    for name, tensor in one.best.items():
+        torch.testing.assert_close(other.best[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_the_loop_is_sgd_with_momentum(run, momentum):
+    synthetic, objective = Codes(), Squares()
+    rising = iter(range(100))
+    result = run(synthetic, objective, momentum=momentum, validate=lambda images: next(rising))
+    values, losses, norms = by_hand(momentum)
+    torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), values[-1], rtol=1e-12, atol=1e-12)
+    assert [record["step"] for record in result.history] == list(range(ITERATIONS))
+    assert [record["loss"] for record in result.history] == pytest.approx(losses, rel=1e-12)
+    for record, expected in zip(result.history, norms, strict=True):
+        assert [record[f"grad_norm_{name}"] for name in RATES] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "iterations, validations, expected",
+    [(7, 3, [0, 2, 4, 7]), (6, 3, [0, 2, 4, 6]), (7, 1, [0, 7]), (2, 5, [0, 1, 2]), (1, 1, [0, 1])],
+)
+def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, iterations, validations, expected):
+    asked = []
+
+    def validate(images):
+        assert not images.requires_grad
+        asked.append(images)
+        return 0.5
+
+    result = run(iterations=iterations, validations=validations, validate=validate)
+    assert [record["iteration"] for record in result.validation] == expected and len(asked) == len(expected)
+    values, _, _ = by_hand(0.7)
+    for iteration, images in zip(expected, asked, strict=True):
+        z, c, _ = values[iteration]
+        torch.testing.assert_close(images, z * c)
+
+
+@pytest.mark.parametrize(
+    "accuracies, chosen",
+    [([0.9, 0.1, 0.2, 0.3], 0), ([0.1, 0.2, 0.9, 0.3], 4), ([0.1, 0.2, 0.3, 0.9], 7), ([0, 0.5, 0.5, 0.5], 2)],
+)
+def test_the_best_iteration_is_kept_and_the_first_of_equals(run, accuracies, chosen):
+    given = iter(accuracies)
+    result = run(validate=lambda images: next(given))
+    assert [record["accuracy"] for record in result.validation] == accuracies
+    assert result.chosen["iteration"] == chosen
+    z, c, student_lr = by_hand(0.7)[0][chosen]
+    expected = {"z": z, "c": c, "student_lr": student_lr, "images": z * c, "fixed": torch.ones(2)}
+    assert result.best.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(result.best[name], tensor)
+        assert not result.best[name].requires_grad
+
+
+@pytest.mark.parametrize("steps", [(0,), (1,), (2,), (ITERATIONS - 1,), (1, 4), (3, 3)])
+def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
+    undisturbed = run()
+    assert not checkpoint.exists()
+    for step in steps:
+        with pytest.raises(Killed):
+            run(callback=kill_at(step))
+        assert checkpoint.exists() == (step > 0)
+    steps_run = []
+    assert_same(run(callback=steps_run.append), undisturbed)
+    assert steps_run == list(range(steps[-1], ITERATIONS))  # the checkpoint is one step behind the callback
+    assert not checkpoint.exists() and not list(checkpoint.parent.iterdir())
+
+
+@pytest.mark.parametrize("asked", range(4))
+def test_killed_in_a_validation_and_resumed_gives_the_same_bits(run, asked):
+    undisturbed = run()
+    seen = []
+
+    def validate(images):
+        seen.append(images)
+        if len(seen) == asked + 1:
+            raise Killed
+        return accuracy_of(images)
+
+    with pytest.raises(Killed):
+        run(validate=validate)
+    assert_same(run(), undisturbed)
+
+
+@pytest.mark.parametrize("saves", [0, 2])
+def test_killed_while_the_checkpoint_is_written_and_resumed_gives_the_same_bits(run, monkeypatch, saves):
+    undisturbed = run()
+    done = []
+
+    def fsync(descriptor):
+        done.append(descriptor)
+        if len(done) == saves + 1:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("os.fsync", fsync)
+        run()
+    assert_same(run(), undisturbed)
+
+
+def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
+    now, saved_at = [0.0], []
+    monkeypatch.setattr(ld3m.distill, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def callback(step):
+        if checkpoint.exists():
+            saved_at.append(len(read_tensors(checkpoint)[1]["history"]))
+            checkpoint.unlink()
+        now[0] += 60
+
+    run(checkpoint_minutes=2, callback=callback)
+    assert saved_at == [2, 4, 6]
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"learning_rates": RATES | {"c": 0.5}}, "learning_rates.c 0.02 -> 0.5"),
+        ({"widths": (1, 3)}, r"widths \[1, 2\] -> \[1, 3\]"),
+        ({"added": "x"}, "added None -> 'x'"),
+        ({"learning_rates": {"z": 0.05, "c": 0.02}}, "learning_rates.student_lr 0.01 -> None"),
+    ],
+)
+def test_another_configuration_is_refused(run, checkpoint, change, named):
+    with pytest.raises(Killed):
+        run(callback=kill_at(2))
+    before = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=f"cell.safetensors .*changed since: {named}.*Restore .* or delete the file"):
+        run(configuration=CONFIGURATION | change)
+    assert checkpoint.read_bytes() == before
+
+
+def test_the_same_configuration_with_lists_for_tuples_goes_on(run):
+    undisturbed = run()
+    with pytest.raises(Killed):
+        run(callback=kill_at(2))
+    assert_same(run(configuration=CONFIGURATION | {"widths": [1, 2]}), undisturbed)
+
+
+@dataclass
+class Wrong(Squares):
+    """At step 3, one wrong value."""
+
+    what: str = "loss"
+
+    def __call__(self, images, labels, *, step):
+        loss, grad_images = super().__call__(images, labels, step=step)
+        if step == 3:
+            loss = {"loss": math.nan, "infinite loss": math.inf}.get(self.what, loss)
+            grad_images[0, 0] = math.nan if self.what == "gradient" else grad_images[0, 0]
+            self.student_lr.grad *= math.inf if self.what == "student_lr" else 1
+        return loss, grad_images
+
+
+@pytest.mark.parametrize("what", ["loss", "infinite loss", "gradient", "student_lr"])
+def test_what_is_not_finite_stops_the_run_and_not_the_checkpoint(run, checkpoint, what):
+    undisturbed = run()
+    synthetic, objective = Codes(), Wrong(what=what)
+    with pytest.raises(ValueError, match="step 3: .*not finite; lower learning_rates .*Last written: .*cell.safe"):
+        run(synthetic, objective)
+    torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), by_hand(0.7)[0][3])
+    assert len(read_tensors(checkpoint)[1]["history"]) == 3
+    assert_same(run(), undisturbed)
+
+
+def test_what_is_not_finite_before_anything_was_written_says_so(run, checkpoint):
+    with pytest.raises(ValueError, match="step 3: .*Last written: nothing"):
+        run(objective=Wrong(), checkpoint_minutes=60)
+    assert not checkpoint.exists()
+
+
+def test_a_learnable_of_the_objective_that_is_no_longer_positive_stops_the_run(run, checkpoint):
+    values, _, _ = by_hand(0.7)
+    assert min(value[2] for value in values) > 0
+    with pytest.raises(ValueError, match=r"step 2: student_lr has become -.*learning_rates\.student_lr in params"):
+        run(objective=Falling())
+    assert len(read_tensors(checkpoint)[1]["history"]) == 2
+
+
+@dataclass
+class Falling(Squares):
+    def __call__(self, images, labels, *, step):
+        loss, grad_images = super().__call__(images, labels, step=step)
+        if step == 2:
+            self.student_lr.grad += 1000
+        return loss, grad_images
+
+
+@pytest.mark.parametrize("kept", [0, 20, -1])
+def test_a_truncated_checkpoint_is_named_with_what_to_do(run, checkpoint, kept):
+    with pytest.raises(Killed):
+        run(callback=kill_at(2))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="cell.safetensors is broken.*delete it"):
+        run()
+
+
+@pytest.mark.parametrize("rates", [{"z": 0.1, "student_lr": 0.1}, RATES | {"z_T": 0.1}])
+def test_every_learnable_has_a_learning_rate_and_no_other_has(run, rates):
+    with pytest.raises(ValueError, match="learning_rates.*c, student_lr, z"):
+        run(learning_rates=rates)

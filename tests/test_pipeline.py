@@ -1,0 +1,105 @@
+"""The pipeline as users run it: stages list the code they use, the smoke profile runs whole, a rerun does nothing."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from ld3m.config import apply_profile
+from ld3m.paths import PROFILES, ROOT
+
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+# config and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
+UNTRACKED = {"config", "paths", "progress"}
+# the executed notebooks show figures, but no stage but `tables` writes one
+PRESENTATION = {"figures", "tables"}
+
+
+def imported(source: str) -> set[str]:
+    """The ld3m modules that some source imports."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "ld3m":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ld3m."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ld3m.")}
+    return names
+
+
+def closure(modules: set[str], ignored: set[str]) -> set[str]:
+    found, waiting = set(), modules - ignored
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        waiting |= imported((ROOT / f"ld3m/{module}.py").read_text()) - ignored - found
+    return found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_its_notebook_and_on_exactly_the_modules_it_uses(name):
+    stage = STAGES[name]
+    notebook = next(word for word in stage["cmd"].split() if word.startswith("notebooks/"))
+    cells = json.loads((ROOT / notebook).read_text())["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    used = closure(imported(source), UNTRACKED if name == "tables" else UNTRACKED | PRESENTATION)
+    listed = {Path(dep).stem for dep in stage["deps"] if dep.startswith("ld3m/")}
+    assert listed == used
+    assert notebook in stage["deps"]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What Git tracks, in a new repository with the smoke profile and the embedded data."""
+    folder = tmp_path_factory.mktemp("clone")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("store/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    apply_profile(PROFILES / "smoke.yaml", path=folder / "params.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+def dvc(clone: Path, *arguments: str) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
+    dvc(clone, "repro")
+    tables, figures = written(clone / "reports/tables"), written(clone / "reports/figures")
+    assert {"scores.csv", "differences.csv", "prior.csv", "main.md", "main.tex"} == set(tables)
+    assert {"prior.png", "distilled-ipc1.png", "accuracy-ipc1.png", "curves-ipc1.png", "gradient-norms.png"} == set(
+        figures
+    )
+    lines = tables["scores.csv"].decode().splitlines()
+    assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
+    assert len(lines) == 1 + 2 * (2 + 1 + 1)  # judges x (cells, control, full data)
+    assert "up to date" in dvc(clone, "repro")
+    dvc(clone, "repro", "--single-item", "--force", "tables")
+    assert written(clone / "reports/tables") == tables
+    assert written(clone / "reports/figures") == figures
+    artefact = clone / "runs/mnist5k/distilled/dm-ld3m-1/distilled.safetensors"
+    before = artefact.read_bytes()
+    dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@dm-ld3m-1")
+    assert artefact.read_bytes() == before
+    assert not list((clone / "checkpoints").rglob("*.safetensors"))

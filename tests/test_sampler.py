@@ -1,0 +1,219 @@
+"""The reverse process against a plain one, its gradient against plain autograd and finite differences, its memory."""
+
+import pytest
+import torch
+from conftest import LiveBytes, directional_derivative, make_prior, relative_difference
+from diffusers import DDIMScheduler
+
+from ld3m import sampler
+from ld3m.sampler import noised, reverse, sample, skip_weight, timesteps
+
+
+def plain_reverse(prior, z_T, c, *, z, steps, guidance, skip, eta, eps):
+    """The same process without checkpoints, from the formulas; autograd sees the whole chain."""
+    alpha_bar, null = prior.alpha_bar, prior.embedding.weight[-1:].expand(len(c), 1, -1)
+    scale = prior.autoencoder.config.scaling_factor
+    positions = (z / scale).movedim(1, -1)  # (B, h, w, c)
+    codes = prior.autoencoder.quantize.embedding.weight
+    nearest = codes[(positions[..., None, :] - codes).square().sum(-1).argmin(-1)].movedim(-1, 1) * scale
+    quantized = z + (nearest - z).detach()
+    state = z_T
+    for i in range(steps - 1, -1, -1):
+        t = i * (1000 // steps) + 1
+        a, a_next = alpha_bar[t], alpha_bar[t - 1000 // steps if i else 0]
+        noise = prior.unet(state, t, encoder_hidden_states=c).sample
+        if guidance != 1:
+            noise_null = prior.unet(state, t, encoder_hidden_states=null).sample
+            noise = (1 - guidance) * noise_null + guidance * noise
+        x0 = (state - (1 - a).sqrt() * noise) / a.sqrt()
+        if skip == "x0":
+            x0 = x0 + i / (steps - 1) * (quantized - x0)
+        variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+        state = a_next.sqrt() * x0 + (1 - a_next - variance).sqrt() * noise
+        if skip == "mean":
+            state = state + (i + 1) / steps * (z_T - state)
+        if eta:
+            state = state + variance.sqrt() * eps[steps - 1 - i]
+    return state
+
+
+def leaves(prior, randn, *, steps=4):
+    z = (0.5 * randn(2, 2, 4, 4)).requires_grad_()
+    z_T = randn(2, 2, 4, 4).requires_grad_()
+    c = (prior.embed(torch.tensor([0, 2])) + 0.1 * randn(2, 1, 8)).requires_grad_()
+    return z_T, z, c, randn(steps, 2, 2, 4, 4)
+
+
+def test_ten_timesteps():
+    assert timesteps(10) == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+
+
+def test_timesteps_lie_in_the_schedule():
+    for steps in (*range(1, 1000, 37), 999):
+        ts = timesteps(steps)
+        assert len(ts) == steps and ts == sorted(set(ts)) and ts[0] == 1 and ts[-1] < 1000
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps(steps):
+    with pytest.raises(ValueError, match=f"steps = {steps}.*params.yaml"):
+        timesteps(steps)
+
+
+@pytest.mark.parametrize(
+    ("skip", "weights"),
+    [("x0", [1, 3 / 4, 2 / 4, 1 / 4, 0]), ("mean", [5 / 5, 4 / 5, 3 / 5, 2 / 5, 1 / 5]), ("none", [0] * 5)],
+)
+def test_skip_weights_in_the_order_the_steps_run(skip, weights):
+    assert [skip_weight(skip, i, 5) for i in (4, 3, 2, 1, 0)] == pytest.approx(weights, abs=1e-15)
+
+
+def test_skip_weight_of_one_step():
+    assert [skip_weight(skip, 0, 1) for skip in ("x0", "mean", "none")] == [0, 1, 0]
+
+
+def test_unknown_skip():
+    with pytest.raises(ValueError, match="'mu'.*'x0', 'mean' or 'none'"):
+        skip_weight("mu", 0, 5)
+
+
+def test_noised(prior, randn):
+    z, eps = randn(2, 2, 4, 4), randn(2, 2, 4, 4)
+    a = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2, 0)[901]
+    assert 0.02 < a.sqrt() < 0.04  # the factor that weakens the gradient of z: 0.03 at t = 901
+    expected = a.sqrt() * z + (1 - a).sqrt() * eps
+    torch.testing.assert_close(noised(prior, z, eps, steps=10), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+@pytest.mark.parametrize("guidance", [1, 3])
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_value_and_gradient_equal_the_plain_chain(prior, randn, skip, guidance, eta):
+    z_T, z, c, eps = leaves(prior, randn)
+    weight = randn(2, 2, 4, 4)
+    settings = {"z": z, "steps": 4, "guidance": guidance, "skip": skip, "eta": eta, "eps": eps}
+    values, gradients = [], []
+    for process in (reverse, plain_reverse):
+        z_0 = process(prior, z_T, c, **settings)
+        values.append(z_0.detach())
+        # every skip with what it carries a gradient to: `z` is used by x0 alone
+        inputs = [z_T, c, z] if skip == "x0" else [z_T, c]
+        gradients.append(torch.autograd.grad((z_0 * weight).sum(), inputs))
+    assert relative_difference(*values) < 1e-12
+    for exact, plain in zip(*gradients, strict=True):
+        assert plain.abs().max() > 1e-6
+        assert relative_difference(exact, plain) < 1e-10
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+def test_without_skip_it_is_the_ddim_of_diffusers(prior, randn, eta):
+    steps = 5
+    z_T, z, c, eps = leaves(prior, randn, steps=steps)
+    scheduler = DDIMScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.alphas_cumprod = prior.alpha_bar
+    scheduler.final_alpha_cumprod = prior.alpha_bar[0]
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps(steps)[::-1]
+    with torch.no_grad():
+        state = z_T
+        for t, noise in zip(scheduler.timesteps.tolist(), eps, strict=True):
+            predicted = prior.denoise(state, t, c)
+            state = scheduler.step(predicted, t, state, eta=eta, variance_noise=noise).prev_sample
+        ours = reverse(prior, z_T, c, z=z, steps=steps, guidance=1, skip="none", eta=eta, eps=eps)
+    assert relative_difference(ours, state) < 1e-12
+
+
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_gradient_equals_finite_differences(prior, randn, monkeypatch, skip):
+    # the straight-through gradient of the quantiser is not the derivative of its steps: leave it out
+    monkeypatch.setattr(type(prior), "quantize", lambda self, z: z)
+    z_T, z, c, eps = leaves(prior, randn)
+    weight = randn(2, 2, 4, 4)
+
+    def loss(z_T, z, c):
+        z_0 = reverse(prior, z_T, c, z=z, steps=4, guidance=3, skip=skip, eta=0.5, eps=eps)
+        return (z_0 * weight).sum()
+
+    points, directions = (z_T, z, c), [randn(*tensor.shape) for tensor in (z_T, z, c)]
+    gradients = torch.autograd.grad(loss(*points), points, allow_unused=True)
+    for k, gradient in enumerate(gradients):
+        along = [d if j == k else torch.zeros_like(d) for j, d in enumerate(directions)]
+        expected = directional_derivative(loss, points, along)
+        given = 0.0 if gradient is None else (gradient * along[k]).sum().item()
+        assert given == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_guidance_one_runs_the_conditional_model_alone(prior, randn, monkeypatch):
+    batches = []
+    denoise = type(prior).denoise
+    monkeypatch.setattr(
+        type(prior), "denoise", lambda self, z_t, t, c: batches.append(len(z_t)) or denoise(self, z_t, t, c)
+    )
+    z_T, z, c, _ = leaves(prior, randn)
+    with torch.no_grad():
+        for guidance in (1, 3):
+            reverse(prior, z_T, c, z=z, steps=2, guidance=guidance, skip="none")
+    assert batches == [2, 2, 4, 4]
+
+
+def test_without_eta_no_noise_is_used(prior, randn):
+    z_T, z, c, eps = leaves(prior, randn)
+    with torch.no_grad():
+        outputs = [
+            reverse(prior, z_T, c, z=z, steps=4, guidance=1, skip="mean", eta=0.0, eps=e) for e in (eps, eps + 1, None)
+        ]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def peak_bytes(prior, *, steps, side=16):
+    z_T = torch.zeros(1, 2, side, side, dtype=torch.float64, requires_grad=True)
+    c = prior.embed(torch.tensor([0])).clone().requires_grad_()
+    with LiveBytes() as meter:
+        reverse(prior, z_T, c, z=z_T, steps=steps, guidance=1, skip="mean").sum().backward()
+    return meter.peak
+
+
+def test_memory_is_flat_in_the_steps(prior, monkeypatch):
+    assert peak_bytes(prior, steps=40) < 1.15 * peak_bytes(prior, steps=5)
+    monkeypatch.setattr(sampler, "checkpoint", lambda step, *args, **options: step(*args))
+    assert peak_bytes(prior, steps=10) > 1.5 * peak_bytes(prior, steps=5)  # the meter sees what checkpoints save
+
+
+def test_samples_are_pixels_that_do_not_depend_on_the_batch():
+    prior = make_prior().frozen()  # samples are drawn in the float32 of a loaded prior
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    settings = {"size_px": 16, "steps": 3, "guidance": 3.0, "seed": 4}
+    whole = sample(prior, labels, render_batch=5, **settings)
+    assert whole.shape == (5, 1, 16, 16) and whole.dtype == torch.float32 and not whole.requires_grad
+    assert whole.min() >= -1 and whole.max() <= 1
+    torch.testing.assert_close(sample(prior, labels, render_batch=2, **settings), whole, rtol=0, atol=1e-4)
+    assert not torch.allclose(whole[0], whole[3], atol=1e-3)  # the same class, another noise
+    other = sample(prior, labels.flip(0), render_batch=5, **settings)
+    assert not torch.allclose(whole[0], other[0], atol=1e-3)  # the same noise, another class
+    assert not torch.allclose(whole, sample(prior, labels, render_batch=5, **settings | {"seed": 5}), atol=1e-3)
+
+
+def test_samples_are_guided_plain_ddim_from_noise_clamped(prior, monkeypatch):
+    calls = []
+
+    def spy(prior, z_T, c, **settings):
+        calls.append((z_T, c, settings))
+        return 100 * z_T
+
+    monkeypatch.setattr(sampler, "reverse", spy)
+    monkeypatch.setattr(type(prior), "decode", lambda self, z: z)
+    labels = torch.arange(3).repeat_interleave(200)
+    samples = sample(prior, labels, size_px=16, steps=3, guidance=2.0, render_batch=600, seed=0)
+    [(z_T, c, settings)] = calls
+    assert torch.equal(samples, (100 * z_T).clamp(-1, 1))
+    assert abs(z_T.mean()) < 0.03 and abs(z_T.std() - 1) < 0.03
+    assert torch.equal(c, prior.embed(labels))
+    assert settings.pop("z").shape == z_T.shape
+    assert settings == {"steps": 3, "guidance": 2.0, "skip": "none"}

@@ -1,0 +1,218 @@
+"""The spaces: what a set renders, that it always renders the same, and that its gradient is that of plain autograd."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, LiveBytes, relative_difference
+
+from ld3m import sampler, synthetic
+from ld3m.sampler import noised, reverse
+from ld3m.synthetic import start_ld3m, start_pixels
+
+IPC = 2
+LABELS = torch.arange(CLASSES).repeat_interleave(IPC)
+
+
+@pytest.fixture
+def pixels():
+    draw = torch.Generator().manual_seed(2)
+    return 2 * torch.rand(len(LABELS), 1, SIZE_PX, SIZE_PX, dtype=torch.float64, generator=draw) - 1
+
+
+def codes(prior, pixels, labels=LABELS, **changes):
+    settings = {
+        "start": "real",
+        "learn": "auto",
+        "steps": 3,
+        "guidance": 3.0,
+        "skip": "x0",
+        "eta": 0.0,
+        "clamp": "none",
+        "render_batch": len(labels),
+        "seed": 0,
+    }
+    return start_ld3m(pixels, labels, prior=prior, normalization=NORMALIZATION, **settings | changes)
+
+
+def images_and_gradients(made, weight):
+    for tensor in made.learnables.values():
+        tensor.grad = None
+    images = made.render()
+    images.backward(weight)
+    return images.detach(), {name: tensor.grad.clone() for name, tensor in made.learnables.items()}
+
+
+def without_checkpoints(monkeypatch):
+    for module in (sampler, synthetic):
+        monkeypatch.setattr(module, "checkpoint", lambda function, *args, **options: function(*args))
+
+
+def test_pixels_from_real_images(pixels):
+    made = start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="real", seed=0)
+    images = made.render()
+    torch.testing.assert_close(images.detach(), ((pixels + 1) / 2 - 0.4) / 0.3)
+    assert list(made.learnables) == list(made.tensors()) == ["images"] and torch.equal(made.labels, LABELS)
+    weight = torch.randn_like(images)
+    images.backward(weight)
+    assert torch.equal(made.learnables["images"].grad, weight)
+
+
+def test_pixels_from_noise(pixels):
+    def start(pixels, seed):
+        return start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="noise", seed=seed).render()
+
+    noise = start(pixels, 0)
+    assert noise.shape == pixels.shape and noise.requires_grad and noise.is_leaf
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert torch.equal(start(-pixels, 0), noise) and not torch.equal(start(pixels, 1), noise)
+
+
+@pytest.mark.parametrize(("skip", "learned"), [("x0", "z"), ("mean", "z_T"), ("none", "z_T")])
+def test_every_skip_learns_what_carries_its_gradient(prior, pixels, skip, learned):
+    made = codes(prior, pixels, skip=skip)
+    assert set(made.learnables) == {learned, "c"}
+    assert all(tensor.is_leaf and tensor.requires_grad for tensor in made.learnables.values())
+    assert not any(tensor.requires_grad for tensor in made.fixed.values())
+    assert made.tensors().keys() == {"z", "z_T", "c", "eps"} - ({"z_T"} if learned == "z" else set())
+
+
+@pytest.mark.parametrize("learn", ["z", "z_T"])
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_what_is_learned_can_be_chosen_and_does_not_change_the_first_images(prior, pixels, skip, learn):
+    made = codes(prior, pixels, skip=skip, learn=learn)
+    assert set(made.learnables) == {learn, "c"}
+    with torch.no_grad():
+        torch.testing.assert_close(made.render(), codes(prior, pixels, skip=skip).render(), rtol=0, atol=1e-10)
+
+
+def test_start_from_real_images(prior, pixels):
+    made = codes(prior, pixels, skip="mean", render_batch=4)
+    torch.testing.assert_close(made.fixed["z"], prior.encode(pixels), rtol=0, atol=1e-12)
+    z_T = noised(prior, made.fixed["z"], made.fixed["eps"][:, 0], steps=3)
+    torch.testing.assert_close(made.learnables["z_T"].detach(), z_T, rtol=0, atol=1e-12)
+    assert torch.equal(made.learnables["c"].detach(), prior.embed(LABELS))
+
+
+def test_start_from_noise(prior, pixels):
+    made = codes(prior, pixels, start="noise")
+    z = made.learnables["z"].detach()
+    assert z.shape == (len(LABELS), *prior.latent_shape(SIZE_PX)) and z.dtype == torch.float64
+    assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
+    assert torch.equal(codes(prior, -pixels, start="noise").learnables["z"], z)
+    assert not torch.equal(codes(prior, pixels, start="noise", seed=1).learnables["z"], z)
+    assert not torch.equal(made.fixed["eps"][:, 0], z)
+
+
+def test_learning_the_conditioning_leaves_the_prior_alone(prior, pixels):
+    made, before = codes(prior, pixels), prior.embedding.weight.clone()
+    with torch.no_grad():
+        made.learnables["c"].add_(1)
+    assert torch.equal(prior.embedding.weight, before)
+
+
+@pytest.mark.parametrize(("eta", "count"), [(0.0, 1), (0.5, 4)])
+def test_noise_is_one_stream_an_image(prior, pixels, eta, count):
+    eps = codes(prior, pixels, eta=eta).fixed["eps"]
+    assert eps.shape == (len(LABELS), count, *prior.latent_shape(SIZE_PX))  # for z_T, and for every noisy step
+    assert len({tuple(row.tolist()) for row in eps.flatten(0, 1).flatten(1)}) == len(LABELS) * count
+    fewer = codes(prior, pixels[:4], LABELS[:4], eta=eta)
+    assert torch.equal(fewer.fixed["eps"], eps[:4])
+    assert not torch.equal(codes(prior, pixels, eta=eta, seed=1).fixed["eps"], eps)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_images_and_gradient_equal_plain_autograd(prior, pixels, randn, monkeypatch, skip, eta):
+    made = codes(prior, pixels, skip=skip, eta=eta)
+    weight = randn(*pixels.shape)
+    images, gradients = images_and_gradients(made, weight)
+    without_checkpoints(monkeypatch)
+    c, eps = made.learnables["c"], made.fixed["eps"]
+    z = made.tensors()["z"]
+    z_T = made.learnables["z_T"] if "z_T" in made.learnables else noised(prior, z, eps[:, 0], steps=3)
+    step_noise = [eps[:, 1 + k] for k in range(3)] if eta else None
+    z_0 = reverse(prior, z_T, c, z=z, steps=3, guidance=3.0, skip=skip, eta=eta, eps=step_noise)
+    plain = ((prior.decode(z_0) + 1) / 2 - 0.4) / 0.3
+    assert relative_difference(images, plain.detach()) < 1e-12
+    expected = torch.autograd.grad((plain * weight).sum(), list(made.learnables.values()))
+    for name, gradient in zip(made.learnables, expected, strict=True):
+        assert gradient.norm() > 1e-6
+        assert relative_difference(gradients[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("skip", ["x0", "mean"])
+def test_render_batch_changes_nothing(prior, pixels, randn, skip):
+    made = codes(prior, pixels, skip=skip, eta=0.3)
+    weight = randn(*pixels.shape)
+    images, gradients = images_and_gradients(made, weight)
+    for render_batch in (1, 4, 100):  # 4 leaves a smaller last part
+        others, other_gradients = images_and_gradients(replace(made, render_batch=render_batch), weight)
+        torch.testing.assert_close(others, images, rtol=0, atol=1e-12)
+        for name, gradient in gradients.items():
+            assert relative_difference(other_gradients[name], gradient) < 1e-10, name
+
+
+def test_render_batch_is_how_many_images_the_unet_sees(prior, pixels, monkeypatch):
+    sizes = set()
+    plain = type(prior).denoise
+    monkeypatch.setattr(type(prior), "denoise", lambda self, z_t, t, c: sizes.add(len(z_t)) or plain(self, z_t, t, c))
+    with torch.no_grad():
+        codes(prior, pixels, render_batch=2, guidance=1.0).render()
+    assert sizes == {2}
+
+
+def test_memory_of_the_networks_is_that_of_one_render_batch(prior, pixels, monkeypatch):
+    def peak(count):
+        made = codes(prior, pixels[:count], LABELS[:count], render_batch=1, guidance=1.0, steps=2)
+        with LiveBytes() as meter:
+            made.render().sum().backward()
+        return meter.peak
+
+    assert peak(6) < 1.3 * peak(1)
+    monkeypatch.setattr(synthetic, "checkpoint", lambda function, *args, **options: function(*args))
+    assert peak(6) > 2 * peak(1)  # without the decoder's checkpoint
+
+
+@pytest.mark.parametrize("skip", ["x0", "none"])
+def test_the_set_is_a_fixed_set_of_images(prior, pixels, randn, skip):
+    made = codes(prior, pixels, skip=skip, eta=0.5)
+    weight = randn(*pixels.shape)
+    images, gradients = images_and_gradients(made, weight)
+    torch.manual_seed(99)  # the global generator has no say
+    again, same = images_and_gradients(made, weight)
+    assert torch.equal(again, images) and all(torch.equal(same[name], gradients[name]) for name in gradients)
+    with torch.no_grad():
+        assert torch.equal(made.render(), images)
+    state = torch.random.get_rng_state()
+    codes(prior, pixels, eta=0.5).render()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_image_depends_on_its_own_codes_alone(prior, pixels, randn):
+    made = codes(prior, pixels)
+    weight = torch.zeros_like(pixels)
+    weight[3] = randn(1, SIZE_PX, SIZE_PX)
+    _, gradients = images_and_gradients(made, weight)
+    for gradient in gradients.values():
+        assert gradient.flatten(1).norm(dim=1).nonzero().flatten().tolist() == [3]
+
+
+def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
+    # the decoder of the shared prior stays inside: a copy of it whose last layer is stronger does not
+    bright = replace(prior, autoencoder=copy.deepcopy(prior.autoencoder))
+    bright.autoencoder.decoder.conv_out.weight.mul_(5)
+    free, hard = (codes(bright, pixels, clamp=clamp) for clamp in ("none", "hard"))
+    with torch.no_grad():
+        unclamped = NORMALIZATION.to_pixels(free.render())
+        outside = unclamped.abs() > 1
+        assert 0.05 < outside.float().mean() < 0.95
+        torch.testing.assert_close(NORMALIZATION.to_pixels(hard.render()), unclamped.clamp(-1, 1), rtol=0, atol=1e-12)
+    _, beyond_free = images_and_gradients(free, outside.double())
+    _, beyond_hard = images_and_gradients(hard, outside.double())
+    _, within_free = images_and_gradients(free, (~outside).double())
+    _, within_hard = images_and_gradients(hard, (~outside).double())
+    for name in ("z", "c"):
+        assert beyond_free[name].norm() > 1e-6 and beyond_hard[name].norm() == 0
+        assert relative_difference(within_hard[name], within_free[name]) < 1e-12

@@ -1,0 +1,211 @@
+import json
+import statistics
+
+import pandas as pd
+import pytest
+
+from ld3m import paths, report
+from ld3m.config import load_params
+from ld3m.tables import (
+    COLUMNS,
+    UNSEEN,
+    cells,
+    differences,
+    interval,
+    paper_style,
+    read_scores,
+    summarise,
+    verdicts,
+    with_unseen_mean,
+)
+
+T_975_DF_2 = 4.302653  # from a printed table of Student's t
+GRID = {
+    "grid.objective": ["dm", "mtt"],
+    "grid.space": ["pixel", "ld3m"],
+    "grid.ipc": [1, 10],
+    "grid.control": ["random_real"],
+    "grid.architecture": ["vit", "convnet", "alexnet"],
+    "distill.network": "convnet",
+    "evaluate.seeds": 3,
+}
+DATASET = load_params(GRID).dataset
+CELLS = [
+    ("none", "random_real", 1),
+    ("none", "random_real", 10),
+    *(("dm", "pixel", 1), ("dm", "ld3m", 1), ("mtt", "pixel", 1), ("mtt", "ld3m", 1)),
+    *(("dm", "pixel", 10), ("dm", "ld3m", 10), ("mtt", "pixel", 10), ("mtt", "ld3m", 10)),
+    ("none", "full_data", 0),
+]
+
+
+def accuracies(objective, space, ipc, architecture):
+    """Three seeds; LD3M is above pixel with dm, below with mtt and IPC 1, and not told apart with mtt and IPC 10."""
+    base = 0.3 + 0.1 * ["vit", "convnet", "alexnet"].index(architecture) + ipc / 100
+    change = {("dm", "ld3m", 1): 0.2, ("dm", "ld3m", 10): 0.1, ("mtt", "ld3m", 1): -0.1}.get(
+        (objective, space, ipc), 0.0
+    )
+    steps = [0.00, 0.02, -0.05] if (objective, space, ipc) == ("mtt", "ld3m", 10) else [0.00, 0.01, 0.02]
+    return [base + change + step for step in steps]
+
+
+def file_of(cell, architecture):
+    return paths.scores_folder(DATASET, "{}-{}-{}".format(*cell)) / f"{architecture}.json"
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch):
+    """Parameters of a small grid, and its scores under `tmp_path`."""
+    params = load_params(GRID)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "TABLES", tmp_path / "reports" / "tables")
+    for cell in CELLS:
+        for architecture in params.grid.architecture:
+            file = file_of(cell, architecture)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"accuracy": accuracies(*cell, architecture)}))
+    stale = file_of(("dc", "pixel", 1), "vit")  # of a former grid: never read
+    stale.parent.mkdir(parents=True)
+    stale.write_text(json.dumps({"accuracy": [0.99, 0.99, 0.99]}))
+    check = paths.prior_check_folder(params.dataset) / "check.json"
+    check.parent.mkdir(parents=True)
+    check.write_text(json.dumps({"recognised": 0.95, "mean_absolute_error": 0.05}))
+    return params
+
+
+@pytest.fixture
+def scores(params):
+    return with_unseen_mean(read_scores(params), "convnet")
+
+
+def test_cells_are_the_controls_the_grid_and_the_full_data(params):
+    assert cells(params) == CELLS
+
+
+def test_the_interval_is_that_of_student():
+    # mean 0.6, standard deviation 0.1, standard error 0.1 / sqrt(3)
+    half = T_975_DF_2 * 0.1 / 3**0.5
+    assert interval(pd.Series([0.5, 0.7, 0.6])) == pytest.approx((0.6, 0.6 - half, 0.6 + half), rel=1e-6)
+    assert interval(pd.Series([0.4, 0.4])) == pytest.approx((0.4, 0.4, 0.4))
+
+
+def test_scores_are_read_for_every_cell_and_for_no_other(params):
+    read = read_scores(params)
+    expected = [
+        (params.dataset, cell[2], cell[0], cell[1], architecture, seed, value)
+        for cell in CELLS
+        for architecture in ("vit", "convnet", "alexnet")
+        for seed, value in enumerate(accuracies(*cell, architecture))
+    ]
+    assert list(read.itertuples(index=False, name=None)) == expected
+
+
+@pytest.mark.parametrize("cell, architecture", [(CELLS[0], "vit"), (CELLS[3], "convnet"), (CELLS[-1], "alexnet")])
+def test_a_missing_cell_is_named(params, cell, architecture):
+    file = file_of(cell, architecture)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
+        read_scores(params)
+
+
+def test_the_unseen_mean_leaves_out_the_architecture_that_distilled(params, scores):
+    unseen = scores[scores.architecture == UNSEEN]
+    assert len(unseen) == 3 * len(CELLS) and len(scores) == 4 * 3 * len(CELLS)
+    for row in unseen.itertuples():
+        others = [accuracies(row.objective, row.space, row.ipc, name)[row.seed] for name in ("vit", "alexnet")]
+        assert row.accuracy == pytest.approx(statistics.mean(others), rel=1e-12)
+
+
+def test_the_summary_has_its_columns_and_one_row_a_cell_and_architecture(params, scores):
+    summary = summarise(scores)
+    assert list(summary.columns) == COLUMNS
+    assert len(summary) == 4 * len(CELLS)
+    keys = ["dataset", "ipc", "objective", "space", "architecture"]
+    by_key = {row[:5]: row[5:] for row in summary[[*keys, "n", "mean", "ci_low", "ci_high"]].itertuples(index=False)}
+    for objective, space, ipc in CELLS:
+        for architecture in ("vit", "convnet", "alexnet"):
+            values = accuracies(objective, space, ipc, architecture)
+            mean, half = statistics.mean(values), T_975_DF_2 * statistics.stdev(values) / 3**0.5
+            n, *given = by_key[(params.dataset, ipc, objective, space, architecture)]
+            assert n == 3 and given == pytest.approx([mean, mean - half, mean + half], rel=1e-6)
+
+
+def test_differences_are_paired_by_seed(scores):
+    changes = differences(scores.sample(frac=1, random_state=0))  # the order of rows says nothing
+    assert list(changes.columns) == ["ipc", "objective", "architecture", "n", "mean", "ci_low", "ci_high"]
+    assert len(changes) == 2 * 2 * 4
+    by_key = {row[:3]: row[3:] for row in changes.itertuples(index=False)}
+    # constant over seeds: no width, however much the seeds differ
+    assert by_key[(1, "dm", "vit")] == pytest.approx((3, 0.2, 0.2, 0.2))
+    assert by_key[(1, "mtt", UNSEEN)] == pytest.approx((3, -0.1, -0.1, -0.1))
+    gaps = [0.00, 0.01, -0.07]
+    half = T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
+    assert by_key[(10, "mtt", "convnet")] == pytest.approx((3, -0.02, -0.02 - half, -0.02 + half), rel=1e-6)
+
+
+@pytest.mark.parametrize("space", ["pixel", "ld3m"])
+def test_a_grid_of_one_space_has_no_differences(scores, space):
+    changes = differences(scores[scores.space.isin([space, "random_real"])])
+    assert len(changes) == 0 and verdicts(changes) == []
+
+
+def test_the_table_has_the_layout_of_the_paper(scores):
+    table = paper_style(summarise(scores))
+    assert list(table.columns) == ["IPC", "Set", "ViT", "ConvNet", "AlexNet", "Unseen mean"]
+    names = ["Random real", "DM Pixel", "DM LD3M", "MTT Pixel", "MTT LD3M"]
+    rows = [(1, names[0]), (10, names[0])] + [(ipc, name) for ipc in (1, 10) for name in names[1:]]
+    assert list(zip(table.IPC, table.Set, strict=True)) == [*rows, ("all", "Full data")]
+    # convnet, dm, ld3m, IPC 1: 0.61, 0.62, 0.63
+    assert table.ConvNet[table.Set == "DM LD3M"].iloc[0] == f"62.0 ± {T_975_DF_2 / 3**0.5:.1f}"
+    assert table["Unseen mean"].iloc[0] == f"42.0 ± {T_975_DF_2 / 3**0.5:.1f}"
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.001, 0.2, "LD3M is above pixel"),
+        (-0.2, -0.001, "**LD3M is below pixel**"),
+        (-0.001, 0.2, "**LD3M and pixel are not told apart**"),
+        (0.0, 0.0, "**LD3M and pixel are not told apart**"),
+    ],
+)
+def test_the_verdict_follows_the_interval(low, high, verdict):
+    mean = (low + high) / 2
+    change = {"ipc": 1, "objective": "dm", "n": 3, "mean": mean, "ci_low": low, "ci_high": high}
+    seen = change | {"architecture": "vit", "ci_low": 0.3, "ci_high": 0.4}
+    (line,) = verdicts(pd.DataFrame([change | {"architecture": UNSEEN}, seen]))
+    assert line == (
+        f"- DM, IPC 1: {verdict} on the unseen architectures by {100 * mean:+.1f} points "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired over 3 seeds)."
+    )
+
+
+def test_tables_are_written_with_the_same_bytes(params):
+    markdown = report.write_tables(params)
+    first = {file.name: file.read_bytes() for file in paths.TABLES.iterdir()}
+    assert set(first) == {"scores.csv", "differences.csv", "prior.csv", "main.md", "main.tex"}
+    assert first["main.md"].decode() == markdown
+    report.write_tables(params)
+    assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
+
+
+def test_the_tables_hold_the_numbers(params):
+    markdown = report.write_tables(params)
+    scores = pd.read_csv(paths.TABLES / "scores.csv")
+    assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
+    assert scores["mean"].iloc[0] == pytest.approx(0.32)
+    assert len(pd.read_csv(paths.TABLES / "differences.csv")) == 16
+    assert pd.read_csv(paths.TABLES / "prior.csv").recognised.tolist() == [0.95]
+    for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 evaluation seeds", "ConvNet is the architecture used to distil"):
+        assert part in markdown
+    assert "- DM, IPC 1: LD3M is above pixel" in markdown and "- DM, IPC 10: LD3M is above pixel" in markdown
+    assert "- MTT, IPC 1: **LD3M is below pixel**" in markdown
+    assert "- MTT, IPC 10: **LD3M and pixel are not told apart**" in markdown
+    latex = (paths.TABLES / "main.tex").read_text()
+    assert r"62.0 $\pm$ 2.5" in latex and "±" not in latex and r"95 \% t interval" in latex
+
+
+def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
+    alone = load_params(GRID | {"grid.architecture": ["convnet"]})
+    markdown = report.write_tables(alone)
+    assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "told apart" not in markdown
