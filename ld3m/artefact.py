@@ -87,14 +87,14 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 def _write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
     uint8 = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    counts = dict.fromkeys(range(len(classes)), 0)
-    for image, label in zip(uint8, labels.tolist(), strict=True):
-        # a class name comes from outside: nothing of it may leave the folder
-        place = folder / (re.sub(r"[^\w -]", "_", classes[label]).strip() or f"class {label}")
-        place.mkdir(parents=True, exist_ok=True)
-        array = image.movedim(0, -1).numpy()
-        Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(place / f"{counts[label]}.png")
-        counts[label] += 1
+    for label, name in enumerate(classes):
+        # a name comes from outside: none may leave the folder; the number keeps apart names that become the same
+        safe = re.sub(r"[^\w -]", "_", name)
+        place = folder / f"{label:03d} {safe}".strip()
+        place.mkdir(parents=True)
+        for k, image in enumerate(uint8[labels.cpu() == label]):
+            array = image.movedim(0, -1).numpy()
+            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(place / f"{k}.png")
 
 
 def _card(metadata: dict[str, Any], shape: torch.Size) -> str:

@@ -21,7 +21,7 @@ from ld3m.paths import PARAMS
 
 Objective = Literal["dc", "dm", "mtt"]
 Space = Literal["pixel", "ld3m"]
-Control = Literal["random_real", "iteration0", "prior_samples", "full_data"]
+Control = Literal["random_real", "iteration0", "prior_samples"]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -155,7 +155,7 @@ class LD3MParams(Model):
     start: Literal["real", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
-    steps: Annotated[int, Field(ge=1, le=1000)]
+    steps: Annotated[int, Field(ge=1, le=999)]
     guidance: float
     eta: Annotated[float, Field(ge=0, le=1)]
     clamp: Literal["none", "hard"]
@@ -350,7 +350,10 @@ def validate(values: Any, *, origin: str) -> Params:
 
 def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
     """Merges a profile into params.yaml, which keeps its comments; refused whole where the result is not valid."""
+    _read(path)  # refuses what is missing or not YAML
     yaml = YAML()
+    yaml.width = 4096  # or it would break long lines
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = yaml.load(path.read_text())
     _merge(values, _read(profile), origin=profile.name, under="")
     validate(values, origin=f"{path.name} with {profile.name}")
@@ -362,12 +365,9 @@ def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
 
 def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:
     for key, value in overlay.items():
-        is_new_entry = under in ("datasets", "networks", "evaluate.recipe.learning_rates") or under.endswith(
-            "learning_rates"
-        )
-        if key not in values and not is_new_entry:
+        if key not in values and under not in ("datasets", "networks"):
             raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
-        if isinstance(value, dict) and isinstance(values.get(key), dict) and not under.endswith("learning_rates"):
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and key != "learning_rates":
             _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
         else:
             values[key] = value

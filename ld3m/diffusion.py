@@ -5,8 +5,7 @@ On disk it is a diffusers folder: `unet/`, `vqvae/` and `scheduler/` as diffuser
 """
 
 import hashlib
-import os
-import shutil
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ld3m.seeds import forked
+from ld3m.storage import new_folder
 
 PARTS = ("unet", "vqvae", "scheduler", "class_embedder")
 
@@ -109,13 +109,15 @@ class Prior:
         return self
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and configuration value that changes what the prior computes."""
+        """sha256 over every weight and the configuration: what the prior computes follows from it."""
         digest = hashlib.sha256()
+        for module in (self.unet, self.autoencoder):
+            public = {key: value for key, value in module.config.items() if not key.startswith("_")}
+            digest.update(json.dumps(public, sort_keys=True, default=str).encode())
         for module in (self.unet, self.autoencoder, self.embedding):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        digest.update(repr(float(self.autoencoder.config.scaling_factor)).encode())
         digest.update(self.alpha_bar.cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -166,17 +168,14 @@ def build_prior(
 
 
 def save_prior(prior: Prior, folder: Path) -> None:
-    """Writes the folder whole or not at all: under a temporary name first, then renamed over what was there."""
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    prior.unet.save_pretrained(partial / "unet")
-    prior.autoencoder.save_pretrained(partial / "vqvae")
-    _schedule().save_pretrained(partial / "scheduler")
-    (partial / "class_embedder").mkdir()
-    save_file({"weight": prior.embedding.weight.detach().contiguous()}, partial / "class_embedder/model.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    """Writes the folder whole or not at all."""
+    with new_folder(folder) as partial:
+        prior.unet.save_pretrained(partial / "unet")
+        prior.autoencoder.save_pretrained(partial / "vqvae")
+        _schedule().save_pretrained(partial / "scheduler")
+        (partial / "class_embedder").mkdir()
+        weight = prior.embedding.weight.detach().contiguous()
+        save_file({"weight": weight}, partial / "class_embedder/model.safetensors")
 
 
 def load_prior(folder: Path) -> Prior:
@@ -198,7 +197,7 @@ def load_prior(folder: Path) -> Prior:
         raise ValueError(
             f"the prior in {folder} cannot be read ({error}); `dvc checkout -f prior` restores it"
         ) from error
-    embedding = nn.Embedding.from_pretrained(weight)
+    embedding = nn.Embedding.from_pretrained(weight.float())
     return Prior(unet, autoencoder, embedding, _alpha_bar(scheduler)).frozen()
 
 

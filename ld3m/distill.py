@@ -66,9 +66,15 @@ def distill(
     `validate(images)` gives an accuracy in [0, 1]; it is asked at iteration 0 and `validations` times after it, evenly
     spaced, the last time at the end.
     The state goes to the file `checkpoint` every `checkpoint_minutes`; where that file exists the run goes on from
-    it, and refuses to if `configuration` (plain JSON values) is not the one it was started with.
+    it, and refuses to if `configuration` (plain JSON values) is not the one it was started with. The caller deletes
+    the file once the result is safe.
     """
     learnables = synthetic.learnables | objective.learnables
+    if learning_rates.keys() != learnables.keys():
+        raise ValueError(
+            f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}: "
+            "change distill.<objective>.<space>.learning_rates in params.yaml"
+        )
     optimizer = torch.optim.SGD(
         [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()],
         momentum=momentum,
@@ -99,7 +105,6 @@ def distill(
             _save(checkpoint, run, learnables, optimizer, configuration)
             saved = time.monotonic()
     _validate(run, synthetic, objective, validate, iterations)
-    checkpoint.unlink(missing_ok=True)
     return run
 
 
@@ -110,15 +115,13 @@ def _validate(
     validate: Callable[[Tensor], float],
     iteration: int,
 ) -> None:
-    if run.validation and run.validation[-1]["iteration"] == iteration:
-        return  # already done before the run was interrupted
     with torch.no_grad():
         images = synthetic.render()
-        former = run.chosen["accuracy"] if run.validation else -1.0
-        run.validation.append({"iteration": iteration, "accuracy": validate(images)})
-        if run.validation[-1]["accuracy"] > former:
-            state = synthetic.tensors() | objective.learnables | {"images": images}
-            run.best = {name: tensor.detach().clone() for name, tensor in state.items()}
+    former = run.chosen["accuracy"] if run.validation else -1.0
+    run.validation.append({"iteration": iteration, "accuracy": validate(images)})
+    if run.validation[-1]["accuracy"] > former:
+        state = synthetic.tensors() | objective.learnables | {"images": images}
+        run.best = {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _check_positive(objective: Objective, step: int) -> None:

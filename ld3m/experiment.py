@@ -162,7 +162,7 @@ class Experiment:
             momentum=self.params.distill.momentum,
             validate=partial(self.validate, labels=synthetic.labels),
             validations=self.params.distill.validations,
-            checkpoint=paths.CHECKPOINTS / self.params.dataset / f"{cell}.safetensors",
+            checkpoint=paths.checkpoint_file(self.params.dataset, cell),
             checkpoint_minutes=self.params.distill.checkpoint_minutes,
             configuration=self.configuration(objective, space, ipc),
         )
@@ -190,6 +190,7 @@ class Experiment:
                 "cost": cost,
             },
         )
+        paths.checkpoint_file(self.params.dataset, cell).unlink(missing_ok=True)
         return folder
 
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:

@@ -69,7 +69,7 @@ class ClassMatching:
     learnables: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
-        network = self.new_network(seed=derive(self.seed, "network", step)).to(images)
+        network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
         loss, grad_images = 0.0, torch.zeros_like(images)
         for label in labels.unique().tolist():
             index = (labels == label).nonzero().squeeze(1)
@@ -123,7 +123,7 @@ class TrajectoryMatching:
             for _ in range(self.student_steps)
         ]
         loss, grad_images, grad_lr = match_trajectory(
-            self.network,
+            self.network.eval(),  # dropout would make the recomputed steps others than the first
             images,
             labels,
             self.student_lr.detach(),

@@ -31,5 +31,9 @@ def scores_folder(dataset: str, cell: str) -> Path:
     return ROOT / "runs" / dataset / "scores" / cell
 
 
+def checkpoint_file(dataset: str, cell: str) -> Path:
+    return CHECKPOINTS / dataset / f"{cell}.safetensors"
+
+
 def ablations_folder(dataset: str) -> Path:
     return ROOT / "runs" / dataset / "ablations"

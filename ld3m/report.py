@@ -41,9 +41,7 @@ def write_tables(params: Params) -> str:
         "architecture used to distil; the unseen mean is over the others."
     )
     markdown = "\n".join([table.to_markdown(index=False, disable_numparse=True), "", note, "", *verdicts(changes), ""])
-    latex = table.map(lambda cell: cell.replace("±", r"$\pm$")).to_latex(
-        index=False, caption=note.replace("%", r"\%").replace("±", r"$\pm$")
-    )
+    latex = table.to_latex(index=False, caption=note.replace("%", r"\%")).replace("±", r"$\pm$")
     _write_csv("scores", summary[summary.architecture != UNSEEN][COLUMNS])
     _write_csv("differences", changes)
     _write_csv(

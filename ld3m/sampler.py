@@ -28,8 +28,8 @@ Skip = Literal["x0", "mean", "none"]
 
 def timesteps(steps: int, *, total: int = 1000) -> list[int]:
     """The DDIM timesteps, ascending: 1, 101, ..., 901 for ten steps of a thousand."""
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps = {steps}: must lie between 1 and {total}; set spaces.ld3m.steps in params.yaml")
+    if not 1 <= steps < total:
+        raise ValueError(f"steps = {steps}: must lie between 1 and {total - 1}; set spaces.ld3m.steps in params.yaml")
     return [i * (total // steps) + 1 for i in range(steps)]
 
 
@@ -70,6 +70,7 @@ def reverse(
     Differentiable in `z_T`, `z` and `c`.
     """
     ts = timesteps(steps)
+    weights = [skip_weight(skip, i, steps) for i in range(steps)]
     alpha_bar = prior.alpha_bar.tolist()
     initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
@@ -83,7 +84,7 @@ def reverse(
             a_previous=alpha_bar[ts[i - 1]] if i else alpha_bar[0],
             guidance=guidance,
             skip=skip,
-            weight=skip_weight(skip, i, steps),
+            weight=weights[i],
             eta=eta,
             eps=eps[steps - 1 - i] if eta else None,
         )

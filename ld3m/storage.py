@@ -67,17 +67,28 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces `folder` at the end of the block, or vanishes if the block fails."""
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
+    _restore(folder, former)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, former)
         os.replace(partial, folder)
     except OSError as error:
+        if error.errno is None:  # of the block, in its own words
+            raise
         raise _explained(error, folder) from error
     finally:
+        _restore(folder, former)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _restore(folder: Path, former: Path) -> None:
+    if former.exists() and not folder.exists():  # stopped between the two renames
+        os.replace(former, folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _explained(error: OSError, target: Path) -> OSError:

@@ -147,9 +147,9 @@ def test_the_pngs_are_the_clamped_rounded_images(tmp_path, channels):
 )
 def test_no_class_name_leaves_the_folder_or_overwrites_another(tmp_path, classes):
     tensors, rest = write(tmp_path / "set", classes=classes)
-    images = tmp_path / "set" / "images"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
-    assert sorted(entry.name for entry in (tmp_path / "set").iterdir()) == ["card.md", "distilled.safetensors", "images"]
+    folder, images = tmp_path / "set", tmp_path / "set" / "images"
+    assert list(tmp_path.iterdir()) == [folder]
+    assert sorted(folder.iterdir()) == [folder / "card.md", folder / "distilled.safetensors", images]
     assert len(list(images.iterdir())) == len(classes)
     shown = [np.asarray(Image.open(file)).tobytes() for file in images.glob("*/*.png")]
     assert sorted(shown) == sorted(image.tobytes() for image in rounded(tensors, rest))

@@ -1,4 +1,5 @@
 import copy
+import json
 import runpy
 import sys
 
@@ -166,7 +167,11 @@ def test_every_wrong_key_is_named_at_once(values):
             ["distill.dc.ld3m.learning_rates has c, z;", "c, z_T"],
         ),
         (
-            {"spaces.ld3m.learn": "auto", "spaces.ld3m.skip": "mean", "distill.dc.ld3m.learning_rates": {"z": 1, "c": 1}},
+            {
+                "spaces.ld3m.learn": "auto",
+                "spaces.ld3m.skip": "mean",
+                "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0},
+            },
             ["distill.dc.ld3m.learning_rates has c, z;", "c, z_T"],
         ),
     ],
@@ -261,9 +266,9 @@ def test_a_profile_changes_its_values_and_keeps_every_other_line(params_file, pr
     assert sorted(file.name for file in params_file.parent.iterdir()) == ["params.yaml", "profile.yaml"]
 
 
-def test_a_profile_adds_a_data_set_and_a_network(params_file, profile):
-    entry = f"datasets: {{other: {COMMITTED['datasets'][PARAMS.dataset]}}}".replace("None", "null").replace("'", "")
-    apply_profile(profile(f"{entry}\ndataset: other\n"), path=params_file)
+def test_a_profile_adds_a_data_set(params_file, profile):
+    changes = {"datasets": {"other": COMMITTED["datasets"][PARAMS.dataset]}, "dataset": "other"}
+    apply_profile(profile(json.dumps(changes)), path=params_file)
     params = load_params(path=params_file)
     assert params.dataset == "other" and params.data == PARAMS.data
     assert set(params.datasets) == {*PARAMS.datasets, "other"}
@@ -271,12 +276,12 @@ def test_a_profile_adds_a_data_set_and_a_network(params_file, profile):
 
 def test_a_profile_can_change_what_is_learned(params_file, profile):
     skip, latent = ("mean", "z_T") if PARAMS.spaces.ld3m.skip == "x0" else ("x0", "z")
-    rates = "{%s: 2.0, c: 3.0}" % latent
-    lines = ["spaces: {ld3m: {learn: auto, skip: %s}}" % skip, "distill:"]
-    lines += [f"  {name}: {{ld3m: {{learning_rates: {rates}}}}}" for name in ("dc", "dm")]
-    lines += ["  mtt: {ld3m: {learning_rates: {%s: 2.0, c: 3.0, student_lr: 1.0e-5}}}" % latent]
-    apply_profile(profile("\n".join(lines)), path=params_file)
-    assert load_params(path=params_file).distill.dm.ld3m.learning_rates == {latent: 2.0, "c": 3.0}
+    rates = {latent: 2.0, "c": 3.0}
+    distill = {name: {"ld3m": {"learning_rates": rates}} for name in ("dc", "dm")}
+    distill["mtt"] = {"ld3m": {"learning_rates": rates | {"student_lr": 0.5}}}
+    changes = {"spaces": {"ld3m": {"learn": "auto", "skip": skip}}, "distill": distill}
+    apply_profile(profile(json.dumps(changes)), path=params_file)  # JSON is YAML
+    assert load_params(path=params_file).distill.dm.ld3m.learning_rates == rates
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_memory_of_the_networks_is_that_of_one_render_batch(prior, pixels, monke
 
     assert peak(6) < 1.3 * peak(1)
     monkeypatch.setattr(synthetic, "checkpoint", lambda function, *args, **options: function(*args))
-    assert peak(6) > 2 * peak(1)  # without the decoder's checkpoint
+    assert peak(6) > 1.5 * peak(1)  # the meter sees what the decoder would save
 
 
 @pytest.mark.parametrize("skip", ["x0", "none"])
