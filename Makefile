@@ -31,6 +31,7 @@ embedded: $(INSTALLED)
 	@$(PY) -m dvc pull --allow-missing data.dvc prior
 
 reproduce: embedded ## run the pipeline (only what changed) and print the main table
+	@$(PY) -m ld3m.check
 	@$(PY) -m dvc repro
 	@echo && cat reports/tables/main.md && echo
 	@echo 'tables    reports/tables/'

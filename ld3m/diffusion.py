@@ -8,14 +8,17 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ld3m.seeds import forked
 from ld3m.storage import new_folder
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel  # takes 3 s, hence inside the functions
 
 PARTS = ("unet", "vqvae", "scheduler", "class_embedder")
 
@@ -28,8 +31,8 @@ class Prior:
     conditioning (B, 1, D); labels (B,) int64.
     """
 
-    unet: UNet2DConditionModel
-    autoencoder: VQModel
+    unet: "UNet2DConditionModel"
+    autoencoder: "VQModel"
     embedding: nn.Embedding  # (classes + 1, D)
     alpha_bar: Tensor  # (1000,) float64: the products of 1 - beta, eq. 1
 
@@ -136,6 +139,8 @@ def build_prior(
 ) -> Prior:
     """A prior with random weights, of the kind of `cin256-v2`: a VQ autoencoder that halves the resolution between
     its widths, and a U-Net that attends to one class-embedding token below its first level."""
+    from diffusers import UNet2DConditionModel, VQModel
+
     down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
     with forked(seed, "prior"):
         autoencoder = VQModel(
@@ -180,6 +185,8 @@ def save_prior(prior: Prior, folder: Path) -> None:
 
 def load_prior(folder: Path) -> Prior:
     """The prior in a diffusers folder, frozen, in float32 on the CPU."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+
     folder = Path(folder)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
@@ -201,8 +208,10 @@ def load_prior(folder: Path) -> Prior:
     return Prior(unet, autoencoder, embedding, _alpha_bar(scheduler)).frozen()
 
 
-def _schedule() -> DDIMScheduler:
+def _schedule() -> "DDIMScheduler":
     """The noise schedule of `cin256-v2`."""
+    from diffusers import DDIMScheduler
+
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,
@@ -215,7 +224,7 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def _alpha_bar(scheduler: DDIMScheduler) -> Tensor:
+def _alpha_bar(scheduler: "DDIMScheduler") -> Tensor:
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(f"prediction_type {scheduler.config.prediction_type!r}: only epsilon is supported")
     return torch.cumprod(1 - scheduler.betas.double(), dim=0)

@@ -93,13 +93,13 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     )
     lines = tables["scores.csv"].decode().splitlines()
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
-    assert len(lines) == 1 + 2 * (2 + 1 + 1)  # judges x (cells, control, full data)
+    assert len(lines) == 1 + 2 * (1 + 1 + 1)  # judges x (cells, control, full data)
     assert "up to date" in dvc(clone, "repro")
     dvc(clone, "repro", "--single-item", "--force", "tables")
     assert written(clone / "reports/tables") == tables
     assert written(clone / "reports/figures") == figures
-    artefact = clone / "runs/mnist5k/distilled/dm-ld3m-1/distilled.safetensors"
+    artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/distilled.safetensors"
     before = artefact.read_bytes()
-    dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@dm-ld3m-1")
+    dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
     assert artefact.read_bytes() == before
     assert not list((clone / "checkpoints").rglob("*.safetensors"))

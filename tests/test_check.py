@@ -1,0 +1,36 @@
+"""What is wrong is said before any long work, and says what to change."""
+
+import pytest
+
+from ld3m import paths
+from ld3m.check import check
+from ld3m.config import load_params
+
+
+def test_the_committed_profile_is_in_order():
+    lines = check(load_params())
+    assert [line.split()[0] for line in lines] == ["data", "judges", "prior", "disk"]
+    assert "3500 + 500 + 1000 images of 10 classes" in lines[0] and "4 x 8 x 8" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"grid.ipc": [1, 351]}, "350 images.*1..350"),
+        ({"datasets.mnist5k.size_px": 36}, "size_px = 36.*multiples of 8.*params.yaml"),
+        ({"datasets.mnist5k.channels": 1}, "1 channels, the prior 3.*channels in params.yaml"),
+        ({"datasets.mnist5k.classes": ["0", "eleven"]}, "eleven"),
+        ({"networks.convnet": {"width": 8, "depth": 6}}, "depth"),
+        ({"trajectories.experts": 10**9}, "MiB needed"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        check(load_params(overrides))
+
+
+def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dvc pull data.dvc"):
+        check(load_params({"datasets.mnist5k.source": "data/nowhere"}))
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert any("the stage `prior` trains it" in line for line in check(load_params()))

@@ -1,0 +1,81 @@
+"""Training the prior: it learns, repeats bit for bit, and measures itself by the formulas."""
+
+import math
+
+import pytest
+import torch
+
+from ld3m.data import Dataset, Split, measure_normalization
+from ld3m.diffusion import build_prior
+from ld3m.train_prior import fit_autoencoder, fit_denoiser, recognised, reconstruct, reconstruction_error
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Two classes that differ at a glance: a bright upper or lower half, with noise."""
+    draw = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 2
+        images = torch.randint(0, 60, (count, 1, 16, 16), generator=draw, dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, 8 * label : 8 * label + 8] += 180
+        return Split(images, labels, ("upper", "lower"))
+
+    train = split(64)
+    return Dataset("halves", train, split(16), split(16), measure_normalization(train))
+
+
+def trained(dataset: Dataset):
+    prior = build_prior(
+        channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
+        unet_widths=(32, 32), conditioning_width=16, seed=0,
+    )  # fmt: skip
+    images = fit_autoencoder(prior, dataset.train, steps=30, continuous_steps=10, batch=16, learning_rate=5e-3, seed=0)
+    noise = fit_denoiser(
+        prior, dataset.train, steps=40, batch=16, learning_rate=2e-3, null_share=0.1, ema_decay=0.9, seed=0
+    )
+    return prior, images, noise
+
+
+def test_both_losses_fall_the_latents_have_unit_variance_and_a_second_run_gives_the_same_bits(dataset):
+    prior, images, noise = trained(dataset)
+    assert sum(images[-5:]) < 0.7 * sum(images[:5])
+    assert sum(noise[-10:]) < 0.8 * sum(noise[:10])
+    assert prior.encode(dataset.train.pixels()).std().item() == pytest.approx(1, rel=1e-4)
+    assert not any(parameter.requires_grad for parameter in prior.unet.parameters())
+    again, images_again, noise_again = trained(dataset)
+    assert (images_again, noise_again) == (images, noise)
+    assert again.fingerprint() == prior.fingerprint()
+
+
+def test_the_reconstruction_error_is_the_formula(dataset):
+    prior = build_prior(
+        channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
+        unet_widths=(32, 32), conditioning_width=16, seed=0,
+    ).frozen()  # fmt: skip
+    real = dataset.validation.pixels()
+    drawn = reconstruct(prior, real, batch=5)
+    torch.testing.assert_close(drawn, prior.decode(prior.encode(real)).clamp(-1, 1))
+    error = reconstruction_error(real, drawn)
+    mse = sum((a - b) ** 2 for a, b in zip(real.double().flatten().tolist(), drawn.flatten().tolist(), strict=True))
+    assert error["mse"] == pytest.approx(mse / real.numel(), rel=1e-5)
+    assert error["psnr_db"] == pytest.approx(10 * math.log10(2**2 / error["mse"]))
+
+
+def test_samples_are_recognised_by_a_classifier_that_knows_the_real_images(dataset, monkeypatch):
+    prior, _, _ = trained(dataset)
+    arguments = dict(
+        samples_per_class=3, steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0
+    )
+    pixels, labels, record = recognised(prior, dataset, **arguments)
+    assert pixels.shape == (6, 1, 16, 16) and labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert record["samples"] == 6 and record["classifier_accuracy"] == 1.0
+
+    def real(prior, labels, **_):
+        return dataset.train.pixels(torch.tensor([int(label) for label in labels]))
+
+    monkeypatch.setattr("ld3m.train_prior.sample", real)
+    assert recognised(prior, dataset, **arguments)[2]["recognised"] == 1.0
+    monkeypatch.setattr("ld3m.train_prior.sample", lambda prior, labels, **k: real(prior, 1 - labels))
+    assert recognised(prior, dataset, **arguments)[2]["recognised"] == 0.0
