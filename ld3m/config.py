@@ -191,7 +191,7 @@ class DistillParams(Model):
 
 
 class Recipe(Model):
-    epochs: Count
+    epochs: dict[Architecture, Count]
     batch: Count
     learning_rates: dict[Architecture, Rate]
     momentum: Share
@@ -249,8 +249,9 @@ class Params(Model):
         for name in {*self.grid.architecture, self.distill.network}:
             if name not in self.networks:
                 raise ValueError(f"networks.{name} is missing: its width and depth")
-            if name not in self.evaluate.recipe.learning_rates:
-                raise ValueError(f"evaluate.recipe.learning_rates.{name} is missing")
+            for key in ("epochs", "learning_rates"):
+                if name not in getattr(self.evaluate.recipe, key):
+                    raise ValueError(f"evaluate.recipe.{key}.{name} is missing")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
         if self.trajectories.epochs < needed:
             raise ValueError(

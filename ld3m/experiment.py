@@ -51,7 +51,7 @@ class Experiment:
         """The keyword arguments of `training.train` with which an architecture is judged."""
         given = self.params.evaluate.recipe
         return {
-            "epochs": given.epochs,
+            "epochs": given.epochs[architecture],
             "batch": given.batch,
             "learning_rate": given.learning_rates[architecture],
             "momentum": given.momentum,
