@@ -7,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # The stages of dvc.yaml call `python`: this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help reproduce test test-all lab lint strip clean install embedded
+.PHONY: help reproduce test lab lint strip clean install embedded
 
 help:
 	@echo 'Usage: make TARGET [PYTHON=python3.12]'
@@ -26,9 +26,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Brings the embedded data and prior out of store/; a prior of other parameters is in no store, and the pipeline makes it.
+# Brings the embedded data and prior out of store/ where they are not there yet.
 embedded: $(INSTALLED)
-	@$(PY) -m dvc pull --allow-missing data.dvc prior
+	@test -d store || { echo 'store/ is missing: `git checkout -- store` restores it' >&2; exit 1; }
+	@test -d data/mnist5k || $(PY) -m dvc pull data.dvc
+	@test -d runs/mnist5k/prior || $(PY) -m dvc pull --allow-missing prior
 
 reproduce: embedded ## run the pipeline (only what changed) and print the main table
 	@$(PY) -m ld3m.check
@@ -39,9 +41,6 @@ reproduce: embedded ## run the pipeline (only what changed) and print the main t
 	@echo 'notebooks reports/notebooks/ (executed)'
 
 test: embedded ## run the tests
-	@$(PY) -m pytest -q -m 'not slow'
-
-test-all: embedded ## run all tests, the slow ones too
 	@$(PY) -m pytest -q
 
 lab: embedded ## open the notebooks in Jupyter Lab

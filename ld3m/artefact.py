@@ -48,7 +48,7 @@ def write_artefact(
     """Writes the folder whole or not at all.
 
     `tensors["images"]` are normalised images (N, C, H, W). `record` is kept in the metadata (plain JSON values):
-    `configuration`, `validation`, `chosen_iteration`, `cost`.
+    `configuration`, `history`, `validation` and `cost`.
     """
     tensors = tensors | {"labels": labels}
     metadata = record | {

@@ -25,18 +25,27 @@ def check(params: Params) -> list[str]:
     for ipc in params.grid.ipc:
         initial_indices(train, ipc=ipc, seed=params.seed)
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
-    lines.append("judges  " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
-    if paths.prior_folder(params.dataset).exists():
-        shape = experiment.prior.latent_shape(params.data.size_px)
-        lines.append(f"prior   latents {' x '.join(map(str, shape))}, {experiment.prior.classes} classes")
-    else:
-        lines.append(f"prior   none for {params.dataset} yet: the stage `prior` trains it first")
+    lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
+    lines.append(f"prior   {_prior(experiment)}")
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
     weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
     needed = snapshots * weights.nbytes
     require_space(paths.ROOT, needed + SPARE_BYTES)
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
+
+
+def _prior(experiment: Experiment) -> str:
+    again = "the stage `prior` trains it first, about 12 minutes for the committed profile"
+    if not paths.prior_folder(experiment.params.dataset).exists():
+        return f"none for {experiment.params.dataset} yet: {again}"
+    try:
+        prior = experiment.prior
+    except ValueError as problem:  # the parameters changed since, or the files are broken
+        return f"of no use with these parameters ({problem}): {again}"
+    return (
+        f"latents {' x '.join(map(str, prior.latent_shape(experiment.params.data.size_px)))}, {prior.classes} classes"
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,16 @@ Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+Steps = Annotated[int, Field(ge=1, le=999)]
+
+
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise ValueError("has an entry twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 
 
 def _known(architecture: str) -> str:
@@ -103,7 +113,7 @@ class PriorCheck(Model):
     """Guided samples a class, and the training of the ConvNet that judges them."""
 
     samples_per_class: Count
-    steps: Count
+    steps: Steps
     guidance: float
     width: Count
     epochs: Count
@@ -155,7 +165,7 @@ class LD3MParams(Model):
     start: Literal["real", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
-    steps: Annotated[int, Field(ge=1, le=999)]
+    steps: Steps
     guidance: float
     eta: Annotated[float, Field(ge=0, le=1)]
     clamp: Literal["none", "hard"]
@@ -214,17 +224,17 @@ class EvaluateParams(Model):
 
 
 class GradientNormParams(Model):
-    steps: Annotated[tuple[Count, ...], Field(min_length=1)]
+    steps: Annotated[tuple[Steps, ...], Field(min_length=1), Distinct]
     images_per_class: Count
     networks: Count
 
 
 class Grid(Model):
-    objective: Annotated[tuple[Objective, ...], Field(min_length=1)]
-    space: Annotated[tuple[Space, ...], Field(min_length=1)]
-    ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
-    control: tuple[Control, ...]
-    architecture: Annotated[tuple[Architecture, ...], Field(min_length=1)]
+    objective: Annotated[tuple[Objective, ...], Field(min_length=1), Distinct]
+    space: Annotated[tuple[Space, ...], Field(min_length=1), Distinct]
+    ipc: Annotated[tuple[Count, ...], Field(min_length=1), Distinct]
+    control: Annotated[tuple[Control, ...], Distinct]
+    architecture: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
 
 
 class Params(Model):
@@ -253,10 +263,22 @@ class Params(Model):
                 if name not in getattr(self.evaluate.recipe, key):
                     raise ValueError(f"evaluate.recipe.{key}.{name} is missing")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
-        if self.trajectories.epochs < needed:
+        if self.trajectories.epochs != needed:
             raise ValueError(
-                f"trajectories.epochs = {self.trajectories.epochs}: objectives.mtt reads snapshots up to epoch {needed}"
+                f"trajectories.epochs = {self.trajectories.epochs}: must be {needed}, the last epoch that "
+                "objectives.mtt reads (max_start_epoch - 1 + expert_epochs)"
             )
+        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
+        unit = 2 ** (len(autoencoder.widths) - 1 + len(denoiser.widths) - 1)
+        if self.data.size_px % unit:
+            raise ValueError(
+                f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
+                "these prior.autoencoder.widths and prior.denoiser.widths"
+            )
+        if any(width % 8 for width in autoencoder.widths) or any(width % 16 for width in denoiser.widths):
+            raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
+        if autoencoder.continuous_steps >= autoencoder.steps:
+            raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
         latent = {"auto": "z" if self.spaces.ld3m.skip == "x0" else "z_T"}.get(
             self.spaces.ld3m.learn, self.spaces.ld3m.learn
         )
@@ -336,10 +358,9 @@ def validate(values: Any, *, origin: str) -> Params:
     except ValidationError as error:
         lines = [f"{origin} is not valid:"]
         for problem in error.errors(include_url=False):
-            key = ".".join(map(str, problem["loc"]))
-            wrong = (
-                "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else problem["msg"]
-            )
+            key = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
+            message = problem["msg"].removeprefix("Value error, ")
+            wrong = "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else message
             got = (
                 ""
                 if problem["type"] == "missing" or isinstance(problem["input"], dict)

@@ -68,10 +68,10 @@ class Prior:
                 f"the data set has {channels} channels, the prior {self.channels}; "
                 "set datasets.<name>.channels in params.yaml to the prior's"
             )
-        if classes > self.classes:
+        if classes != self.classes:
             raise ValueError(
-                f"the data set has {classes} classes, the prior knows {self.classes}; "
-                "choose a subset with datasets.<name>.classes in params.yaml, or train a prior on this data set"
+                f"the data set has {classes} classes, the prior was trained on {self.classes}; "
+                "restore datasets.<name>.classes in params.yaml, or train a prior on these with `dvc repro prior`"
             )
 
     def encode(self, pixels: Tensor) -> Tensor:

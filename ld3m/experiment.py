@@ -164,7 +164,8 @@ class Experiment:
             validations=self.params.distill.validations,
             checkpoint=paths.checkpoint_file(self.params.dataset, cell),
             checkpoint_minutes=self.params.distill.checkpoint_minutes,
-            configuration=self.configuration(objective, space, ipc),
+            configuration=self.configuration(objective, space, ipc)
+            | {"normalization": vars(self.dataset.normalization)},
         )
 
     def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:

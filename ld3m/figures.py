@@ -105,7 +105,8 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
         column[2].set(yscale="log", xlabel="iteration")
         column[2].legend(fontsize=6, ncols=2)
     axes[0, 0].legend(fontsize=7)
-    for axis, label in zip(axes[:, 0], ["matching loss", "validation accuracy, %", "gradient norm"], strict=True):
+    labels = ["matching loss (mean of 5)", "validation accuracy, %", "gradient norm (mean of 5)"]
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     figure.tight_layout()
     return _closed(figure)
@@ -128,14 +129,15 @@ def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
 
 
 def gradient_norms(norms: pd.DataFrame) -> Figure:
-    """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation.
+    """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation:
+    the mean over networks, with bars from the smallest to the largest.
 
     Columns: skip, learned ("z" or "z_T"), steps, network, norm.
     """
     frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
     grid = sns.relplot(
         frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
-        errorbar=("ci", 95), seed=0, n_boot=1000, height=2.9, aspect=1.15,
+        errorbar=("pi", 100), err_style="bars", height=2.9, aspect=1.15,
     )  # fmt: skip
     grid.set(xscale="log", yscale="log", xlabel="number of steps T", ylabel="gradient norm of what is learned")
     grid.set_titles("learned: {col_name}")

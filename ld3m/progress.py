@@ -19,7 +19,7 @@ def peak_gib() -> float:
 
 def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str] = lambda: "") -> Iterator[int]:
     """Yields start .. total-1 and reports; `status` is asked for a few words (a loss, say) whenever it reports."""
-    if "DVC_STAGE" not in os.environ:
+    if "DVC_STAGE" not in os.environ:  # the bar shows the cost of what is left as it goes
         with tqdm(range(start, total), desc=label, initial=start, total=total) as bar:
             for step in bar:
                 yield step

@@ -40,7 +40,16 @@ def write_tables(params: Params) -> str:
         f"{params.evaluate.seeds} evaluation seeds of one distilled set. {NAMES[params.distill.network]} is the "
         "architecture used to distil; the unseen mean is over the others."
     )
-    markdown = "\n".join([table.to_markdown(index=False, disable_numparse=True), "", note, "", *verdicts(changes), ""])
+    markdown = "\n".join(
+        [
+            table.to_markdown(index=False, disable_numparse=True),
+            "",
+            note,
+            "",
+            *verdicts(changes, params.distill.network),
+            "",
+        ]
+    )
     latex = table.to_latex(index=False, caption=note.replace("%", r"\%")).replace("±", r"$\pm$")
     _write_csv("scores", summary[summary.architecture != UNSEEN][COLUMNS])
     _write_csv("differences", changes)

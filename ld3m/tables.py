@@ -1,6 +1,7 @@
 """From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
 
 import json
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -9,6 +10,7 @@ from ld3m import paths
 from ld3m.config import Params
 
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
+CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high"]
 UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
 NAMES = {
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
@@ -38,7 +40,12 @@ def read_scores(params: Params) -> pd.DataFrame:
             file = paths.scores_folder(params.dataset, f"{objective}-{space}-{ipc}") / f"{architecture}.json"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of `grid`")
-            for seed, accuracy in enumerate(json.loads(file.read_text())["accuracy"]):
+            accuracies = json.loads(file.read_text())["accuracy"]
+            if len(accuracies) != params.evaluate.seeds:
+                raise ValueError(
+                    f"{file} has {len(accuracies)} seeds, evaluate.seeds is {params.evaluate.seeds}: dvc repro"
+                )
+            for seed, accuracy in enumerate(accuracies):
                 rows.append((params.dataset, ipc, objective, space, architecture, seed, accuracy))
     columns = ["dataset", "ipc", "objective", "space", "architecture", "seed", "accuracy"]
     return pd.DataFrame(rows, columns=columns)
@@ -66,15 +73,20 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
-    """LD3M minus pixel, paired by seed, for every objective and architecture: mean and interval."""
-    keys = ["ipc", "objective", "architecture", "seed"]
-    columns = [*keys[:-1], "n", "mean", "ci_low", "ci_high"]
-    by_space = scores[scores.objective != "none"].pivot(index=keys, columns="space", values="accuracy")
-    if not {"ld3m", "pixel"} <= set(by_space.columns):
-        return pd.DataFrame(columns=columns)
-    paired = (by_space.ld3m - by_space.pixel).dropna()
-    rows = [(*key, len(group), *interval(group)) for key, group in paired.groupby(level=keys[:-1], sort=False)]
-    return pd.DataFrame(rows, columns=columns)
+    """`CHANGES`: every distilled set minus random real images, and LD3M minus pixel, paired by seed."""
+    by_cell = scores[scores.ipc > 0].pivot(
+        index=["ipc", "architecture", "seed"], columns=["objective", "space"], values="accuracy"
+    )
+    rows = []
+    for objective, space in by_cell.columns:
+        others = [("none", "random_real")] if objective != "none" else []
+        others += [(objective, "pixel")] if space == "ld3m" else []
+        for other in others:
+            if other in by_cell.columns:
+                paired = (by_cell[(objective, space)] - by_cell[other]).dropna()
+                for (ipc, architecture), group in paired.groupby(level=["ipc", "architecture"], sort=False):
+                    rows.append((ipc, objective, space, other[1], architecture, len(group), *interval(group)))
+    return pd.DataFrame(rows, columns=CHANGES)
 
 
 def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
@@ -98,10 +110,12 @@ def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def verdicts(changes: pd.DataFrame) -> list[str]:
-    """One plain sentence for every objective: is LD3M above pixel on unseen architectures?"""
+def verdicts(changes: pd.DataFrame, seen: str) -> list[str]:
+    """Plain sentences: is LD3M above pixel on unseen architectures, is every set above random real images?"""
+    against_pixel = changes[(changes.minus == "pixel") & (changes.architecture == UNSEEN)]
+    against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
-    for row in changes[changes.architecture == UNSEEN].itertuples():
+    for row in against_pixel.itertuples():
         if row.ci_low > 0:
             verdict = "LD3M is above pixel"
         elif row.ci_high < 0:
@@ -109,8 +123,15 @@ def verdicts(changes: pd.DataFrame) -> list[str]:
         else:
             verdict = "**LD3M and pixel are not told apart**"
         lines.append(
-            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures by "
-            f"{100 * row.mean:+.1f} points (95 % interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}, "
-            f"paired over {row.n} seeds)."
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures; the difference is "
+            f"{_points(row)}, paired over {row.n} seeds."
         )
+    for row in against_real.itertuples():
+        told = "above" if row.ci_low > 0 else "**not clearly above**"
+        name = f"{NAMES[row.objective]} {NAMES[row.space]}, IPC {row.ipc}"
+        lines.append(f"- {name}: {told} random real images on {NAMES[seen]}, by {_points(row)}.")
     return lines
+
+
+def _points(row: Any) -> str:
+    return f"{100 * row.mean:+.1f} points (95 % interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})"

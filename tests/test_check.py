@@ -1,5 +1,7 @@
 """What is wrong is said before any long work, and says what to change."""
 
+import json
+
 import pytest
 
 from ld3m import paths
@@ -9,7 +11,7 @@ from ld3m.config import load_params
 
 def test_the_committed_profile_is_in_order():
     lines = check(load_params())
-    assert [line.split()[0] for line in lines] == ["data", "judges", "prior", "disk"]
+    assert [line.split()[0] for line in lines] == ["data", "nets", "prior", "disk"]
     assert "3500 + 500 + 1000 images of 10 classes" in lines[0] and "4 x 8 x 8" in lines[2]
 
 
@@ -17,8 +19,7 @@ def test_the_committed_profile_is_in_order():
     "overrides, words",
     [
         ({"grid.ipc": [1, 351]}, "350 images.*1..350"),
-        ({"datasets.mnist5k.size_px": 36}, "size_px = 36.*multiples of 8.*params.yaml"),
-        ({"datasets.mnist5k.channels": 1}, "1 channels, the prior 3.*channels in params.yaml"),
+        ({"datasets.mnist5k.size_px": 36}, "size_px = 36.*multiple of 8"),
         ({"datasets.mnist5k.classes": ["0", "eleven"]}, "eleven"),
         ({"networks.convnet": {"width": 8, "depth": 6}}, "depth"),
         ({"trajectories.experts": 10**9}, "MiB needed"),
@@ -27,6 +28,16 @@ def test_the_committed_profile_is_in_order():
 def test_what_is_wrong_is_named(overrides, words):
     with pytest.raises((ValueError, OSError), match=words):
         check(load_params(overrides))
+
+
+def test_a_prior_of_other_parameters_is_announced_not_refused():
+    (line,) = [line for line in check(load_params({"datasets.mnist5k.channels": 1})) if line.startswith("prior")]
+    assert "1 channels, the prior 3" in line and "trains it first" in line
+
+
+def test_the_embedded_prior_is_good_enough():
+    record = json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())
+    assert record["samples"] >= 500 and record["recognised"] >= 0.95 and record["psnr_db"] > 25
 
 
 def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from ld3m.config import apply_profile, load_params, validate
 
 COMMITTED = YAML(typ="safe").load(paths.PARAMS.read_text())
 PARAMS = load_params()
-FREE = ("datasets", "networks", "learning_rates")  # mappings whose keys the user names
+FREE = ("datasets", "networks", "epochs", "learning_rates")  # mappings whose keys the user names
 
 
 def mappings(node, at=""):

@@ -57,9 +57,7 @@ def folder(tmp_path):
     """Three splits of two classes "cat" and "dog", six images each of random noise."""
     for split in SPLITS:
         labels = [0, 1] * 6
-        write_parquet(
-            tmp_path / f"{split}.parquet", labels, feature=datasets.ClassLabel(names=["cat", "dog"])
-        )
+        write_parquet(tmp_path / f"{split}.parquet", labels, feature=datasets.ClassLabel(names=["cat", "dog"]))
     return tmp_path
 
 
@@ -81,9 +79,7 @@ def test_normalization_is_affine_and_inverted():
     torch.testing.assert_close(high.flatten(), torch.tensor([4.5, 0.5 / 0.3, 0.5]))
 
 
-@pytest.mark.parametrize(
-    "mean, std", [((), ()), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (float("nan"),))]
-)
+@pytest.mark.parametrize("mean, std", [((), ()), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (float("nan"),))])
 def test_normalization_refuses_impossible_statistics(mean, std):
     with pytest.raises(ValueError, match="positive std"):
         data.Normalization(mean, std)
@@ -114,9 +110,7 @@ def toy_split(counts=(5, 3)):
 
 
 def test_split_pixels_span_minus_one_to_one():
-    split = data.Split(
-        torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1), torch.zeros(256).long(), ("a",)
-    )
+    split = data.Split(torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1), torch.zeros(256).long(), ("a",))
     pixels = split.pixels()
     assert pixels.dtype == torch.float32 and pixels.shape == (256, 1, 1, 1) and len(split) == 256
     expected = np.arange(256, dtype=np.float64) * 2 / 255 - 1
@@ -129,10 +123,7 @@ def test_of_class_partitions_the_split():
     split = toy_split()
     for label, count in enumerate((5, 3)):
         members = split.of_class(label)
-        assert (
-            members.tolist() == [row for row in range(8) if split.labels[row] == label]
-            and len(members) == count
-        )
+        assert members.tolist() == [row for row in range(8) if split.labels[row] == label] and len(members) == count
     for label in (-1, 2):
         with pytest.raises(ValueError, match=r"allowed are 0\.\.1"):
             split.of_class(label)
@@ -200,9 +191,7 @@ def test_embedded_digits_are_the_source_divided(embedded, source_digits):
         assert len(split.labels[:50].unique()) == 10  # shuffled
         found += zip((image.numpy().tobytes() for image in split.uint8), split.labels.tolist(), strict=True)
     assert sorted(found) == remaining  # every digit once, hence disjoint splits
-    assert (
-        images[:, :2].max() == images[:, -2:].max() == images[:, :, :2].max() == images[:, :, -2:].max() == 0
-    )
+    assert images[:, :2].max() == images[:, -2:].max() == images[:, :, :2].max() == images[:, :, -2:].max() == 0
 
 
 def test_embedded_files_are_rebuilt_to_the_byte(embedded, tmp_path, monkeypatch, source_digits):
@@ -247,9 +236,7 @@ def test_parquet_shards_and_data_folder_match_one_file(folder, tmp_path):
     sharded = tmp_path / "sharded" / "data"
     sharded.mkdir(parents=True)
     for split in SPLITS:
-        whole = datasets.Dataset.from_parquet(
-            str(folder / f"{split}.parquet"), cache_dir=str(tmp_path / "cache")
-        )
+        whole = datasets.Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=str(tmp_path / "cache"))
         for part in range(2):
             whole.shard(2, part, contiguous=True).to_parquet(sharded / f"{split}-0000{part}-of-00002.parquet")
     assert data.load_dataset(sharded.parent, **SETTINGS).fingerprint == expected.fingerprint
@@ -279,9 +266,7 @@ def test_image_folder_of_mixed_sizes_and_modes(tmp_path):
             (tmp_path / split / name / "more").mkdir(parents=True)
         red = Image.new("RGB", (8, 8), "red")
         red.save(tmp_path / split / "cat" / "a.png")
-        red.resize((30, 12)).save(
-            tmp_path / split / "cat" / "b.JPG", format="JPEG", quality=100, subsampling=0
-        )
+        red.resize((30, 12)).save(tmp_path / split / "cat" / "b.JPG", format="JPEG", quality=100, subsampling=0)
         red.quantize().resize((5, 9)).save(tmp_path / split / "cat" / "c.gif")
         red.convert("CMYK").save(tmp_path / split / "cat" / "more" / "d.jpeg", quality=100)
         (tmp_path / split / "notes.txt").write_text("no class")
@@ -344,9 +329,7 @@ def test_impossible_splits_are_refused(folder, changes):
 
 
 def test_classes_are_kept_and_relabelled_in_order(embedded):
-    dataset = data.load_dataset(
-        "data/mnist5k", name="m", size_px=32, channels=1, splits=SPLITS, classes=["7", 2]
-    )
+    dataset = data.load_dataset("data/mnist5k", name="m", size_px=32, channels=1, splits=SPLITS, classes=["7", 2])
     assert dataset.train.classes == dataset.test.classes == ("7", "2")
     for label, digit in enumerate((7, 2)):
         for part in SPLITS:
@@ -459,9 +442,7 @@ def test_missing_paths_say_what_to_place(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path)  # a checkout without data/
     (tmp_path / "tests").mkdir()
     for source in (tmp_path / "none", "./none", "../none", "data/none", "tests/none", "a/b/c", "no such"):
-        with pytest.raises(
-            FileNotFoundError, match=r"datasets\.toy\.source.*train\.parquet.*dvc pull data\.dvc"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"datasets\.toy\.source.*train\.parquet.*dvc pull data\.dvc"):
             data.load_dataset(source, **SETTINGS)
 
 
@@ -482,9 +463,7 @@ def test_hub_datasets_and_no_network(folder, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     for source in ("org/toy", "toy"):
-        with pytest.raises(
-            FileNotFoundError, match=r"no network.*train/<class>.*set datasets\.toy\.source in params"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"no network.*train/<class>.*set datasets\.toy\.source in params"):
             data.load_dataset(source, **SETTINGS)
 
 
@@ -510,13 +489,9 @@ def test_corrupt_images_are_named(folder, broken):
     names = datasets.ClassLabel(names=["cat", "dog"])
     write_parquet(folder / "test.parquet", [1, 1, 0, 0], feature=names, images=[good, good, good, broken])
     name = "x.png" if broken else "no file name"
-    with pytest.raises(
-        ValueError, match=rf"datasets\.toy, split 'test', row 3 \({name}\).*replace or remove"
-    ):
+    with pytest.raises(ValueError, match=rf"datasets\.toy, split 'test', row 3 \({name}\).*replace or remove"):
         data.load_dataset(folder, **SETTINGS, classes=["cat"])
-    data.load_dataset(
-        folder, **SETTINGS | {"splits": {"train": "train", "validation": 0.5, "test": "validation"}}
-    )
+    data.load_dataset(folder, **SETTINGS | {"splits": {"train": "train", "validation": 0.5, "test": "validation"}})
 
 
 def test_corrupt_files_of_an_image_folder_are_named(tmp_path):

@@ -42,9 +42,7 @@ class Codes:
 class Squares:
     """(student_lr * images - target of the step)^2, summed; `student_lr` is learned."""
 
-    student_lr: torch.Tensor = field(
-        default_factory=lambda: torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    )
+    student_lr: torch.Tensor = field(default_factory=lambda: torch.tensor(0.8, dtype=torch.float64, requires_grad=True))
 
     @property
     def learnables(self):
@@ -69,8 +67,7 @@ def by_hand(momentum):
         norms.append([grad.norm().item() for grad in grads])
         velocities = [momentum * velocity + grad for velocity, grad in zip(velocities, grads, strict=True)]
         z, c, lr = (
-            value - RATES[name] * velocity
-            for name, value, velocity in zip(RATES, (z, c, lr), velocities, strict=True)
+            value - RATES[name] * velocity for name, value, velocity in zip(RATES, (z, c, lr), velocities, strict=True)
         )
         values.append((z, c, lr))
     return values, losses, norms

@@ -164,9 +164,7 @@ def test_an_error_of_the_block_keeps_its_own_words(former):
 def test_space_is_asked_for_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     asked = []
-    monkeypatch.setattr(
-        storage.shutil, "disk_usage", lambda folder: asked.append(folder) or usage(0, 0, 3 * 2**20)
-    )
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: asked.append(folder) or usage(0, 0, 3 * 2**20))
     require_space(tmp_path / "not" / "yet", 3 * 2**20)
     assert asked == [tmp_path]
     with pytest.raises(OSError, match=r"4\.0 MiB needed in .*yet, 3\.0 MiB are free: make room") as failed:

@@ -7,6 +7,7 @@ import pytest
 from ld3m import paths, report
 from ld3m.config import load_params
 from ld3m.tables import (
+    CHANGES,
     COLUMNS,
     UNSEEN,
     cells,
@@ -132,21 +133,27 @@ def test_the_summary_has_its_columns_and_one_row_a_cell_and_architecture(params,
 
 def test_differences_are_paired_by_seed(scores):
     changes = differences(scores.sample(frac=1, random_state=0))  # the order of rows says nothing
-    assert list(changes.columns) == ["ipc", "objective", "architecture", "n", "mean", "ci_low", "ci_high"]
-    assert len(changes) == 2 * 2 * 4
-    by_key = {row[:3]: row[3:] for row in changes.itertuples(index=False)}
+    assert list(changes.columns) == CHANGES
+    assert len(changes) == 2 * 2 * 4 * (2 + 1)  # ipc, objectives, architectures; two spaces minus real, one minus pixel
+    by_key = {row[:5]: row[5:] for row in changes.itertuples(index=False)}
     # constant over seeds: no width, however much the seeds differ
-    assert by_key[(1, "dm", "vit")] == pytest.approx((3, 0.2, 0.2, 0.2))
-    assert by_key[(1, "mtt", UNSEEN)] == pytest.approx((3, -0.1, -0.1, -0.1))
+    assert by_key[(1, "dm", "ld3m", "pixel", "vit")] == pytest.approx((3, 0.2, 0.2, 0.2))
+    assert by_key[(1, "mtt", "ld3m", "pixel", UNSEEN)] == pytest.approx((3, -0.1, -0.1, -0.1))
     gaps = [0.00, 0.01, -0.07]
     half = T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
-    assert by_key[(10, "mtt", "convnet")] == pytest.approx((3, -0.02, -0.02 - half, -0.02 + half), rel=1e-6)
+    assert by_key[(10, "mtt", "ld3m", "pixel", "convnet")] == pytest.approx(
+        (3, -0.02, -0.02 - half, -0.02 + half), rel=1e-6
+    )
+    means = scores.groupby(["ipc", "objective", "space", "architecture"]).accuracy.mean()
+    wanted = means[1, "dm", "pixel", "convnet"] - means[1, "none", "random_real", "convnet"]
+    assert by_key[(1, "dm", "pixel", "random_real", "convnet")][1] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("space", ["pixel", "ld3m"])
-def test_a_grid_of_one_space_has_no_differences(scores, space):
+def test_a_grid_of_one_space_has_no_differences_between_spaces(scores, space):
     changes = differences(scores[scores.space.isin([space, "random_real"])])
-    assert len(changes) == 0 and verdicts(changes) == []
+    assert set(changes.minus) == {"random_real"}
+    assert not any("LD3M is" in line or "told apart" in line for line in verdicts(changes, "convnet"))
 
 
 def test_the_table_has_the_layout_of_the_paper(scores):
@@ -171,13 +178,24 @@ def test_the_table_has_the_layout_of_the_paper(scores):
 )
 def test_the_verdict_follows_the_interval(low, high, verdict):
     mean = (low + high) / 2
-    change = {"ipc": 1, "objective": "dm", "n": 3, "mean": mean, "ci_low": low, "ci_high": high}
-    seen = change | {"architecture": "vit", "ci_low": 0.3, "ci_high": 0.4}
-    (line,) = verdicts(pd.DataFrame([change | {"architecture": UNSEEN}, seen]))
-    assert line == (
-        f"- DM, IPC 1: {verdict} on the unseen architectures by {100 * mean:+.1f} points "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired over 3 seeds)."
-    )
+    change = {"ipc": 1, "objective": "dm", "space": "ld3m", "n": 3, "mean": mean, "ci_low": low, "ci_high": high}
+    rows = [
+        change | {"minus": "pixel", "architecture": UNSEEN},
+        change | {"minus": "pixel", "architecture": "convnet", "ci_low": 0.3, "ci_high": 0.4},
+        change | {"minus": "random_real", "architecture": "convnet"},
+        change | {"minus": "random_real", "architecture": UNSEEN},
+    ]
+    points = f"{100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    told = "above" if low > 0 else "**not clearly above**"
+    assert verdicts(pd.DataFrame(rows), "convnet") == [
+        f"- DM, IPC 1: {verdict} on the unseen architectures; the difference is {points}, paired over 3 seeds.",
+        f"- DM LD3M, IPC 1: {told} random real images on ConvNet, by {points}.",
+    ]
+
+
+def test_a_cell_with_another_number_of_seeds_is_refused(params):
+    with pytest.raises(ValueError, match="has 3 seeds, evaluate.seeds is 4"):
+        read_scores(load_params(GRID | {"evaluate.seeds": 4}))
 
 
 def test_tables_are_written_with_the_same_bytes(params):
@@ -194,7 +212,7 @@ def test_the_tables_hold_the_numbers(params):
     scores = pd.read_csv(paths.TABLES / "scores.csv")
     assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
-    assert len(pd.read_csv(paths.TABLES / "differences.csv")) == 16
+    assert len(pd.read_csv(paths.TABLES / "differences.csv")) == 48
     assert pd.read_csv(paths.TABLES / "prior.csv").recognised.tolist() == [0.95]
     for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 evaluation seeds", "ConvNet is the architecture used to distil"):
         assert part in markdown

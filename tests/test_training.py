@@ -200,9 +200,9 @@ def test_snapshots_are_those_of_plain_sgd_from_the_initialisation(three, tmp_pat
     monkeypatch.setattr(experts, "train", recorded_train)
     trained_experts(tmp_path / "one", count=1, processes=1, new_network=new_network, strategy="none")
     network = NETWORK(seed=seeds[-1])
-    stored = open_experts(
-        tmp_path / "one", count=1, last_epoch=2, parameters=len(flat_parameters(network))
-    ).snapshots(0, [0, 1, 2])
+    stored = open_experts(tmp_path / "one", count=1, last_epoch=2, parameters=len(flat_parameters(network))).snapshots(
+        0, [0, 1, 2]
+    )
     assert torch.equal(stored[0], flat_parameters(network))
     flat = stored[0].double()
     for epoch in range(2):
