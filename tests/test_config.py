@@ -182,11 +182,30 @@ def test_values_that_do_not_fit_each_other_are_refused(overrides, named):
     assert all(part in str(refused.value) for part in ["params.yaml", *named])
 
 
-def test_the_epochs_that_matching_reads_are_enough():
+def test_the_epochs_are_those_that_matching_reads():
     needed = PARAMS.objectives.mtt.max_start_epoch - 1 + PARAMS.objectives.mtt.expert_epochs
     assert load_params({"trajectories.epochs": needed}).trajectories.epochs == needed
-    with pytest.raises(ValueError, match=f"trajectories.epochs = {needed - 1}.* epoch {needed}"):
-        load_params({"trajectories.epochs": needed - 1})
+    for other in (needed - 1, needed + 1):  # a snapshot too few, or one that nothing reads
+        with pytest.raises(ValueError, match=f"trajectories.epochs = {other}: must be {needed}"):
+            load_params({"trajectories.epochs": other})
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"grid.objective": ["dc", "dc"]}, "grid.objective: has an entry twice"),
+        ({"grid.ipc": [1, 1]}, "grid.ipc: has an entry twice"),
+        ({"datasets.mnist5k.size_px": 36}, "datasets.mnist5k.size_px = 36: must be a multiple of 8"),
+        ({"prior.check.steps": 1000}, "prior.check.steps"),
+        ({"gradient_norms.steps": [5, 1000]}, "gradient_norms.steps"),
+        ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
+        ({"prior.autoencoder.widths": [24, 50, 64]}, "multiples of 8"),
+        ({"prior.autoencoder.continuous_steps": 600}, "continuous_steps must be below"),
+    ],
+)
+def test_what_would_fail_after_long_work_is_refused_before_it(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_params(overrides)
 
 
 @pytest.mark.parametrize("where", ["networks", "evaluate.recipe.learning_rates"])
