@@ -17,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 from ld3m.augment import parse_strategy
 from ld3m.data import Normalization
 from ld3m.networks import ARCHITECTURES
-from ld3m.paths import PARAMS
+from ld3m.paths import PARAMS, PROFILES
 
 Objective = Literal["dc", "dm", "mtt"]
 Space = Literal["pixel", "ld3m"]
@@ -373,6 +373,9 @@ def validate(values: Any, *, origin: str) -> Params:
 def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
     """Merges a profile into params.yaml, which keeps its comments; refused whole where the result is not valid."""
     _read(path)  # refuses what is missing or not YAML
+    if not profile.is_file():
+        known = ", ".join(f"profiles/{file.name}" for file in sorted(PROFILES.glob("*.yaml")))
+        raise FileNotFoundError(f"{profile} is missing; the repository has {known}")
     yaml = YAML()
     yaml.width = 4096  # or it would break long lines
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))

@@ -6,7 +6,7 @@ import pytest
 
 from ld3m import paths
 from ld3m.check import check
-from ld3m.config import load_params
+from ld3m.config import apply_profile, load_params
 
 
 def test_the_committed_profile_is_in_order():
@@ -33,6 +33,11 @@ def test_what_is_wrong_is_named(overrides, words):
 def test_a_prior_of_other_parameters_is_announced_not_refused():
     (line,) = [line for line in check(load_params({"datasets.mnist5k.channels": 1})) if line.startswith("prior")]
     assert "1 channels, the prior 3" in line and "trains it first" in line
+
+
+def test_a_mistyped_profile_is_answered_with_those_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="smok.yaml is missing; the repository has .*profiles/smoke.yaml"):
+        apply_profile(tmp_path / "smok.yaml")
 
 
 def test_the_embedded_prior_is_good_enough():
