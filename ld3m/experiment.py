@@ -19,6 +19,7 @@ from ld3m.evaluate import judge_all, real_images
 from ld3m.experts import open_experts
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
+from ld3m.parallel import end_workers
 from ld3m.progress import progress
 from ld3m.sampler import sample
 from ld3m.seeds import derive
@@ -123,7 +124,9 @@ class Experiment:
             changes = given.full_data.model_dump()
         else:
             fetch, changes = images.__getitem__, {}
-        return self._judge(fetch, labels, self.dataset.test, self.params.grid.architecture, given.seeds, changes)
+        scores = self._judge(fetch, labels, self.dataset.test, self.params.grid.architecture, given.seeds, changes)
+        end_workers()
+        return scores
 
     def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
@@ -154,7 +157,7 @@ class Experiment:
         tensors = synthetic.tensors()
         require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
         budget = self.params.budget(objective, space)
-        return distill(
+        run = distill(
             synthetic,
             self.objective(objective),
             iterations=budget.iterations,
@@ -167,6 +170,8 @@ class Experiment:
             configuration=self.configuration(objective, space, ipc)
             | {"normalization": vars(self.dataset.normalization)},
         )
+        end_workers()
+        return run
 
     def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
         """Writes the artefact of a finished run and returns its folder."""

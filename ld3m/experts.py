@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.networks import flat_parameters
-from ld3m.parallel import fan_out
+from ld3m.parallel import end_workers, fan_out
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_tensors
 from ld3m.training import accuracy, train
@@ -65,7 +65,9 @@ def train_experts(
     )
     with new_folder(folder) as partial:
         tasks = [shared | {"folder": partial, "expert": k, "seed": derive(seed, "expert", k)} for k in range(count)]
-        return fan_out(_train_expert, tasks, processes=processes, label="experts")
+        records = fan_out(_train_expert, tasks, processes=processes, label="experts")
+    end_workers()
+    return records
 
 
 def _train_expert(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 
 from ld3m.progress import progress
 
@@ -14,6 +15,11 @@ def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, proces
     with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
         results = Parallel(return_as="generator")(delayed(_on_one_thread)(function, task) for task in tasks)
         return [next(results) for _ in progress(len(tasks), label=label)]
+
+
+def end_workers() -> None:
+    """Ends the processes that `fan_out` leaves for its next call: they would hold up a Jupyter kernel's exit."""
+    get_reusable_executor().shutdown(wait=True)
 
 
 def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:
