@@ -6,6 +6,7 @@ On disk it is a diffusers folder: `unet/`, `vqvae/` and `scheduler/` as diffuser
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,13 +174,13 @@ def build_prior(
 
 
 def save_prior(prior: Prior, folder: Path) -> None:
-    """Writes the folder whole or not at all."""
+    """Writes the folder whole or not at all, weights in half precision: `load_prior` gives what was stored."""
     with new_folder(folder) as partial:
-        prior.unet.save_pretrained(partial / "unet")
-        prior.autoencoder.save_pretrained(partial / "vqvae")
+        deepcopy(prior.unet).half().save_pretrained(partial / "unet")
+        deepcopy(prior.autoencoder).half().save_pretrained(partial / "vqvae")
         _schedule().save_pretrained(partial / "scheduler")
         (partial / "class_embedder").mkdir()
-        weight = prior.embedding.weight.detach().contiguous()
+        weight = prior.embedding.weight.detach().half().contiguous()
         save_file({"weight": weight}, partial / "class_embedder/model.safetensors")
 
 
@@ -195,7 +196,7 @@ def load_prior(folder: Path) -> Prior:
             "`dvc repro -f prior` trains it again"
         )
     try:
-        local = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+        local = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", **local)
         autoencoder = VQModel.from_pretrained(folder / "vqvae", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)

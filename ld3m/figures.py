@@ -147,6 +147,16 @@ def gradient_norms(norms: pd.DataFrame) -> Figure:
     return _closed(grid.figure)
 
 
+def training_losses(losses: dict[str, list[float]]) -> Figure:
+    """The loss of every training step (mean of 50), one panel a network."""
+    figure, axes = plt.subplots(1, len(losses), figsize=(3.5 * len(losses), 2.6))
+    for axis, (name, values) in zip(np.atleast_1d(axes), losses.items(), strict=True):
+        axis.plot(pd.Series(values).rolling(50, min_periods=1).mean())
+        axis.set(title=f"{name} loss (mean of 50)", xlabel="step", yscale="log")
+    figure.tight_layout()
+    return _closed(figure)
+
+
 def prior_check(
     real: Tensor, reconstructed: Tensor, samples: Tensor, classes: tuple[str, ...], *, rows: int = 4
 ) -> Figure:
