@@ -8,7 +8,7 @@ Read by notebooks only: functions of the library take explicit values.
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -18,10 +18,11 @@ from ld3m.augment import parse_strategy
 from ld3m.data import Normalization
 from ld3m.networks import ARCHITECTURES
 from ld3m.paths import PARAMS, PROFILES
+from ld3m.synthetic import DEFAULT_LEARNED
 
 Objective = Literal["dc", "dm", "mtt"]
 Space = Literal["pixel", "ld3m"]
-Control = Literal["random_real", "iteration0", "prior_samples"]
+Control = Literal["random_real", "herding", "k_center", "iteration0", "prior_samples"]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -129,6 +130,7 @@ class PriorParams(Model):
 class NetworkParams(Model):
     width: Count
     depth: Count | None = None
+    norms: bool | None = None  # of vit: false is the released code's, which has none
 
 
 class TrajectoriesParams(Model):
@@ -162,13 +164,17 @@ class PixelParams(Model):
 
 
 class LD3MParams(Model):
-    start: Literal["real", "noise"]
+    prior: Literal["trained", "unconditional", "random"]
+    start: Literal["real", "prior", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
     steps: Steps
     guidance: float
     eta: Annotated[float, Field(ge=0, le=1)]
-    clamp: Literal["none", "hard"]
+    clamp: Literal["none", "hard", "soft"]
+    noise: Literal["stored", "redrawn"]
+    encoder_input: Literal["pixels", "images"]
+    normalization: Literal["real", "shifted"]
     render_batch: Count
 
 
@@ -178,10 +184,11 @@ class Spaces(Model):
 
 
 class Budget(Model):
-    """What one cell spends: `learning_rates` has one entry for every learnable of the space and the objective."""
+    """What one cell spends: `learning_rates` has one entry for every learnable of the space and the objective; what has
+    the rate 0 stays as it starts."""
 
     iterations: Count
-    learning_rates: dict[str, Rate]
+    learning_rates: dict[str, Annotated[float, Field(ge=0)]]
 
 
 class Budgets(Model):
@@ -229,6 +236,17 @@ class GradientNormParams(Model):
     networks: Count
 
 
+class AblationParams(Model):
+    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` and `space` where
+    they are not dm and ld3m. A setting that changes nothing is the baseline's."""
+
+    iterations: Count
+    architecture: Annotated[tuple[Architecture, ...], Field(min_length=2), Distinct]
+    seeds: Annotated[int, Field(ge=2)]
+    select_on_test: bool
+    settings: dict[str, dict[str, dict[str, Any]]]
+
+
 class Grid(Model):
     objective: Annotated[tuple[Objective, ...], Field(min_length=1), Distinct]
     space: Annotated[tuple[Space, ...], Field(min_length=1), Distinct]
@@ -251,6 +269,7 @@ class Params(Model):
     distill: DistillParams
     evaluate: EvaluateParams
     gradient_norms: GradientNormParams
+    ablations: AblationParams
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -279,15 +298,13 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
-        latent = {"auto": "z" if self.spaces.ld3m.skip == "x0" else "z_T"}.get(
-            self.spaces.ld3m.learn, self.spaces.ld3m.learn
-        )
-        learnables = {"pixel": {"images"}, "ld3m": {latent, "c"}}
-        for objective in ("dc", "dm", "mtt"):
-            for space, names in learnables.items():
-                names = names | ({"student_lr"} if objective == "mtt" else set())
+        for objective in get_args(Objective):
+            for space in get_args(Space):
+                names, possible = self._learnables(objective, space), set()
+                if space == "ld3m":
+                    possible = {"z", "z_T"}  # the one that is not learned may keep its rate
                 given = set(getattr(getattr(self.distill, objective), space).learning_rates)
-                if given != names:
+                if not names <= given <= names | possible:
                     raise ValueError(
                         f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
                         f"needed are {', '.join(sorted(names))}"
@@ -333,8 +350,17 @@ class Params(Model):
         """The arguments of `train_prior.recognised`."""
         return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
+    def _learnables(self, objective: str, space: str) -> set[str]:
+        ld3m = self.spaces.ld3m
+        latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
+        names = {"pixel": {"images"}, "ld3m": {latent, "c"}}[space]
+        return names | ({"student_lr"} if objective == "mtt" else set())
+
     def budget(self, objective: str, space: str) -> Budget:
-        return getattr(getattr(self.distill, objective), space)
+        """The budget of a cell, with the rates of what is learned in it alone."""
+        given: Budget = getattr(getattr(self.distill, objective), space)
+        rates = {name: given.learning_rates[name] for name in sorted(self._learnables(objective, space))}
+        return given.model_copy(update={"learning_rates": rates})
 
 
 def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
@@ -349,6 +375,34 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
             raise ValueError(f"override {key!r}: there is no such key in {path.name}")
         node[last] = value
     return validate(values, origin=path.name)
+
+
+def ablation_settings(
+    ablation: str, overrides: dict[str, Any] | None = None, *, path: Path = PARAMS
+) -> dict[str, tuple[Params, str, str]]:
+    """The settings of an ablation that change something: {setting: (its parameters, objective, space)}."""
+    params = load_params(overrides, path=path)
+    given = params.ablations
+    if ablation not in given.settings:
+        raise ValueError(
+            f"there is no ablation {ablation!r} in ablations.settings; there are {', '.join(given.settings)}"
+        )
+    settings = {}
+    for name, changes in given.settings[ablation].items():
+        if changes or ablation == "baseline":
+            keys = dict(changes)
+            objective, space = keys.pop("objective", "dm"), keys.pop("space", "ld3m")
+            shared = {
+                "processes": 1,
+                "grid.architecture": given.architecture,
+                "evaluate.seeds": given.seeds,
+                f"distill.{objective}.{space}.iterations": given.iterations,
+            }
+            try:
+                settings[name] = load_params((overrides or {}) | shared | keys, path=path), objective, space
+            except ValueError as error:
+                raise ValueError(f"ablations.settings.{ablation}.{name}: {error}") from None
+    return settings
 
 
 def validate(values: Any, *, origin: str) -> Params:

@@ -196,7 +196,12 @@ def load_prior(folder: Path) -> Prior:
             "`dvc repro -f prior` trains it again"
         )
     try:
-        local = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        local = {
+            "local_files_only": True,
+            "use_safetensors": True,
+            "torch_dtype": torch.float32,
+            "low_cpu_mem_usage": False,
+        }
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", **local)
         autoencoder = VQModel.from_pretrained(folder / "vqvae", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)

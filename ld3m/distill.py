@@ -19,7 +19,7 @@ class Synthetic(Protocol):
     labels: Tensor
     learnables: dict[str, Tensor]
 
-    def render(self) -> Tensor: ...
+    def render(self, *, step: int | None = None) -> Tensor: ...
     def tensors(self) -> dict[str, Tensor]: ...
 
 
@@ -64,7 +64,7 @@ def distill(
     """Learns `synthetic` with SGD for some iterations.
 
     `validate(images)` gives an accuracy in [0, 1]; it is asked at iteration 0 and `validations` times after it, evenly
-    spaced, the last time at the end.
+    spaced, the last time at the end; with `validations` 0 at the end alone.
     The state goes to the file `checkpoint` every `checkpoint_minutes`; where that file exists the run goes on from
     it, and refuses to if `configuration` (plain JSON values) is not the one it was started with. The caller deletes
     the file once the result is safe.
@@ -86,7 +86,7 @@ def distill(
         if step in checks:
             _validate(run, synthetic, objective, validate, step)
         optimizer.zero_grad(set_to_none=True)
-        images = synthetic.render()
+        images = synthetic.render(step=step)
         loss, grad_images = objective(images.detach(), synthetic.labels, step=step)
         images.backward(grad_images)
         record = {"step": step, "loss": loss} | {
@@ -134,7 +134,8 @@ def _check_positive(objective: Objective, step: int) -> None:
 
 
 def _status(run: Distilled) -> str:
-    return f"loss {run.history[-1]['loss']:.4g}, validation {run.validation[-1]['accuracy']:.3f}"
+    checked = f", validation {run.validation[-1]['accuracy']:.3f}" if run.validation else ""
+    return f"loss {run.history[-1]['loss']:.4g}{checked}"
 
 
 def _save(

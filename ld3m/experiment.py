@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ld3m import data, paths
 from ld3m.artefact import read_artefact, write_artefact
 from ld3m.config import Params
-from ld3m.diffusion import Prior, load_prior
+from ld3m.coresets import CORESETS
+from ld3m.diffusion import Prior, load_prior, unconditional, with_random_unet
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import judge_all, real_images
 from ld3m.experts import open_experts
@@ -24,7 +25,7 @@ from ld3m.progress import progress
 from ld3m.sampler import sample
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
-from ld3m.synthetic import start_ld3m, start_pixels
+from ld3m.synthetic import shifted, start_ld3m, start_pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Experiment:
         prior = load_prior(paths.prior_folder(self.params.dataset))
         given = self.params.data
         prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+        if self.params.spaces.ld3m.prior == "unconditional":
+            return unconditional(prior)
+        if self.params.spaces.ld3m.prior == "random":
+            return with_random_unet(prior, seed=self.params.seed)
         return prior
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
@@ -74,6 +79,9 @@ class Experiment:
         given = getattr(self.params.spaces, space).model_dump() | changes
         if space == "pixel":
             return start_pixels(pixels, labels, **shared, **given)
+        del given["prior"]
+        if given.pop("normalization") == "shifted":
+            shared["normalization"] = shifted(self.dataset.normalization)
         return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
 
     def objective(self, name: str) -> Objective:
@@ -137,6 +145,9 @@ class Experiment:
         to_images = self.dataset.normalization.to_images
         if name == "random_real":
             return to_images(pixels), labels
+        if name in CORESETS:
+            index = self._coreset(name, ipc)
+            return to_images(self.dataset.train.pixels(index)), self.dataset.train.labels[index]
         if name == "iteration0":
             return self.synthetic("ld3m", ipc, start="real").render().detach(), labels
         samples = sample(
@@ -149,6 +160,16 @@ class Experiment:
             seed=self.params.seed,
         )
         return to_images(samples), labels
+
+    def _coreset(self, name: str, ipc: int) -> Tensor:
+        """Indices of `ipc` training images of every class, chosen among the latents of the prior's autoencoder."""
+        train, chosen = self.dataset.train, []
+        for label in range(len(train.classes)):
+            members = train.of_class(label)
+            with torch.no_grad():
+                z = torch.cat([self.prior.encode(train.pixels(part)) for part in members.split(250)])
+            chosen.append(members[CORESETS[name](z.flatten(1), ipc)])
+        return torch.cat(chosen)
 
     def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
         """Runs the loop for one cell, from its checkpoint where an interrupted run left one."""

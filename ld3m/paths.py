@@ -35,5 +35,9 @@ def checkpoint_file(dataset: str, cell: str) -> Path:
     return CHECKPOINTS / dataset / f"{cell}.safetensors"
 
 
-def ablations_folder(dataset: str) -> Path:
-    return ROOT / "runs" / dataset / "ablations"
+def gradient_norms_file(dataset: str) -> Path:
+    return ROOT / "runs" / dataset / "gradient_norms.json"
+
+
+def ablation_file(dataset: str, ablation: str) -> Path:
+    return ROOT / "runs" / dataset / "ablations" / f"{ablation}.json"

@@ -73,7 +73,7 @@ def write_figures(params: Params) -> list[Path]:
             f"accuracy-ipc{ipc}": figures.accuracy_by_architecture(summary, ipc=ipc),
             f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
         }
-    norms = json.loads((paths.ablations_folder(params.dataset) / "gradient_norms.json").read_text())
+    norms = json.loads(paths.gradient_norms_file(params.dataset).read_text())
     drawn["gradient-norms"] = figures.gradient_norms(pd.DataFrame(norms))
     return [figures.save(figure, name) for name, figure in drawn.items()]
 

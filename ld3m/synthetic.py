@@ -1,10 +1,11 @@
 """The spaces: what is learned, and how it becomes images. A synthetic set has `labels`, `learnables` and `render()`.
 
 Classes are contiguous: image i has class i // ipc. `render()` returns images (N, C, H, W) that are differentiable
-in the learnables; `images.backward(grad_images)` therefore fills their gradients.
+in the learnables; `images.backward(grad_images)` therefore fills their gradients. The iteration `step` matters only
+to the released code's redrawn noise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,9 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ld3m.data import Normalization
 from ld3m.diffusion import Prior
-from ld3m.sampler import Skip, noised, reverse
+from ld3m.sampler import Skip, noised, reverse, sample
 from ld3m.seeds import generator
 
+Clamp = Literal["none", "hard", "soft"]
+Noise = Literal["stored", "redrawn"]
+CLAMPS = {
+    "none": lambda pixels: pixels,
+    "hard": lambda pixels: pixels.clamp(-1, 1),  # no gradient where it saturates
+    "soft": lambda pixels: pixels + (pixels.clamp(-1, 1) - pixels).detach(),  # the same values, all of the gradient
+}
 DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
 
 
@@ -26,7 +34,7 @@ class Pixels:
     labels: Tensor  # (N,)
     learnables: dict[str, Tensor]  # {"images": (N, C, H, W)}
 
-    def render(self) -> Tensor:
+    def render(self, *, step: int | None = None) -> Tensor:
         return self.learnables["images"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -47,15 +55,29 @@ class LD3MCodes:
     guidance: float
     skip: Skip
     eta: float
-    clamp: Literal["none", "hard"]
+    clamp: Clamp
+    noise: Noise
     render_batch: int  # images that go through the U-Net at once: lower it where memory is short
+    seed: int
 
-    def render(self) -> Tensor:
+    def render(self, *, step: int | None = None) -> Tensor:
+        if self.noise == "stored" or step is None:
+            return self._render(self.tensors())
+        # The released code: the loss is measured in one draw of the noise, its gradient taken in another.
+        measured, followed = (self.tensors() | {"eps": self._redrawn(step, place)} for place in ("loss", "gradient"))
+        with torch.no_grad():
+            images = self._render(measured)
+        followed = self._render(followed)
+        return images + (followed - followed.detach())
+
+    def _redrawn(self, step: int, place: str) -> Tensor:
+        return _noise(self.fixed["eps"].shape, self.seed, "redrawn", place, step).to(self.fixed["eps"])
+
+    def _render(self, tensors: dict[str, Tensor]) -> Tensor:
         parts = torch.arange(len(self.labels)).split(self.render_batch)
-        return torch.cat([self._render(index) for index in parts])
+        return torch.cat([self._part({name: tensor[index] for name, tensor in tensors.items()}) for index in parts])
 
-    def _render(self, index: Tensor) -> Tensor:
-        codes = {name: tensor[index] for name, tensor in self.tensors().items()}
+    def _part(self, codes: dict[str, Tensor]) -> Tensor:
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
         z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], eps[0], steps=self.steps)
         z_0 = reverse(
@@ -73,7 +95,7 @@ class LD3MCodes:
 
     def _decode(self, z_0: Tensor) -> Tensor:
         pixels = self.prior.decode(z_0)
-        return self.normalization.to_images(pixels.clamp(-1, 1) if self.clamp == "hard" else pixels)
+        return self.normalization.to_images(CLAMPS[self.clamp](pixels))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.learnables | self.fixed
@@ -98,21 +120,31 @@ def start_ld3m(
     guidance: float,
     skip: Skip,
     eta: float,
-    clamp: Literal["none", "hard"],
+    clamp: Clamp,
+    noise: Noise,
+    encoder_input: Literal["pixels", "images"],
     render_batch: int,
     seed: int,
 ) -> LD3MCodes:
-    """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], or from standard normal latents; the conditioning
-    starts from the class embeddings. `learn="auto"` learns `z` with the skip `x0` and `z_T` with the others."""
+    """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], from samples of the prior, or from standard normal
+    latents; the conditioning starts from the class embeddings.
+
+    `learn="auto"` learns `z` with the skip `x0` and `z_T` with the others. Defects of the released code:
+    `encoder_input="images"` feeds the encoder normalised images, `noise="redrawn"` draws new noise in every pass.
+    """
     learn = DEFAULT_LEARNED[skip] if learn == "auto" else learn
     shape = prior.latent_shape(pixels.shape[-1])
-    z = torch.cat([prior.encode(part) for part in pixels.split(render_batch)])
+    if start == "prior":
+        drawing = dict(steps=steps, guidance=guidance, render_batch=render_batch, seed=seed)
+        pixels = sample(prior, labels, size_px=pixels.shape[-1], **drawing)
+    encoded = pixels if encoder_input == "pixels" else normalization.to_images(pixels)
+    z = torch.cat([prior.encode(part) for part in encoded.split(render_batch)])
     if start == "noise":
         z = _noise(z.shape, seed, "latents").to(z)
     count = 1 + (steps if eta else 0)
     eps = torch.stack([_noise((count, *shape), seed, "eps", i) for i in range(len(labels))]).to(z)
     codes = {"z": z} if learn == "z" else {"z_T": noised(prior, z, eps[:, 0], steps=steps)}
-    learnables = codes | {"c": prior.embed(labels).clone()}
+    learnables = codes | {"c": prior.embed(labels)}
     for tensor in learnables.values():
         tensor.requires_grad_()
     return LD3MCodes(
@@ -126,8 +158,17 @@ def start_ld3m(
         skip=skip,
         eta=eta,
         clamp=clamp,
+        noise=noise,
         render_batch=render_batch,
+        seed=seed,
     )
+
+
+def shifted(normalization: Normalization) -> Normalization:
+    """What the released code normalises synthetic images with: a mean that is not the real images'. It subtracts
+    (0.4377, 0.4438, 0.4728) from them and (0.485, 0.456, 0.406) from real ones; here is that difference."""
+    off = (0.4377 - 0.485, 0.4438 - 0.456, 0.4728 - 0.406)
+    return replace(normalization, mean=tuple(m + o for m, o in zip(normalization.mean, off, strict=False)))
 
 
 def _noise(shape: tuple[int, ...], seed: int, *purpose: str | int) -> Tensor:

@@ -15,7 +15,8 @@ UNSEEN = "unseen"  # the mean over the architectures that were not used to disti
 NAMES = {
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
     "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "ld3m": "LD3M", "none": "-",
-    "random_real": "Random real", "iteration0": "Iteration 0", "prior_samples": "Prior samples",
+    "random_real": "Random real", "herding": "Herding", "k_center": "k-center",
+    "iteration0": "Iteration 0", "prior_samples": "Prior samples",
     "full_data": "Full data", UNSEEN: "Unseen mean",
 }  # fmt: skip
 

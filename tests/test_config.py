@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ld3m import paths
-from ld3m.config import apply_profile, load_params, validate
+from ld3m.config import ablation_settings, apply_profile, load_params, validate
 
 COMMITTED = YAML(typ="safe").load(paths.PARAMS.read_text())
 PARAMS = load_params()
@@ -30,7 +30,7 @@ def at(values, key):
 
 
 def is_free(key):
-    return key.split(".")[-1] in FREE
+    return key.split(".")[-1] in FREE or key.startswith("ablations.settings")
 
 
 def load(values):
@@ -59,15 +59,19 @@ def profile(tmp_path):
     return write
 
 
+OPTIONAL = {"depth", "norms"}  # of a network: the keys that may be left out
+
+
 def test_the_params_file_holds_exactly_the_values_that_are_read():
     filled = PARAMS.model_dump(mode="json")
     for network in filled["networks"].values():
-        if network["depth"] is None:
-            del network["depth"]  # the one key that may be left out
+        for name in OPTIONAL & network.keys():
+            if network[name] is None:
+                del network[name]
     assert filled == COMMITTED
 
 
-@pytest.mark.parametrize("key", list(mappings(COMMITTED)))
+@pytest.mark.parametrize("key", [key for key in mappings(COMMITTED) if not key.startswith("ablations.settings.")])
 def test_an_unknown_key_is_refused_at_every_level(values, key):
     at(values, key)["typo"] = 12345
     with pytest.raises(ValueError) as refused:
@@ -80,7 +84,7 @@ def test_an_unknown_key_is_refused_at_every_level(values, key):
 @pytest.mark.parametrize("key", [key for key in mappings(COMMITTED) if not is_free(key)])
 def test_a_missing_key_is_refused_at_every_level(values, key):
     for name in at(values, key):
-        if name == "depth":
+        if name in OPTIONAL:
             continue
         lacking = copy.deepcopy(values)
         del at(lacking, key)[name]
@@ -350,3 +354,35 @@ def test_the_command_fails_with_a_message_and_no_traceback(monkeypatch, params_f
     params_file.write_text(params_file.read_text().replace("seed: ", "seed: -1", 1))
     with pytest.raises(SystemExit, match=message):
         command(monkeypatch, params_file, *arguments)
+
+
+@pytest.mark.parametrize("ablation", PARAMS.ablations.settings)
+def test_every_committed_ablation_is_valid_and_has_a_setting_that_changes_something(ablation):
+    settings = ablation_settings(ablation)
+    assert settings and set(settings) <= set(PARAMS.ablations.settings[ablation])
+    for name, (params, objective, space) in settings.items():
+        assert params.evaluate.seeds == PARAMS.ablations.seeds and params.processes == 1
+        assert params.budget(objective, space).iterations in (PARAMS.ablations.iterations, 150)
+        if ablation != "baseline":
+            assert (params, objective, space) != ablation_settings("baseline")["baseline"], name
+
+
+def test_the_settings_of_an_ablation():
+    settings = ablation_settings("steps", {"seed": 3})
+    assert {name: params.spaces.ld3m.steps for name, (params, _, _) in settings.items()} == {
+        "T = 2": 2, "T = 10": 10, "T = 20": 20,
+    }  # fmt: skip
+    assert all(
+        params.seed == 3 and cell == ("dm", "ld3m") for params, *cell in settings.values() for cell in [tuple(cell)]
+    )
+    assert ablation_settings("defects")["first-order MTT"][1] == "mtt"
+
+
+def test_an_ablation_that_cannot_be_is_refused_by_name(params_file):
+    with pytest.raises(ValueError, match="no ablation 'typo'.*there are baseline, steps"):
+        ablation_settings("typo")
+    params_file.write_text(
+        params_file.read_text().replace("T = 2: {spaces.ld3m.steps: 2}", "T = 2: {spaces.ld3m.step: 2}")
+    )
+    with pytest.raises(ValueError, match="ablations.settings.steps.T = 2: override 'spaces.ld3m.step'"):
+        ablation_settings("steps", path=params_file)

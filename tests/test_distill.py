@@ -31,7 +31,7 @@ class Codes:
     def learnables(self):
         return {"z": self.z, "c": self.c}
 
-    def render(self):
+    def render(self, step=None):
         return self.z * self.c
 
     def tensors(self):

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, LiveBytes, relative_difference
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, LiveBytes, make_prior, relative_difference
 
 from ld3m import sampler, synthetic
-from ld3m.sampler import noised, reverse
-from ld3m.synthetic import start_ld3m, start_pixels
+from ld3m.data import Normalization
+from ld3m.sampler import noised, reverse, sample
+from ld3m.synthetic import shifted, start_ld3m, start_pixels
 
 IPC = 2
 LABELS = torch.arange(CLASSES).repeat_interleave(IPC)
@@ -30,6 +31,8 @@ def codes(prior, pixels, labels=LABELS, **changes):
         "skip": "x0",
         "eta": 0.0,
         "clamp": "none",
+        "noise": "stored",
+        "encoder_input": "pixels",
         "render_batch": len(labels),
         "seed": 0,
     }
@@ -203,12 +206,15 @@ def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
     # the decoder of the shared prior stays inside: a copy of it whose last layer is stronger does not
     bright = replace(prior, autoencoder=copy.deepcopy(prior.autoencoder))
     bright.autoencoder.decoder.conv_out.weight.mul_(5)
-    free, hard = (codes(bright, pixels, clamp=clamp) for clamp in ("none", "hard"))
+    free, hard, soft = (codes(bright, pixels, clamp=clamp) for clamp in ("none", "hard", "soft"))
     with torch.no_grad():
         unclamped = NORMALIZATION.to_pixels(free.render())
         outside = unclamped.abs() > 1
         assert 0.05 < outside.float().mean() < 0.95
-        torch.testing.assert_close(NORMALIZATION.to_pixels(hard.render()), unclamped.clamp(-1, 1), rtol=0, atol=1e-12)
+        for clamped in (hard, soft):
+            torch.testing.assert_close(
+                NORMALIZATION.to_pixels(clamped.render()), unclamped.clamp(-1, 1), rtol=0, atol=1e-12
+            )
     _, beyond_free = images_and_gradients(free, outside.double())
     _, beyond_hard = images_and_gradients(hard, outside.double())
     _, within_free = images_and_gradients(free, (~outside).double())
@@ -216,3 +222,36 @@ def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
     for name in ("z", "c"):
         assert beyond_free[name].norm() > 1e-6 and beyond_hard[name].norm() == 0
         assert relative_difference(within_hard[name], within_free[name]) < 1e-12
+    _, beyond_soft = images_and_gradients(soft, outside.double())
+    assert relative_difference(beyond_soft["z"], beyond_free["z"]) < 1e-12  # all of the gradient
+
+
+def test_starting_from_samples_of_the_prior(pixels):
+    prior = make_prior().frozen()
+    made = codes(prior, pixels.float(), start="prior")
+    drawn = sample(prior, LABELS, size_px=SIZE_PX, steps=3, guidance=3.0, render_batch=4, seed=0)
+    torch.testing.assert_close(made.learnables["z"].detach(), prior.encode(drawn))
+
+
+def test_redrawn_noise_measures_one_image_and_follows_another(prior, pixels, randn):
+    """The released code's defect: the loss is that of one draw, its gradient that of the next."""
+    made, weight = codes(prior, pixels, noise="redrawn"), randn(*pixels.shape)
+    made.render(step=7).backward(weight)
+    gradient = made.learnables["z"].grad.clone()
+    draws = {place: made._redrawn(7, place) for place in ("loss", "gradient")}
+    for place, eps in draws.items():
+        images, gradients = images_and_gradients(replace(made, noise="stored", fixed={"eps": eps}), weight)
+        assert torch.equal(made.render(step=7).detach(), images) == (place == "loss")
+        assert (relative_difference(gradients["z"], gradient) < 1e-12) == (place == "gradient")
+    assert not torch.equal(made.render(step=8), made.render(step=7))
+    assert torch.equal(made.render(), codes(prior, pixels).render())  # the set itself keeps its stored noise
+
+
+def test_the_encoder_can_be_fed_what_the_released_code_feeds_it(prior, pixels):
+    z = codes(prior, pixels, encoder_input="images").learnables["z"].detach()
+    torch.testing.assert_close(z, prior.encode(((pixels + 1) / 2 - 0.4) / 0.3))
+
+
+def test_shifted_normalization():
+    three = Normalization((0.485, 0.456, 0.406), (0.2, 0.3, 0.4))
+    assert shifted(three).mean == pytest.approx((0.4377, 0.4438, 0.4728)) and shifted(three).std == three.std

@@ -1,0 +1,86 @@
+"""One change at a time: for every setting of an ablation a set is distilled, judged on test images and measured."""
+
+import contextlib
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ld3m import paths
+from ld3m.config import Params
+from ld3m.distill import distill
+from ld3m.experiment import Experiment
+from ld3m.parallel import end_workers, fan_out
+
+
+def ablate(settings: dict[str, tuple[Params, str, str]], *, processes: int) -> list[dict[str, Any]]:
+    """One record a setting (its parameters, objective and space), in their order: `measure`, and the setting's name.
+
+    Settings run side by side, one thread each.
+    """
+    tasks = [dict(zip(("params", "objective", "space"), setting, strict=True)) for setting in settings.values()]
+    records = fan_out(_quietly, tasks, processes=processes, label="settings")
+    end_workers()
+    return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
+
+
+def _quietly(**task: Any) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return measure(**task)
+
+
+def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
+    """Distils one image per class and judges it: `accuracy` (architecture to one number a seed, on test images, in
+    [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process.
+
+    The set of the last iteration is judged. `ablations.select_on_test` of the parameters, the released code's
+    selection, judges the set at every check instead and keeps each architecture's best mean on the test images.
+    """
+    experiment = Experiment(params)
+    synthetic = experiment.synthetic(space, ipc=1)
+    candidates: list[Tensor] = []
+    budget = params.budget(objective, space)
+    checks = params.distill.validations if params.ablations.select_on_test else 0
+    matched = experiment.objective(objective)
+    _forget_peak()
+    begun = time.perf_counter()
+    run = distill(
+        synthetic,
+        matched,
+        iterations=budget.iterations,
+        learning_rates=budget.learning_rates,
+        momentum=params.distill.momentum,
+        validate=lambda images: candidates.append(images) or float(len(candidates)),  # the last is kept
+        validations=checks,
+        checkpoint=paths.checkpoint_file(params.dataset, "ablation"),
+        checkpoint_minutes=math.inf,
+        configuration={},
+    )
+    seconds, peak_mib = time.perf_counter() - begun, _peak_mib()
+    scores = [experiment.test(images, synthetic.labels) for images in candidates]
+    norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
+    return {
+        "objective": objective,
+        "space": space,
+        "accuracy": {name: max((score[name] for score in scores), key=sum) for name in scores[0]},
+        **{name: sum(values) / len(values) for name, values in norms.items()},
+        "seconds_per_iteration": seconds / budget.iterations,
+        "peak_mib": peak_mib,
+    }
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mib() -> float | None:
+    """The largest resident memory since `_forget_peak`; Linux alone tells."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024

@@ -1,0 +1,41 @@
+"""Coresets against plain searches over every next choice."""
+
+import pytest
+import torch
+
+from ld3m.coresets import CORESETS, herding, k_center
+
+
+@pytest.fixture
+def features():
+    return torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_herding_takes_the_best_next_image(features):
+    chosen = herding(features, 6).tolist()
+    for k in range(6):
+        others = [i for i in range(30) if i not in chosen[:k]]
+        gap = {i: (features[[*chosen[:k], i]].mean(0) - features.mean(0)).norm().item() for i in others}
+        assert chosen[k] == min(gap, key=gap.get)
+
+
+def test_k_center_takes_the_farthest_next_image(features):
+    chosen = k_center(features, 6).tolist()
+    assert chosen[0] == (features - features.mean(0)).norm(dim=1).argmin()
+    for k in range(1, 6):
+        gap = {i: min((features[i] - features[j]).norm().item() for j in chosen[:k]) for i in range(30)}
+        assert chosen[k] == max(gap, key=gap.get)
+
+
+def test_k_center_is_within_twice_the_optimum():
+    line = torch.tensor([[0.0], [1.0], [10.0], [11.0], [20.0], [21.0]])
+    centres = line[k_center(line, 3)]
+    assert (line - centres.T).abs().amin(dim=1).max() <= 2 * 1.0
+
+
+@pytest.mark.parametrize("choose", CORESETS.values())
+def test_all_images_once_and_refusals(choose, features):
+    assert sorted(choose(features, 30).tolist()) == list(range(30))
+    for count in (0, 31):
+        with pytest.raises(ValueError, match="choose 1..30"):
+            choose(features, count)
