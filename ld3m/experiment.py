@@ -26,6 +26,8 @@ from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
 from ld3m.synthetic import start_ld3m, start_pixels
 
+CARD_NETWORKS = 3  # trained on a finished set for the score on its card
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -182,6 +184,11 @@ class Experiment:
             cost["denoising steps, each run twice forward and once backward"] = (
                 iterations * self.params.spaces.ld3m.steps
             )
+        network = self.params.distill.network
+        score = self._judge(
+            run.best["images"].__getitem__, synthetic.labels, self.dataset.validation, (network,), CARD_NETWORKS, {}
+        )[network]
+        end_workers()
         write_artefact(
             folder,
             run.best,
@@ -194,6 +201,7 @@ class Experiment:
                 "history": run.history,
                 "validation": run.validation,
                 "cost": cost,
+                "score": {"split": "validation", "accuracy": score},
             },
         )
         paths.checkpoint_file(self.params.dataset, cell).unlink(missing_ok=True)
