@@ -110,14 +110,18 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
-    """<class>/<k>.png of pixels (N, C, H, W), clamped to [-1, 1] and rounded to 8 bit."""
-    uint8 = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    """<class>/<k>.png of pixels (N, C, H, W) as `to_pil` makes them."""
     for label, name in enumerate(classes):
         place = folder / class_folder(label, name)
         place.mkdir(parents=True)
-        for k, image in enumerate(uint8[labels.cpu() == label]):
-            array = image.movedim(0, -1).numpy()
-            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(place / f"{k}.png")
+        for k, image in enumerate(to_pil(pixels[labels == label])):
+            image.save(place / f"{k}.png")
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Greyscale or RGB images of pixels (N, C, H, W), clamped to [-1, 1] and rounded to 8 bit."""
+    uint8 = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in uint8]
 
 
 def class_folder(label: int, name: str) -> str:
