@@ -1,3 +1,20 @@
 """Latent Dataset Distillation with Diffusion Models."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __version__ = "0.1.0"
+
+
+def load(path: str | Path) -> "tuple[Tensor, Tensor]":
+    """Images (N, C, H, W), normalised as the card says, and labels (N,) of a distilled set's folder.
+
+    FileNotFoundError where there is none, ValueError where it is broken or is not what it was written as.
+    """
+    from ld3m.artefact import read_artefact  # here, so that `import ld3m` takes no time
+
+    tensors, _ = read_artefact(Path(path))
+    return tensors["images"], tensors["labels"]

@@ -17,21 +17,28 @@ from PIL import Image
 from torch import Tensor
 
 from ld3m.data import Normalization
+from ld3m.metrics import interval
 from ld3m.storage import new_folder, read_tensors, write_tensors
 
 LIBRARIES = ("torch", "diffusers", "datasets", "safetensors", "numpy")
 RECIPE = """\
-import torch
-from safetensors.torch import load_file
+import ld3m
+from ld3m.config import load_params
+from ld3m.data import load_dataset
+from ld3m.networks import build
+from ld3m.seeds import derive
+from ld3m.training import accuracy, train
 
-distilled = load_file("distilled.safetensors")
-images, labels = distilled["images"], distilled["labels"]  # normalised with the mean and std above
-network = ...  # any classifier of (N, {channels}, {size_px}, {size_px}) images with {classes} outputs
-optimizer = torch.optim.SGD(network.parameters(), lr={learning_rate}, momentum={momentum}, weight_decay={weight_decay})
-for epoch in range({epochs}):  # the whole set is one batch
-    optimizer.zero_grad()
-    torch.nn.functional.cross_entropy(network(images), labels).backward()
-    optimizer.step()
+images, labels = ld3m.load(".")  # this folder; normalised with the mean and std above
+dataset = load_dataset(**load_params().dataset_arguments())
+real = dataset.normalization.to_images(dataset.{split}.pixels())
+recipe = {recipe}
+scores = []
+for k in range({n}):
+    seed = derive({seed}, "judge", "{network}", k)
+    network = build("{network}", {size}, seed=seed)
+    network = train(network, images.__getitem__, labels, seed=seed, **recipe)
+    scores.append(accuracy(network, real.__getitem__, dataset.{split}.labels))
 """
 
 
@@ -48,7 +55,8 @@ def write_artefact(
     """Writes the folder whole or not at all.
 
     `tensors["images"]` are normalised images (N, C, H, W). `record` is kept in the metadata (plain JSON values):
-    `configuration`, `history`, `validation` and `cost`.
+    `configuration`, `history`, `validation`, `cost`, and `score`: the accuracies of several networks of the distilling
+    architecture, which the recipe on the card reproduces.
     """
     tensors = tensors | {"labels": labels}
     metadata = record | {
@@ -60,20 +68,36 @@ def write_artefact(
     }
     with new_folder(folder) as partial:
         write_tensors(partial / "distilled.safetensors", tensors, metadata)
-        _write_images(partial / "images", normalization.to_pixels(tensors["images"]), labels, classes)
+        write_images(partial / "images", normalization.to_pixels(tensors["images"]), labels, classes)
         (partial / "card.md").write_text(_card(metadata, tensors["images"].shape))
 
 
 def read_artefact(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a distilled set; ValueError where it is broken or its tensors are not those it was
-    written with."""
-    file = Path(folder) / "distilled.safetensors"
+    """Tensors and metadata of a distilled set; ValueError where it is broken, or its tensors are not those that the
+    metadata and the card were written for."""
+    file, card = Path(folder) / "distilled.safetensors", Path(folder) / "card.md"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; `dvc repro` distils it")
     tensors, metadata = read_tensors(file)
-    if metadata.get("tensors_sha256") != tensors_hash(tensors):
+    digest = tensors_hash(tensors)
+    if not isinstance(metadata, dict) or metadata.get("tensors_sha256") != digest:
         raise ValueError(f"{file}: the tensors do not match the hash in the metadata; run `dvc repro -f` for this cell")
+    if card.exists() and digest not in card.read_text(errors="replace"):
+        raise ValueError(f"{card} is of other tensors: their hash is {digest}; run `dvc repro -f` for this cell")
+    if not _fits(metadata, tensors):
+        raise ValueError(f"{file}: the classes or the normalization in the metadata do not fit the images and labels")
     return tensors, metadata
+
+
+def _fits(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    try:
+        images, labels = tensors["images"], tensors["labels"]
+        channels = {len(metadata["normalization"][key]) for key in ("mean", "std")}
+        classes = range(len(metadata["classes"]))
+    except (KeyError, TypeError):
+        return False
+    shapes_fit = images.ndim == 4 and labels.shape == images.shape[:1] and channels == {images.shape[1]}
+    return shapes_fit and set(labels.tolist()) <= set(classes)
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
@@ -85,22 +109,33 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
-    uint8 = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+def write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+    """<class>/<k>.png of pixels (N, C, H, W) as `to_pil` makes them."""
     for label, name in enumerate(classes):
-        # a name comes from outside: none may leave the folder; the number keeps apart names that become the same
-        safe = re.sub(r"[^\w -]", "_", name)
-        place = folder / f"{label:03d} {safe}".strip()
+        place = folder / class_folder(label, name)
         place.mkdir(parents=True)
-        for k, image in enumerate(uint8[labels.cpu() == label]):
-            array = image.movedim(0, -1).numpy()
-            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(place / f"{k}.png")
+        for k, image in enumerate(to_pil(pixels[labels == label])):
+            image.save(place / f"{k}.png")
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Greyscale or RGB images of pixels (N, C, H, W), clamped to [-1, 1] and rounded to 8 bit."""
+    uint8 = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in uint8]
+
+
+def class_folder(label: int, name: str) -> str:
+    """A name comes from outside: none may leave the folder; the number keeps apart names that become the same."""
+    safe = re.sub(r"[^\w -]", "_", name)
+    return f"{label:03d} {safe}".strip()
 
 
 def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
     configuration = metadata["configuration"]
-    recipe = configuration["validation_recipe"]
+    network, score = configuration["network"], metadata["score"]
+    low_to_high = "{:.3f} (95 % t interval {:.3f} to {:.3f})".format(*interval(score["accuracy"]))
     count, channels, size_px, _ = shape
+    size = {"channels": channels, "size_px": size_px, "classes": len(metadata["classes"])}
     chosen = max(metadata["validation"], key=lambda record: record["accuracy"])
     mean, std = (", ".join(f"{value:.4f}" for value in metadata["normalization"][key]) for key in ("mean", "std"))
     lines = [
@@ -110,7 +145,7 @@ def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
         f"{channels} x {size_px} x {size_px}, normalised with mean ({mean}) and std ({std}).",
         "",
         f"Iteration {chosen['iteration']} of {configuration['iterations']}, chosen on validation data, where "
-        f"{configuration['network']} reached {chosen['accuracy']:.3f} (it was chosen there, so this flatters; "
+        f"{network} reached {chosen['accuracy']:.3f} (it was chosen there, so this flatters; "
         "scores on test data are in reports/tables).",
         "",
         "| | |",
@@ -125,20 +160,18 @@ def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
         "",
         "## Train on it",
         "",
+        f"{network} reaches {low_to_high} on {score['split']} data, n = {len(score['accuracy'])} networks, with:",
+        "",
         "```python",
         RECIPE.format(
-            channels=channels,
-            size_px=size_px,
-            classes=len(metadata["classes"]),
-            learning_rate=recipe["learning_rate"],
-            momentum=recipe["momentum"],
-            weight_decay=recipe["weight_decay"],
-            epochs=recipe["epochs"],
+            split=score["split"],
+            recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
+            n=len(score["accuracy"]),
+            seed=configuration["seed"],
+            network=network,
+            size=", ".join(f"{key}={value}" for key, value in (size | configuration["network_size"]).items()),
         )
         + "```",
-        "",
-        f"The scores add the augmentation `{configuration['augmentation']}`, a rate that rises over the first half of "
-        "the epochs and then falls as a cosine, and a moving average of the weights.",
         "",
     ]
     return "\n".join(lines)

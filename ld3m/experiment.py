@@ -1,5 +1,6 @@
 """From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +27,8 @@ from ld3m.sampler import sample
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
 from ld3m.synthetic import shifted, start_ld3m, start_pixels
+
+CARD_NETWORKS = 3  # trained on a finished set for the score on its card
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,11 @@ class Experiment:
             cost["denoising steps, each run twice forward and once backward"] = (
                 iterations * self.params.spaces.ld3m.steps
             )
+        network = self.params.distill.network
+        score = self._judge(
+            run.best["images"].__getitem__, synthetic.labels, self.dataset.validation, (network,), CARD_NETWORKS, {}
+        )[network]
+        end_workers()
         write_artefact(
             folder,
             run.best,
@@ -215,6 +223,7 @@ class Experiment:
                 "history": run.history,
                 "validation": run.validation,
                 "cost": cost,
+                "score": {"split": "validation", "accuracy": score},
             },
         )
         paths.checkpoint_file(self.params.dataset, cell).unlink(missing_ok=True)
@@ -233,15 +242,61 @@ class Experiment:
         """Writes one JSON file an architecture, and the images of a control (those of a cell are in its artefact)."""
         cell = f"{objective}-{space}-{ipc}"
         folder = paths.scores_folder(self.params.dataset, cell)
+        return self._write_scores(folder, cell, accuracies, images if objective == "none" else None)
+
+    def write_judged(self, accuracies: dict[str, list[float]], name: str, images: Tensor) -> Path:
+        """Writes what `write_scores` writes for a set that no stage made."""
+        folder = paths.judged_folder(self.params.dataset, name)
+        return self._write_scores(folder, name, accuracies, images)
+
+    def _write_scores(self, folder: Path, cell: str, accuracies: dict[str, list[float]], images: Tensor | None) -> Path:
         with new_folder(folder) as partial_folder:
             for architecture, values in accuracies.items():
                 record = {"cell": cell, "architecture": architecture, "accuracy": values}
-                write_json(partial_folder / f"{architecture}.json", record)
-            if objective == "none" and images is not None:
+                write_json(partial_folder / f"{architecture}.json", record | {"judging": self.judging(architecture)})
+            if images is not None:
                 pixels = self.dataset.normalization.to_pixels(images)
                 metadata = {"classes": list(self.dataset.train.classes)}
                 write_tensors(partial_folder / "images.safetensors", {"pixels": pixels}, metadata)
         return folder
+
+    def judging(self, architecture: str) -> dict[str, Any]:
+        """Plain values that two scores must share to be compared."""
+        return {
+            "data_sha256": self.dataset.fingerprint,
+            "network": self.params.network_arguments(architecture),
+            "recipe": self.recipe(architecture),
+            "augmentation": self.params.data.augmentation,
+            "seed": self.params.seed,
+        }
+
+    def read_scores(self, objective: str, space: str, ipc: int) -> dict[str, list[float]]:
+        """What `write_scores` wrote; FileNotFoundError or ValueError where it is not there or was judged otherwise."""
+        cell = f"{objective}-{space}-{ipc}"
+        given = f"-r objective {objective} -r space {space} -p ipc {ipc}"
+        again = f"python -m papermill notebooks/03_evaluate.ipynb evaluated.ipynb {given}"
+        accuracies = {}
+        for architecture in self.params.grid.architecture:
+            file = paths.scores_folder(self.params.dataset, cell) / f"{architecture}.json"
+            if not file.is_file():
+                raise FileNotFoundError(f"{cell} has no scores of {architecture}: {again}")
+            record = json.loads(file.read_text())
+            if record.get("judging") != self.judging(architecture):
+                raise ValueError(f"{cell} was judged with other parameters or data: {again}")
+            accuracies[architecture] = record["accuracy"]
+        return accuracies
+
+    def comparable(self, labels: Tensor) -> dict[str, dict[str, list[float]]]:
+        """The scores to lay beside those of a set with `labels` (N,), as far as they are there; says what is not."""
+        counts = set(torch.bincount(labels).tolist())
+        wanted = {"full_data": 0} | ({"random_real": counts.pop()} if len(counts) == 1 else {})
+        found = {}
+        for control, ipc in wanted.items():
+            try:
+                found[control] = self.read_scores("none", control, ipc)
+            except (FileNotFoundError, ValueError) as problem:
+                print(problem)
+        return found
 
     def gradient_norms(self) -> pd.DataFrame:
         """Norm of the DM gradient of what is learned, at iteration 0: columns skip, learned, steps, network, norm."""

@@ -1,5 +1,6 @@
 """Every path of the project, from one root."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,13 @@ def distilled_folder(dataset: str, cell: str) -> Path:
 
 def scores_folder(dataset: str, cell: str) -> Path:
     return ROOT / "runs" / dataset / "scores" / cell
+
+
+def judged_folder(dataset: str, name: str) -> Path:
+    """Scores of a set that no stage made, under a name of the user's choice."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError(f"name is {name!r}: a set is named by letters, digits, '_', '-' and '.'")
+    return ROOT / "runs" / dataset / "judged" / name
 
 
 def checkpoint_file(dataset: str, cell: str) -> Path:

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from ld3m import paths
 from ld3m.config import Params
+from ld3m.metrics import interval
 
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high"]
@@ -57,13 +57,6 @@ def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
     keys = ["dataset", "ipc", "objective", "space", "seed"]
     unseen = scores[scores.architecture != seen].groupby(keys, sort=False).accuracy.mean().reset_index()
     return pd.concat([scores, unseen.assign(architecture=UNSEEN)], ignore_index=True)
-
-
-def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and 95 % Student t interval over independent values (two at least)."""
-    mean, error = values.mean(), values.sem()
-    half = stats.t.ppf(0.975, len(values) - 1) * error
-    return mean, mean - half, mean + half
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,6 @@ from ld3m.tables import (
     UNSEEN,
     cells,
     differences,
-    interval,
     paper_style,
     read_scores,
     summarise,
@@ -81,13 +80,6 @@ def scores(params):
 
 def test_cells_are_the_controls_the_grid_and_the_full_data(params):
     assert cells(params) == CELLS
-
-
-def test_the_interval_is_that_of_student():
-    # mean 0.6, standard deviation 0.1, standard error 0.1 / sqrt(3)
-    half = T_975_DF_2 * 0.1 / 3**0.5
-    assert interval(pd.Series([0.5, 0.7, 0.6])) == pytest.approx((0.6, 0.6 - half, 0.6 + half), rel=1e-6)
-    assert interval(pd.Series([0.4, 0.4])) == pytest.approx((0.4, 0.4, 0.4))
 
 
 def test_scores_are_read_for_every_cell_and_for_no_other(params):

@@ -1,0 +1,93 @@
+"""The notebook `judge` gives a set the scores that the pipeline gives the same images."""
+
+import json
+import shutil
+
+import nbformat
+import pytest
+import torch
+
+from ld3m import config, paths
+from ld3m.artefact import write_images
+from ld3m.experiment import Experiment
+from ld3m.paths import ROOT
+
+NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """That of the smoke profile, which writes under `tmp_path`."""
+    file = tmp_path / "params.yaml"
+    shutil.copy(paths.PARAMS, file)
+    config.apply_profile(paths.PROFILES / "smoke.yaml", path=file)
+    params = config.load_params(path=file)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "load_params", lambda overrides: params)
+    return Experiment(params)
+
+
+def run(**parameters):
+    """The values of all names after the cells, run as papermill does it: parameters after their cell."""
+    scope = {}
+    for cell in NOTEBOOK.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, scope)
+            scope |= parameters if "tags" in cell.metadata else {}
+    return scope
+
+
+def control_folder(root):
+    return root / "runs" / "mnist5k" / "scores" / "none-random_real-1"
+
+
+def score(experiment, control, ipc):
+    images, labels = experiment.control(control, ipc)
+    experiment.write_scores(experiment.test(images, labels), "none", control, ipc, images)
+
+
+def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_path):
+    score(experiment, "random_real", 1)
+    score(experiment, "full_data", 0)
+    pixels, labels = experiment.initial(1)
+    write_images(tmp_path / "set", pixels, labels, experiment.dataset.train.classes)
+    scope = run(path=str(tmp_path / "set"), name="theirs")
+    beside = scope["judge"].comparable(scope["labels"])
+    assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
+    table = scope["metrics"].compare(scope["accuracies"], **beside)
+    assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
+    folder = tmp_path / "runs" / "mnist5k" / "judged" / "theirs"
+    assert {file.name for file in folder.iterdir()} == {"convnet.json", "vit.json", "images.safetensors"}
+    record, control = (json.loads((place / "vit.json").read_text()) for place in (folder, control_folder(tmp_path)))
+    assert record == control | {"cell": "theirs"}
+
+
+def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(experiment, tmp_path, capsys):
+    labels = torch.tensor([0, 1])
+    assert experiment.comparable(labels) == {}
+    said = capsys.readouterr().out
+    assert "none-random_real-1 has no scores of convnet: python -m papermill notebooks/03_evaluate.ipynb " in said
+    assert " -r objective none -r space random_real -p ipc 1\n" in said and "none-full_data-0 has no" in said
+    accuracies = {name: [0.5, 0.5] for name in ("convnet", "vit")}
+    experiment.write_scores(accuracies, "none", "random_real", 1, None)
+    assert experiment.comparable(labels) == {"random_real": accuracies}
+    assert "random_real" not in experiment.comparable(torch.tensor([0, 0, 1]))  # as many a class, or nothing to compare
+    record = json.loads((control_folder(tmp_path) / "vit.json").read_text())
+    record["judging"]["recipe"]["epochs"] += 1
+    (control_folder(tmp_path) / "vit.json").write_text(json.dumps(record))
+    assert experiment.comparable(labels) == {}
+    assert "none-random_real-1 was judged with other parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101])
+def test_a_name_that_is_no_name_is_refused_before_anything_is_judged(experiment, tmp_path, name):
+    with pytest.raises(ValueError, match="a set is named by letters"):
+        run(path=str(tmp_path), name=name)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_set_that_does_not_fit_leaves_nothing(experiment, tmp_path):
+    write_images(tmp_path / "set", torch.zeros(3, 3, 32, 32), torch.arange(3), ("0", "1", "2"))
+    with pytest.raises(ValueError, match="and no other"):
+        run(path=str(tmp_path / "set"))
+    assert not (tmp_path / "runs").exists()
