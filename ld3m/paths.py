@@ -8,6 +8,7 @@ PROFILES = ROOT / "profiles"
 CHECKPOINTS = ROOT / "checkpoints"  # outside every DVC output, which DVC deletes before a stage runs
 TABLES = ROOT / "reports/tables"
 FIGURES = ROOT / "reports/figures"
+REPORT = ROOT / "reports/index.html"
 
 
 def prior_folder(dataset: str) -> Path:
@@ -29,6 +30,11 @@ def distilled_folder(dataset: str, cell: str) -> Path:
 
 def scores_folder(dataset: str, cell: str) -> Path:
     return ROOT / "runs" / dataset / "scores" / cell
+
+
+def cost_file(dataset: str, cell: str) -> Path:
+    """Seconds and memory differ from run to run, so they are not part of the distilled set."""
+    return ROOT / "runs" / dataset / "costs" / f"{cell}.json"
 
 
 def checkpoint_file(dataset: str, cell: str) -> Path:

@@ -4,6 +4,7 @@ Classes are contiguous: image i has class i // ipc. `render()` returns images (N
 in the learnables; `images.backward(grad_images)` therefore fills their gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,11 +55,23 @@ class LD3MCodes:
         parts = torch.arange(len(self.labels)).split(self.render_batch)
         return torch.cat([self._render(index) for index in parts])
 
+    @torch.no_grad()
+    def path(self, index: Tensor) -> Tensor:
+        """Images (T+1, n, C, H, W) decoded from z_T and from the state after every reverse step, of the set's images
+        at `index` (n,); the last are those that `render` gives."""
+        states: list[Tensor] = []
+        self._reverse(index, on_state=states.append)
+        return torch.stack([self._decode(z_t) for z_t in states])
+
     def _render(self, index: Tensor) -> Tensor:
+        z_0 = self._reverse(index)
+        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
+
+    def _reverse(self, index: Tensor, on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
         codes = {name: tensor[index] for name, tensor in self.tensors().items()}
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
         z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], eps[0], steps=self.steps)
-        z_0 = reverse(
+        return reverse(
             self.prior,
             z_T,
             codes["c"],
@@ -68,8 +81,8 @@ class LD3MCodes:
             skip=self.skip,
             eta=self.eta,
             eps=eps[1:],
+            on_state=on_state,
         )
-        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
 
     def _decode(self, z_0: Tensor) -> Tensor:
         pixels = self.prior.decode(z_0)
