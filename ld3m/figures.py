@@ -6,13 +6,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from ld3m import paths
-from ld3m.tables import NAMES
+from ld3m.tables import NAMES, UNSEEN
 
 sns.set_theme(style="whitegrid", context="paper")
+SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
 SPACE_COLOURS = {"Pixel": "#d95f02", "LD3M": "#1b9e77"}
 
 
@@ -21,6 +24,20 @@ def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
     figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return file
+
+
+def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path = paths.FIGURES) -> Path:
+    """Writes pixels (N, C, H, W), sorted by class, as one image without axes, a column a class; returns the file."""
+    rows = pixels.unflatten(0, (columns, -1)).transpose(0, 1)[:SHEET_ROWS]  # (rows, columns, C, H, W)
+    size_px = min(SHEET_PX, pixels.shape[-1])
+    small = torch.nn.functional.interpolate(rows.flatten(0, 1).clamp(-1, 1), size=size_px, mode="area")
+    framed = torch.nn.functional.pad(small, (0, 1, 0, 1), value=1.0).unflatten(0, rows.shape[:2])
+    sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows h, columns w, C)
+    uint8 = ((sheet + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.png"
+    Image.fromarray(uint8.squeeze(-1) if uint8.shape[-1] == 1 else uint8).save(file, optimize=True)
     return file
 
 
@@ -145,6 +162,27 @@ def gradient_norms(norms: pd.DataFrame) -> Figure:
         axis.set_xticks(sorted(norms.steps.unique()), map(str, sorted(norms.steps.unique())))
         axis.minorticks_off()
     return _closed(grid.figure)
+
+
+def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Accuracy with 95 % intervals, and seconds an iteration, against the number of steps T (ablation "steps")."""
+    steps = [
+        frame[frame.ablation == "steps"].assign(T=lambda f: f.setting.astype(str).str.extract(r"(\d+)")[0].astype(int))
+        for frame in (ablations, costs)
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.1), width_ratios=(3, 2))
+    for architecture, part in steps[0].sort_values("T").groupby("architecture", sort=False):
+        mean, low, high = (100 * part[column] for column in ("mean", "ci_low", "ci_high"))
+        thick = {"lw": 2.4, "color": "#1b9e77"} if architecture == UNSEEN else {"lw": 1}
+        axes[0].errorbar(
+            part["T"], mean, yerr=(mean - low, high - mean), fmt="o-", ms=3, label=NAMES[architecture], **thick
+        )
+    axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="#1b9e77")
+    axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
+    axes[0].legend(fontsize=6)
+    axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
+    figure.tight_layout()
+    return _closed(figure)
 
 
 def prior_check(
