@@ -170,7 +170,7 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
         frame[frame.ablation == "steps"].assign(T=lambda f: f.setting.astype(str).str.extract(r"(\d+)")[0].astype(int))
         for frame in (ablations, costs)
     ]
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.1), width_ratios=(3, 2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.1), width_ratios=(3, 2))
     for architecture, part in steps[0].sort_values("T").groupby("architecture", sort=False):
         mean, low, high = (100 * part[column] for column in ("mean", "ci_low", "ci_high"))
         thick = {"lw": 2.4, "color": "#1b9e77"} if architecture == UNSEEN else {"lw": 1}
@@ -179,8 +179,10 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
         )
     axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="#1b9e77")
     axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
+    for axis in axes:
+        axis.set_xticks(sorted(steps[0]["T"].unique()))
     figure.tight_layout()
     return _closed(figure)
 

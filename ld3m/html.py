@@ -4,8 +4,10 @@ python -m ld3m.html        # writes reports/index.html again
 """
 
 import base64
+import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ld3m.storage import write_bytes
 from ld3m.tables import CHANGES, NAMES, UNSEEN, paper_style
 
 ABLATIONS = {
-    "steps": ("Number of steps", "More reverse steps draw better images and take longer."),
+    "steps": ("Number of steps T", "The paper finds the best T between about 10 and 40."),
     "skip_learn": ("Skip and parametrisation", "Each skip with each latent that can be learned, z or z_T."),
     "learned": ("What is learned", "The conditioning c alone, the latent alone, or both."),
     "guidance": ("Guidance scale", "1 is the conditional model alone."),
@@ -28,10 +30,13 @@ ABLATIONS = {
     "clamp": ("Clamp", "A hard clamp gives saturated pixels no gradient."),
     "defects": (
         "Defects of the released code",
-        "Each defect switched back on alone. The last column is the unseen mean minus that of the first row: what the "
+        "Each defect switched back on alone. Change: the unseen mean minus that of the first row: what the "
         "defect costs (below zero) or flatters (above).",
     ),
 }
+ABLATION_COSTS = {
+    "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
+}  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
     "gradient_norms", "ablations", "ablation_costs",
 }  # fmt: skip
@@ -52,10 +57,26 @@ class Table:
     def extent(self) -> float:
         return max((abs(bound) for interval in self.intervals for bound in interval), default=0.0) or 1.0
 
+    @property
+    def stays(self) -> int:
+        """The column that stays in view while the others scroll."""
+        columns = list(self.frame.columns)
+        return columns.index("Set") if "Set" in columns else 0
+
+    @property
+    def rules(self) -> list[bool]:
+        """Whether a row starts a new group: another IPC, or another objective."""
+        if "Set" not in self.frame.columns:
+            return [False] * len(self.frame)
+        objectives = self.frame["Set"].str.extract(r"^(DC|DM|MTT) ", expand=False).fillna("")
+        ipcs = self.frame.get("IPC", objectives)
+        groups = list(zip(ipcs, objectives, strict=True))
+        return [False, *(before != now for before, now in pairwise(groups))]
+
 
 @dataclass(frozen=True)
 class Picture:
-    """`data` is a data URI; `kind` is "chart", or "sheet" for images without axes."""
+    """`data` is a data URI; `kind` is "chart" (dark pages invert it), "photo", or "sheet" for images alone."""
 
     caption: str
     alt: str
@@ -110,7 +131,7 @@ def _differences(changes: pd.DataFrame) -> Table:
         {
             "IPC": shown.ipc.astype(str),
             "Set": shown.objective.map(NAMES) + " " + shown.space.map(NAMES),
-            "minus": shown.minus.map(NAMES),
+            "Minus": shown.minus.map(NAMES),
             "Points": [f"{100 * mean:+.1f}" for mean in shown["mean"]],
             "95 % interval": [
                 f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in zip(shown.ci_low, shown.ci_high, strict=True)
@@ -165,12 +186,12 @@ def _images(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("images", "The sets", text, tuple(filter(None, sheets)))
 
 
-def _charts(figures: Path, pattern: str, caption: str, alt: str) -> tuple[Picture, ...]:
+def _charts(figures: Path, pattern: str, caption: str, alt: str, kind: str = "chart") -> tuple[Picture, ...]:
     """The figures <pattern>, or <pattern>-ipc<k> for every k there is."""
     files = sorted(figures.glob(f"{pattern}-ipc*.png"), key=lambda file: int(file.stem.rpartition("ipc")[2]))
     named = [(file, f"IPC {file.stem.rpartition('ipc')[2]}: {caption}") for file in files]
     named += [(figures / f"{pattern}.png", caption)]
-    return tuple(picture for file, words in named if (picture := _picture(file, words, alt, "chart")))
+    return tuple(picture for file, words in named if (picture := _picture(file, words, alt, kind)))
 
 
 def _accuracy(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
@@ -207,7 +228,7 @@ def _steps(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
         return None
     alt = "Two line plots against the number of steps: test accuracy of every network, and seconds an iteration"
     charts = _charts(figures, "steps", "accuracy and time against the number of steps T", alt)
-    return Section("steps", "The trade-off of steps", (ABLATIONS["steps"][1],), (*charts, _ablation(found, "steps")))
+    return Section("steps", "The trade-off of steps", (), (*charts, _ablation(found, "steps")))
 
 
 def _ablations(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
@@ -222,35 +243,31 @@ def _ablations(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
 
 
 def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
-    part = found["ablations"].query("ablation == @name")
+    """One row a setting, in the order of the csv; columns: every network, then what the setting costs."""
+    part = found["ablations"].query("ablation == @name").astype({"setting": str})
     keys = ["setting", *(key for key in ("objective", "space", "ipc") if part[key].nunique() > 1)]
-    text = [
-        f"{100 * mean:.1f} ± {100 * (high - mean):.1f}" for mean, high in zip(part["mean"], part.ci_high, strict=True)
-    ]
-    order = list(dict.fromkeys(part[keys].itertuples(index=False, name=None)))
-    index = pd.MultiIndex.from_tuples(order, names=keys)
-    wide = part.assign(text=text).pivot(index=keys, columns="architecture", values="text")
-    wide = wide.set_index(pd.MultiIndex.from_frame(wide.index.to_frame())).reindex(index)
-    frame = wide[list(dict.fromkeys(part.architecture))].rename(columns=NAMES).fillna("–")
-    if "ablation_costs" in found:
-        costs = found["ablation_costs"].query("ablation == @name").drop_duplicates("setting").set_index("setting")
-        settings = frame.index.get_level_values("setting")
-        labels = {"grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s / it.", "peak_mib": "MiB"}
-        for column, label in labels.items():
-            frame[label] = [_number(value) for value in costs[column].reindex(settings)]
-    if name == "defects" and UNSEEN in set(part.architecture):
-        unseen = part[part.architecture == UNSEEN].set_index(keys)["mean"]
-        unseen.index = pd.MultiIndex.from_frame(unseen.index.to_frame())
-        unseen = unseen.reindex(index)
-        frame["Change"] = [f"{100 * (mean - unseen.iloc[0]):+.1f}" for mean in unseen]
+    costs = found.get("ablation_costs", pd.DataFrame(columns=["ablation", "setting", *ABLATION_COSTS]))
+    costs = costs.query("ablation == @name").astype({"setting": str}).drop_duplicates("setting").set_index("setting")
+    rows, reference = [], None
+    for key, group in part.groupby(keys, sort=False):
+        row = {name.capitalize(): NAMES.get(value, value) for name, value in zip(keys, key, strict=True)}
+        for score in group.itertuples():
+            row[NAMES[score.architecture]] = f"{100 * score.mean:.1f} ± {100 * (score.ci_high - score.mean):.1f}"
+        if name == "defects" and UNSEEN in set(group.architecture):
+            (unseen,) = group.loc[group.architecture == UNSEEN, "mean"]
+            reference = unseen if reference is None else reference
+            row["Change"] = f"{100 * (unseen - reference):+.1f}"
+        for column, label in ABLATION_COSTS.items():
+            row[label] = _number(float(costs[column].get(key[0], math.nan)))
+        rows.append(row)
     title, meaning = ABLATIONS.get(name, (name, ""))
-    given = ", ".join(
+    shared = [
         f"{label}{NAMES.get(part[key].iloc[0], part[key].iloc[0])}"
         for key, label in (("objective", ""), ("space", ""), ("ipc", "IPC "))
         if key not in keys
-    )
-    caption = f"{title} ({given}; n = {part.n.min()}). {meaning}".strip()
-    return Table(f"ablation-{name}", caption, frame.rename_axis(columns=None).reset_index().astype(str), len(keys))
+    ]
+    caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}"
+    return Table(f"ablation-{name}", caption, pd.DataFrame(rows).fillna("–").astype(str), len(keys))
 
 
 def _costs(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
@@ -287,7 +304,9 @@ def _costs(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
 
 def _prior(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     alt = "Rows of images, a column a class: real validation images, their reconstructions, guided samples"
-    blocks: list[Table | Picture] = list(_charts(figures, "prior", "real images, reconstructions, guided samples", alt))
+    blocks: list[Table | Picture] = list(
+        _charts(figures, "prior", "real images, reconstructions, guided samples", alt, "photo")
+    )
     if "prior" in found:
         frame = pd.DataFrame(
             [(name.replace("_", " "), _number(value)) for name, value in found["prior"].iloc[0].items()],

@@ -91,7 +91,7 @@ def comparison_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pivot.loc[list(dict.fromkeys(wide.Set)), columns].fillna("–").reset_index().rename_axis(columns=None)
 
 
-def settings(params: Params, *, classes: int) -> pd.DataFrame:
+def settings(params: Params) -> pd.DataFrame:
     """What differs between the paper's Table 4 and ours: columns setting, paper, ours."""
     given, ld3m, grid, recipe = params.data, params.spaces.ld3m, params.grid, params.evaluate.recipe
     network = params.networks[params.distill.network]
@@ -105,7 +105,7 @@ def settings(params: Params, *, classes: int) -> pd.DataFrame:
     widths = [f"{NAMES[name]} {params.networks[name].width}" for name in grid.architecture]
     epochs = [f"{NAMES[name]} {recipe.epochs[name]}" for name in grid.architecture]
     rows = [
-        ("Data", "ImageNet subsets A to E, 10 classes each", f"{params.dataset}, {classes} classes"),
+        ("Data", "ImageNet subsets A to E, 10 classes each", params.dataset),
         ("Resolution", "128 px", f"{given.size_px} px"),
         ("Images per class", "10", ", ".join(map(str, grid.ipc))),
         (
