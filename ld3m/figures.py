@@ -187,6 +187,30 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
     return _closed(figure)
 
 
+def confusion(counts: Tensor, classes: list[str]) -> Figure:
+    """Counts (K, K) with the true class a row: percent of each row, and each class's accuracy beside it."""
+    percent = 100 * counts / counts.sum(1, keepdim=True)
+    figure, axis = plt.subplots(figsize=(0.42 * len(classes) + 2, 0.42 * len(classes) + 1))
+    names = [f"{name} ({share:.0f} %)" for name, share in zip(classes, percent.diagonal(), strict=True)]
+    sns.heatmap(
+        percent.numpy(), annot=len(classes) <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, cbar=False,
+        linewidths=0.5, square=True, xticklabels=classes, yticklabels=names, ax=axis,
+    )  # fmt: skip
+    overall = 100 * counts.diagonal().sum() / counts.sum()
+    axis.set(
+        xlabel="called", ylabel="true class (right)", title=f"validation images, % of each class; {overall:.1f} % right"
+    )
+    axis.tick_params(axis="y", rotation=0)
+    return _closed(figure)
+
+
+def words(sentence: str) -> Figure:
+    """A sentence where a figure would stand."""
+    figure = plt.figure(figsize=(6, 0.4))
+    figure.text(0, 0.5, sentence, va="center")
+    return _closed(figure)
+
+
 def prior_check(
     real: Tensor, reconstructed: Tensor, samples: Tensor, classes: tuple[str, ...], *, rows: int = 4
 ) -> Figure:
