@@ -188,7 +188,7 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
 
 
 def confusion(counts: Tensor, classes: list[str]) -> Figure:
-    """Counts (K, K) with the true class a row: percent of each row, and each class's accuracy beside it."""
+    """Counts (K, K) with the true class a row: percent of each row, and beside the class its accuracy."""
     percent = 100 * counts / counts.sum(1, keepdim=True)
     figure, axis = plt.subplots(figsize=(0.42 * len(classes) + 2, 0.42 * len(classes) + 1))
     names = [f"{name} ({share:.0f} %)" for name, share in zip(classes, percent.diagonal(), strict=True)]
@@ -197,9 +197,7 @@ def confusion(counts: Tensor, classes: list[str]) -> Figure:
         linewidths=0.5, square=True, xticklabels=classes, yticklabels=names, ax=axis,
     )  # fmt: skip
     overall = 100 * counts.diagonal().sum() / counts.sum()
-    axis.set(
-        xlabel="called", ylabel="true class (right)", title=f"validation images, % of each class; {overall:.1f} % right"
-    )
+    axis.set(xlabel="called", ylabel="true class", title=f"validation images, % of each class; {overall:.1f} % right")
     axis.tick_params(axis="y", rotation=0)
     return _closed(figure)
 

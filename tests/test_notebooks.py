@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from ld3m.paths import ROOT
 
 NUMBERED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+EXPLORE = ROOT / "notebooks/explore.ipynb"  # run by hand, not by a stage
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 COMMANDS = {name: stage.get("do", stage)["cmd"] for name, stage in STAGES.items()}
 
@@ -31,16 +32,16 @@ def tree(notebook):
     return ast.parse("\n".join(cell.source for cell in code(notebook)))
 
 
-@pytest.fixture(params=NUMBERED, ids=lambda file: file.stem)
+@pytest.fixture(params=[*NUMBERED, EXPLORE], ids=lambda file: file.stem)
 def notebook(request):
     read = nbformat.read(request.param, as_version=nbformat.NO_CONVERT)
     read["file"] = f"notebooks/{request.param.name}"
     return read
 
 
-def test_the_numbered_notebooks_are_all_there_are():
+def test_the_numbered_notebooks_and_the_one_to_explore_are_all_there_are():
     assert [file.name[:2] for file in NUMBERED] == [f"{number:02d}" for number in range(len(NUMBERED))] != []
-    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == NUMBERED
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == [*NUMBERED, EXPLORE]
 
 
 def test_a_notebook_is_valid_and_stripped(notebook):
@@ -104,7 +105,7 @@ def test_a_notebook_is_prose_too(notebook):
     assert notebook.cells[-1].cell_type == "markdown" and "**What to look at.**" in notebook.cells[-1].source
 
 
-def test_every_notebook_is_run_by_a_stage_that_depends_on_it():
+def test_every_numbered_notebook_is_run_by_a_stage_that_depends_on_it():
     run = {file for command in COMMANDS.values() for file in notebooks_of(command)}
     assert run == {f"notebooks/{file.name}" for file in NUMBERED}
     for name, command in COMMANDS.items():

@@ -106,3 +106,20 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
     assert artefact.read_bytes() == before
     assert not list((clone / "checkpoints").rglob("*.safetensors"))
+
+
+def test_explore_runs_on_the_cells_that_are_there(clone):
+    """After the test above, with its cells."""
+    arguments = ["-k", "python3", "--no-progress-bar", "notebooks/explore.ipynb", "explored.ipynb"]
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", *arguments], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [
+        output
+        for cell in json.loads((clone / "explored.ipynb").read_text())["cells"]
+        if cell["cell_type"] == "code"
+        for output in cell["outputs"]
+    ]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
