@@ -35,12 +35,14 @@ class Distilled:
 
     `best` holds the tensors of the iteration with the highest validation accuracy: images, everything needed to
     render them again, and the objective's learnables. `history` has one record a step (loss, gradient norms),
-    `validation` one a check (iteration, accuracy in [0, 1]).
+    `validation` one a check (iteration, accuracy in [0, 1]). `seconds` is the time that the iterations took, without
+    the checks.
     """
 
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -85,6 +87,7 @@ def distill(
     for step in progress(iterations, label="distil", start=len(run.history), status=lambda: _status(run)):
         if step in checks:
             _validate(run, synthetic, objective, validate, step)
+        began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         images = synthetic.render(step=step)
         loss, grad_images = objective(images.detach(), synthetic.labels, step=step)
@@ -100,6 +103,7 @@ def distill(
         optimizer.step()
         _check_positive(objective, step)
         run.history.append(record)
+        run.seconds += time.perf_counter() - began
         callback(step)
         if time.monotonic() - saved >= 60 * checkpoint_minutes:
             _save(checkpoint, run, learnables, optimizer, configuration)
@@ -152,7 +156,8 @@ def _save(
         if optimizer.state[tensor].get("momentum_buffer") is not None
     }
     tensors |= {f"best.{name}": tensor for name, tensor in run.best.items()}
-    write_tensors(file, tensors, {"configuration": configuration, "history": run.history, "validation": run.validation})
+    so_far = {"history": run.history, "validation": run.validation, "seconds": run.seconds}
+    write_tensors(file, tensors, {"configuration": configuration} | so_far)
 
 
 def _resume(
@@ -172,7 +177,7 @@ def _resume(
             if f"momentum.{name}" in tensors:
                 optimizer.state[tensor]["momentum_buffer"] = tensors[f"momentum.{name}"].to(tensor)
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
-    return Distilled(best, metadata["history"], metadata["validation"])
+    return Distilled(best, metadata["history"], metadata["validation"], metadata["seconds"])
 
 
 def _differences(before: Any, now: Any, under: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from ld3m.experts import open_experts
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
-from ld3m.progress import progress
+from ld3m.progress import peak_gib, progress
 from ld3m.sampler import sample
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
@@ -198,7 +198,7 @@ class Experiment:
         return run
 
     def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
-        """Writes the artefact of a finished run and returns its folder."""
+        """Writes the artefact of a finished run, and beside it what the run cost; returns the artefact's folder."""
         cell, iterations = f"{objective}-{space}-{ipc}", len(run.history)
         folder = paths.distilled_folder(self.params.dataset, cell)
         cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
@@ -226,6 +226,8 @@ class Experiment:
                 "score": {"split": "validation", "accuracy": score},
             },
         )
+        measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
+        write_json(paths.cost_file(self.params.dataset, cell), measured)
         paths.checkpoint_file(self.params.dataset, cell).unlink(missing_ok=True)
         return folder
 

@@ -6,13 +6,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from ld3m import paths
-from ld3m.tables import NAMES
+from ld3m.tables import NAMES, UNSEEN
 
 sns.set_theme(style="whitegrid", context="paper")
+SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
 SPACE_COLOURS = {"Pixel": "#d95f02", "LD3M": "#1b9e77"}
 
 
@@ -21,6 +24,20 @@ def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
     figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return file
+
+
+def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path = paths.FIGURES) -> Path:
+    """Writes pixels (N, C, H, W), sorted by class, as one image without axes, a column a class; returns the file."""
+    rows = pixels.unflatten(0, (columns, -1)).transpose(0, 1)[:SHEET_ROWS]  # (rows, columns, C, H, W)
+    size_px = min(SHEET_PX, pixels.shape[-1])
+    small = torch.nn.functional.interpolate(rows.flatten(0, 1).clamp(-1, 1), size=size_px, mode="area")
+    framed = torch.nn.functional.pad(small, (0, 1, 0, 1), value=1.0).unflatten(0, rows.shape[:2])
+    sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows h, columns w, C)
+    uint8 = ((sheet + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.png"
+    Image.fromarray(uint8.squeeze(-1) if uint8.shape[-1] == 1 else uint8).save(file, optimize=True)
     return file
 
 
@@ -154,6 +171,51 @@ def training_losses(losses: dict[str, list[float]]) -> Figure:
         axis.plot(pd.Series(values).rolling(50, min_periods=1).mean())
         axis.set(title=f"{name} loss (mean of 50)", xlabel="step", yscale="log")
     figure.tight_layout()
+    return _closed(figure)
+
+
+def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Accuracy with 95 % intervals, and seconds an iteration, against the number of steps T (ablation "steps")."""
+    steps = [
+        frame[frame.ablation == "steps"].assign(T=lambda f: f.setting.astype(str).str.extract(r"(\d+)")[0].astype(int))
+        for frame in (ablations, costs)
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.1), width_ratios=(3, 2))
+    for architecture, part in steps[0].sort_values("T").groupby("architecture", sort=False):
+        mean, low, high = (100 * part[column] for column in ("mean", "ci_low", "ci_high"))
+        thick = {"lw": 2.4, "color": "#1b9e77"} if architecture == UNSEEN else {"lw": 1}
+        axes[0].errorbar(
+            part["T"], mean, yerr=(mean - low, high - mean), fmt="o-", ms=3, label=NAMES[architecture], **thick
+        )
+    axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="#1b9e77")
+    axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
+    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
+    for axis in axes:
+        axis.set_xticks(sorted(steps[0]["T"].unique()))
+    figure.tight_layout()
+    return _closed(figure)
+
+
+def confusion(counts: Tensor, classes: list[str]) -> Figure:
+    """Counts (K, K) with the true class a row: percent of each row, and beside the class its accuracy."""
+    percent = 100 * counts / counts.sum(1, keepdim=True)
+    figure, axis = plt.subplots(figsize=(0.42 * len(classes) + 2, 0.42 * len(classes) + 1))
+    names = [f"{name} ({share:.0f} %)" for name, share in zip(classes, percent.diagonal(), strict=True)]
+    sns.heatmap(
+        percent.numpy(), annot=len(classes) <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, cbar=False,
+        linewidths=0.5, square=True, xticklabels=classes, yticklabels=names, ax=axis,
+    )  # fmt: skip
+    overall = 100 * counts.diagonal().sum() / counts.sum()
+    axis.set(xlabel="called", ylabel="true class", title=f"validation images, % of each class; {overall:.1f} % right")
+    axis.tick_params(axis="y", rotation=0)
+    return _closed(figure)
+
+
+def words(sentence: str) -> Figure:
+    """A sentence where a figure would stand."""
+    figure = plt.figure(figsize=(6, 0.4))
+    figure.text(0, 0.5, sentence, va="center")
     return _closed(figure)
 
 

@@ -9,6 +9,7 @@ PROFILES = ROOT / "profiles"
 CHECKPOINTS = ROOT / "checkpoints"  # outside every DVC output, which DVC deletes before a stage runs
 TABLES = ROOT / "reports/tables"
 FIGURES = ROOT / "reports/figures"
+REPORT = ROOT / "reports/index.html"
 
 
 def prior_folder(dataset: str) -> Path:
@@ -37,6 +38,11 @@ def judged_folder(dataset: str, name: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise ValueError(f"name is {name!r}: a set is named by letters, digits, '_', '-' and '.'")
     return ROOT / "runs" / dataset / "judged" / name
+
+
+def cost_file(dataset: str, cell: str) -> Path:
+    """Seconds and memory differ from run to run, so they are not part of the distilled set."""
+    return ROOT / "runs" / dataset / "costs" / f"{cell}.json"
 
 
 def checkpoint_file(dataset: str, cell: str) -> Path:

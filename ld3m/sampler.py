@@ -13,6 +13,7 @@ backward pass walks the chain from its last step to its first. A step with gradi
 backward of the U-Net, and the result is that of plain autograd through the whole chain.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -61,12 +62,14 @@ def reverse(
     skip: Skip,
     eta: float = 0.0,
     eps: Tensor | None = None,
+    on_state: Callable[[Tensor], None] = lambda z_t: None,
 ) -> Tensor:
     """Runs the reverse process from `z_T` to the latent that is decoded, (B, c, h, w).
 
     `skip="x0"` mixes `quantize(z)` into every prediction of x0 (released code); `"mean"` mixes `z_T` into the mean of
     every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost.
     With `eta` > 0 the noise of the steps is `eps`, (T, B, c, h, w), in the order the steps run.
+    `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
     Differentiable in `z_T`, `z` and `c`.
     """
     ts = timesteps(steps)
@@ -75,6 +78,7 @@ def reverse(
     initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
     z_t = z_T
+    on_state(z_t)
     for i in reversed(range(steps)):
         step = partial(
             _step,
@@ -89,6 +93,7 @@ def reverse(
             eps=eps[steps - 1 - i] if eta else None,
         )
         z_t = checkpoint(step, z_t, conditioning, initial, use_reentrant=False, preserve_rng_state=False)
+        on_state(z_t)
     return z_t
 
 

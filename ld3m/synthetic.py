@@ -5,6 +5,7 @@ in the learnables; `images.backward(grad_images)` therefore fills their gradient
 to the released code's redrawn noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,10 +78,21 @@ class LD3MCodes:
         parts = torch.arange(len(self.labels)).split(self.render_batch)
         return torch.cat([self._part({name: tensor[index] for name, tensor in tensors.items()}) for index in parts])
 
+    @torch.no_grad()
+    def path(self, index: Tensor) -> Tensor:
+        """Images (T+1, n, C, H, W) decoded from z_T and from the state after every reverse step, of the set's images
+        at `index` (n,); the last are those that `render` gives."""
+        states: list[Tensor] = []
+        self._reverse({name: tensor[index] for name, tensor in self.tensors().items()}, on_state=states.append)
+        return torch.stack([self._decode(z_t) for z_t in states])
+
     def _part(self, codes: dict[str, Tensor]) -> Tensor:
+        return checkpoint(self._decode, self._reverse(codes), use_reentrant=False, preserve_rng_state=False)
+
+    def _reverse(self, codes: dict[str, Tensor], on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
         z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], eps[0], steps=self.steps)
-        z_0 = reverse(
+        return reverse(
             self.prior,
             z_T,
             codes["c"],
@@ -90,8 +102,8 @@ class LD3MCodes:
             skip=self.skip,
             eta=self.eta,
             eps=eps[1:],
+            on_state=on_state,
         )
-        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
 
     def _decode(self, z_0: Tensor) -> Tensor:
         pixels = self.prior.decode(z_0)

@@ -11,10 +11,11 @@ from ld3m.metrics import interval
 
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high"]
+COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
 UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
 NAMES = {
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
-    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "ld3m": "LD3M", "none": "-",
+    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "glad": "GLaD", "ld3m": "LD3M", "none": "-",
     "random_real": "Random real", "herding": "Herding", "k_center": "k-center",
     "iteration0": "Iteration 0", "prior_samples": "Prior samples",
     "full_data": "Full data", UNSEEN: "Unseen mean",
@@ -64,6 +65,18 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     keys = ["dataset", "ipc", "objective", "space", "architecture"]
     rows = [(*key, len(group), *interval(group.accuracy)) for key, group in scores.groupby(keys, sort=False)]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def read_costs(params: Params) -> pd.DataFrame:
+    """What distilling every cell took: its seconds and largest memory as measured, validation not counted."""
+    rows = []
+    for objective, space, ipc in cells(params):
+        if objective != "none":
+            file = paths.cost_file(params.dataset, f"{objective}-{space}-{ipc}")
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of `grid`")
+            rows.append((params.dataset, ipc, objective, space, *map(json.loads(file.read_text()).get, COSTS[4:])))
+    return pd.DataFrame(rows, columns=COSTS)
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:

@@ -185,6 +185,31 @@ def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
     assert not list(checkpoint.parent.iterdir())
 
 
+def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(ld3m.distill, "time", clock)
+
+    def advance(seconds, value):
+        now[0] += seconds
+        return value
+
+    squares = Squares()
+
+    def validate(images):
+        return advance(100.0, accuracy_of(images))
+
+    class Slow:
+        learnables = squares.learnables
+
+        def __call__(self, images, labels, *, step):
+            return advance(3.0, squares(images, labels, step=step))
+
+    with pytest.raises(Killed):
+        run(objective=Slow(), validate=validate, callback=kill_at(4))
+    assert run(objective=Slow(), validate=validate).seconds == 3.0 * ITERATIONS
+
+
 @pytest.mark.parametrize("asked", range(4))
 def test_killed_in_a_validation_and_resumed_gives_the_same_bits(run, asked):
     undisturbed = run()
@@ -219,7 +244,7 @@ def test_killed_while_the_checkpoint_is_written_and_resumed_gives_the_same_bits(
 
 def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
     now, saved_at = [0.0], []
-    monkeypatch.setattr(ld3m.distill, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ld3m.distill, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
 
     def callback(step):
         if checkpoint.exists():

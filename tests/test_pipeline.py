@@ -87,10 +87,12 @@ def written(folder: Path) -> dict[str, bytes]:
 def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
     dvc(clone, "repro")
     tables, figures = written(clone / "reports/tables"), written(clone / "reports/figures")
-    assert {"scores.csv", "differences.csv", "prior.csv", "main.md", "main.tex"} == set(tables)
-    assert {"prior.png", "distilled-ipc1.png", "accuracy-ipc1.png", "curves-ipc1.png", "gradient-norms.png"} == set(
+    assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(tables)
+    assert {"prior.png", "distilled-ipc1.png", "accuracy-ipc1.png", "curves-ipc1.png", "gradient-norms.png"} < set(
         figures
     )
+    assert {"set-none-random_real-1.png", "set-mtt-ld3m-1.png"} < set(figures)
+    report = (clone / "reports/index.html").read_bytes()
     lines = tables["scores.csv"].decode().splitlines()
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
     assert len(lines) == 1 + 2 * (1 + 1 + 1)  # judges x (cells, control, full data)
@@ -98,8 +100,26 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     dvc(clone, "repro", "--single-item", "--force", "tables")
     assert written(clone / "reports/tables") == tables
     assert written(clone / "reports/figures") == figures
+    assert (clone / "reports/index.html").read_bytes() == report
     artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/distilled.safetensors"
     before = artefact.read_bytes()
     dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
     assert artefact.read_bytes() == before
     assert not list((clone / "checkpoints").rglob("*.safetensors"))
+
+
+def test_explore_runs_on_the_cells_that_are_there(clone):
+    """After the test above, with its cells."""
+    arguments = ["-k", "python3", "--no-progress-bar", "notebooks/explore.ipynb", "explored.ipynb"]
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", *arguments], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [
+        output
+        for cell in json.loads((clone / "explored.ipynb").read_text())["cells"]
+        if cell["cell_type"] == "code"
+        for output in cell["outputs"]
+    ]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4

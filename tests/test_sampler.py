@@ -105,6 +105,22 @@ def test_value_and_gradient_equal_the_plain_chain(prior, randn, skip, guidance, 
         assert relative_difference(exact, plain) < 1e-10
 
 
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_every_state_is_shown_from_the_start_to_the_result(prior, randn, monkeypatch, skip):
+    z_T, z, c, _ = leaves(prior, randn)
+    states, denoised, denoise = [], [], type(prior).denoise
+
+    def recorded(self, z_t, t, conditioning):
+        denoised.append(z_t.detach())
+        return denoise(self, z_t, t, conditioning)
+
+    monkeypatch.setattr(type(prior), "denoise", recorded)
+    z_0 = reverse(prior, z_T, c, z=z, steps=4, guidance=1, skip=skip, on_state=states.append)
+    assert len(states) == 5 and torch.equal(states[-1], z_0)
+    assert torch.equal(denoised[0], z_T)
+    assert all(torch.equal(state, seen) for state, seen in zip(states[:-1], denoised, strict=True))
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.8])
 def test_without_skip_it_is_the_ddim_of_diffusers(prior, randn, eta):
     steps = 5

@@ -202,6 +202,18 @@ def test_an_image_depends_on_its_own_codes_alone(prior, pixels, randn):
         assert gradient.flatten(1).norm(dim=1).nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("skip", ["x0", "mean"])
+def test_the_path_starts_at_z_T_and_ends_at_the_rendered_images(prior, pixels, skip):
+    made = codes(prior, pixels, skip=skip)
+    index = torch.tensor([4, 1])
+    path = made.path(index)
+    assert path.shape == (4, 2, 1, SIZE_PX, SIZE_PX) and not path.requires_grad
+    torch.testing.assert_close(path[-1], made.render().detach()[index])
+    tensors = made.tensors()
+    z_T = tensors["z_T"] if skip == "mean" else noised(prior, tensors["z"], tensors["eps"][:, 0], steps=3)
+    torch.testing.assert_close(path[0], NORMALIZATION.to_images(prior.decode(z_T[index])).detach())
+
+
 def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
     # the decoder of the shared prior stays inside: a copy of it whose last layer is stronger does not
     bright = replace(prior, autoencoder=copy.deepcopy(prior.autoencoder))
