@@ -20,7 +20,7 @@ from ld3m.networks import ARCHITECTURES
 from ld3m.paths import PARAMS, PROFILES
 
 Objective = Literal["dc", "dm", "mtt"]
-Space = Literal["pixel", "ld3m"]
+Space = Literal["pixel", "glad", "ld3m"]
 Control = Literal["random_real", "iteration0", "prior_samples"]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -126,6 +126,35 @@ class PriorParams(Model):
     check: PriorCheck
 
 
+class GanCheck(Model):
+    """Samples a class, and the training of the ConvNet that judges them."""
+
+    samples_per_class: Count
+    width: Count
+    epochs: Count
+    learning_rate: Rate
+
+
+class GanParams(Model):
+    noise_width: Count
+    w_width: Count
+    widths: Widths
+    discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    steps: Count
+    batch: Annotated[int, Field(ge=4, multiple_of=4)]
+    learning_rate: Rate
+    r1: Annotated[float, Field(ge=0)]
+    r1_every: Count
+    ema_decay: Share
+    augmentation: Strategy
+    check: GanCheck
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_gan.fit_gan`."""
+        given = self.model_dump(exclude={"noise_width", "w_width", "widths", "augmentation", "check"})
+        return given | {"strategy": self.augmentation}
+
+
 class NetworkParams(Model):
     width: Count
     depth: Count | None = None
@@ -161,6 +190,12 @@ class PixelParams(Model):
     start: Literal["real", "noise"]
 
 
+class GladParams(Model):
+    layer: Whole
+    mean_w: bool
+    render_batch: Count
+
+
 class LD3MParams(Model):
     start: Literal["real", "noise"]
     learn: Literal["auto", "z", "z_T"]
@@ -174,6 +209,7 @@ class LD3MParams(Model):
 
 class Spaces(Model):
     pixel: PixelParams
+    glad: GladParams
     ld3m: LD3MParams
 
 
@@ -186,6 +222,7 @@ class Budget(Model):
 
 class Budgets(Model):
     pixel: Budget
+    glad: Budget
     ld3m: Budget
 
 
@@ -244,6 +281,7 @@ class Params(Model):
     grid: Grid
     datasets: dict[str, DatasetParams]
     prior: PriorParams
+    gan: GanParams
     networks: dict[Architecture, NetworkParams]
     trajectories: TrajectoriesParams
     objectives: Objectives
@@ -279,10 +317,26 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
+        side = 4 * 2 ** (len(self.gan.widths) - 1)
+        if side != self.data.size_px:
+            raise ValueError(
+                f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those of "
+                f"datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each doubling"
+            )
+        if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
+            raise ValueError(
+                f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
+                f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
+            )
+        if self.spaces.glad.layer >= 2 * len(self.gan.widths):
+            raise ValueError(
+                f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
+                "of layers of a GAN with these gan.widths"
+            )
         latent = {"auto": "z" if self.spaces.ld3m.skip == "x0" else "z_T"}.get(
             self.spaces.ld3m.learn, self.spaces.ld3m.learn
         )
-        learnables = {"pixel": {"images"}, "ld3m": {latent, "c"}}
+        learnables = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}
         for objective in ("dc", "dm", "mtt"):
             for space, names in learnables.items():
                 names = names | ({"student_lr"} if objective == "mtt" else set())
@@ -332,6 +386,15 @@ class Params(Model):
     def prior_check_arguments(self) -> dict[str, Any]:
         """The arguments of `train_prior.recognised`."""
         return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
+
+    def gan_arguments(self) -> dict[str, Any]:
+        """The arguments of `gan.build_generator` but the number of classes."""
+        given = self.gan.model_dump(include={"noise_width", "w_width", "widths"})
+        return given | {"channels": self.data.channels, "seed": self.seed}
+
+    def gan_check_arguments(self) -> dict[str, Any]:
+        """The arguments of `train_gan.recognised`."""
+        return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
     def budget(self, objective: str, space: str) -> Budget:
         return getattr(getattr(self.distill, objective), space)

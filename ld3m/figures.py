@@ -13,7 +13,7 @@ from ld3m import paths
 from ld3m.tables import NAMES
 
 sns.set_theme(style="whitegrid", context="paper")
-SPACE_COLOURS = {"Pixel": "#d95f02", "LD3M": "#1b9e77"}
+SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
 def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:

@@ -14,7 +14,7 @@ CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "c
 UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
 NAMES = {
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
-    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "ld3m": "LD3M", "none": "-",
+    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "glad": "GLaD", "ld3m": "LD3M", "none": "-",
     "random_real": "Random real", "iteration0": "Iteration 0", "prior_samples": "Prior samples",
     "full_data": "Full data", UNSEEN: "Unseen mean",
 }  # fmt: skip
