@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
@@ -20,7 +20,7 @@ FILES = ("config.json", "weights.safetensors")
 
 
 class Generator(nn.Module):
-    """A small style-based generator without per-pixel noise: the same codes always give the same image.
+    """A small style-based generator (StyleGAN 2) without noise per pixel: the same codes always give the same image.
 
     Shapes: noise (B, noise_width), labels (B,) int64, one code w (B, w_width), codes of the layers from n on
     (B, layers - n, w_width), pixels (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps features
@@ -51,6 +51,10 @@ class Generator(nn.Module):
     @property
     def classes(self) -> int:
         return self.config["classes"]
+
+    @property
+    def noise_width(self) -> int:
+        return self.config["noise_width"]
 
     @property
     def size_px(self) -> int:
@@ -102,11 +106,8 @@ class Generator(nn.Module):
 
     def fingerprint(self) -> str:
         """sha256 over every weight and the configuration: what the generator computes follows from it."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        weights = save({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()})
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode() + weights).hexdigest()
 
 
 class StyleLayer(nn.Module):

@@ -176,11 +176,10 @@ def start_glad(
         raise ValueError(f"spaces.glad.layer = {layer}: this GAN has the layers 0 to {gan.layers - 1}")
     if mean_w and len(labels.unique()) < len(labels):
         raise ValueError("spaces.glad.mean_w starts all images of a class alike; set it to false for ipc above 1")
-    shape = (gan.config["noise_width"],)
     draws = MEAN_W_DRAWS if mean_w else 1
     codes = []
     for i in range(len(labels)):
-        noise = _noise((draws, *shape), seed, "glad", i).to(gan.constant)
+        noise = _noise((draws, gan.noise_width), seed, "glad", i).to(next(gan.parameters()))
         codes.append(gan.mapping(noise, labels[i].expand(draws)).mean(0))
     w = torch.stack(codes)[:, None].expand(-1, gan.layers, -1)  # (N, layers, w_width)
     parts = [gan.features(part, layer) for part in w[:, :layer].split(render_batch)]

@@ -73,7 +73,7 @@ def fit_gan(
     for step in progress(steps, label="gan", status=lambda: _status(losses)):
         rng = generator(seed, "gan", step)
         index = _draw_groups(split, batch, rng)
-        noise = torch.randn(2, batch, gan.config["noise_width"], generator=rng)
+        noise = torch.randn(2, batch, gan.noise_width, generator=rng)
         labels = split.labels[index]
         augmentation = draw(strategy, count=batch, generator=rng)
         real = augment(split.pixels(index), augmentation)
@@ -108,7 +108,7 @@ def recognised(
     Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
     """
     labels = torch.arange(gan.classes).repeat(samples_per_class)
-    noise = torch.randn(len(labels), gan.config["noise_width"], generator=generator(seed, "gan samples"))
+    noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
     pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
     return pixels, labels, judge(pixels, labels, dataset, seed=seed, **judging)
 
