@@ -26,11 +26,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Brings the embedded data and prior out of store/ where they are not there yet.
+# Brings the embedded data and priors out of store/ where they are not there yet.
 embedded: $(INSTALLED)
 	@test -d store || { echo 'store/ is missing: `git checkout -- store` restores it' >&2; exit 1; }
 	@test -d data/mnist5k || $(PY) -m dvc pull data.dvc
 	@test -d runs/mnist5k/prior || $(PY) -m dvc pull --allow-missing prior
+	@test -d runs/mnist5k/gan || $(PY) -m dvc pull --allow-missing gan
 
 reproduce: embedded ## run the pipeline (only what changed) and print the main table
 	@$(PY) -m ld3m.check

@@ -27,6 +27,7 @@ def check(params: Params) -> list[str]:
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
     lines.append(f"prior   {_prior(experiment)}")
+    lines.append(f"gan     {_gan(experiment)}")
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
     weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
     needed = snapshots * weights.nbytes
@@ -46,6 +47,17 @@ def _prior(experiment: Experiment) -> str:
     return (
         f"latents {' x '.join(map(str, prior.latent_shape(experiment.params.data.size_px)))}, {prior.classes} classes"
     )
+
+
+def _gan(experiment: Experiment) -> str:
+    again = "the stage `gan` trains it first, about 6 minutes for the committed profile"
+    if not paths.gan_folder(experiment.params.dataset).exists():
+        return f"none for {experiment.params.dataset} yet: {again}"
+    try:
+        gan = experiment.gan
+    except (ValueError, OSError) as problem:
+        return f"of no use with these parameters ({problem}): {again}"
+    return f"{gan.layers} layers, {gan.classes} classes"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ld3m.paths import PARAMS, PROFILES
 from ld3m.synthetic import DEFAULT_LEARNED
 
 Objective = Literal["dc", "dm", "mtt"]
-Space = Literal["pixel", "ld3m"]
+Space = Literal["pixel", "glad", "ld3m"]
 Control = Literal["random_real", "herding", "k_center", "iteration0", "prior_samples"]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -127,6 +127,35 @@ class PriorParams(Model):
     check: PriorCheck
 
 
+class GanCheck(Model):
+    """Samples a class, and the training of the ConvNet that judges them."""
+
+    samples_per_class: Count
+    width: Count
+    epochs: Count
+    learning_rate: Rate
+
+
+class GanParams(Model):
+    noise_width: Count
+    w_width: Count
+    widths: Widths
+    discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    steps: Count
+    batch: Annotated[int, Field(ge=4, multiple_of=4)]
+    learning_rate: Rate
+    r1: Annotated[float, Field(ge=0)]
+    r1_every: Count
+    ema_decay: Share
+    augmentation: Strategy
+    check: GanCheck
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_gan.fit_gan`."""
+        given = self.model_dump(exclude={"noise_width", "w_width", "widths", "augmentation", "check"})
+        return given | {"strategy": self.augmentation}
+
+
 class NetworkParams(Model):
     width: Count
     depth: Count | None = None
@@ -163,6 +192,12 @@ class PixelParams(Model):
     start: Literal["real", "noise"]
 
 
+class GladParams(Model):
+    layer: Whole
+    mean_w: bool
+    render_batch: Count
+
+
 class LD3MParams(Model):
     prior: Literal["trained", "unconditional", "random"]
     start: Literal["real", "prior", "noise"]
@@ -180,6 +215,7 @@ class LD3MParams(Model):
 
 class Spaces(Model):
     pixel: PixelParams
+    glad: GladParams
     ld3m: LD3MParams
 
 
@@ -193,6 +229,7 @@ class Budget(Model):
 
 class Budgets(Model):
     pixel: Budget
+    glad: Budget
     ld3m: Budget
 
 
@@ -262,6 +299,7 @@ class Params(Model):
     grid: Grid
     datasets: dict[str, DatasetParams]
     prior: PriorParams
+    gan: GanParams
     networks: dict[Architecture, NetworkParams]
     trajectories: TrajectoriesParams
     objectives: Objectives
@@ -298,6 +336,22 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
+        side = 4 * 2 ** (len(self.gan.widths) - 1)
+        if side != self.data.size_px:
+            raise ValueError(
+                f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those of "
+                f"datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each doubling"
+            )
+        if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
+            raise ValueError(
+                f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
+                f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
+            )
+        if self.spaces.glad.layer >= 2 * len(self.gan.widths):
+            raise ValueError(
+                f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
+                "of layers of a GAN with these gan.widths"
+            )
         for objective in get_args(Objective):
             for space in get_args(Space):
                 names, possible = self._learnables(objective, space), set()
@@ -353,8 +407,17 @@ class Params(Model):
     def _learnables(self, objective: str, space: str) -> set[str]:
         ld3m = self.spaces.ld3m
         latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
-        names = {"pixel": {"images"}, "ld3m": {latent, "c"}}[space]
+        names = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}[space]
         return names | ({"student_lr"} if objective == "mtt" else set())
+
+    def gan_arguments(self) -> dict[str, Any]:
+        """The arguments of `gan.build_generator` but the number of classes."""
+        given = self.gan.model_dump(include={"noise_width", "w_width", "widths"})
+        return given | {"channels": self.data.channels, "seed": self.seed}
+
+    def gan_check_arguments(self) -> dict[str, Any]:
+        """The arguments of `train_gan.recognised`."""
+        return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
     def budget(self, objective: str, space: str) -> Budget:
         """The budget of a cell, with the rates of what is learned in it alone."""

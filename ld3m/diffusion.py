@@ -173,6 +173,19 @@ def build_prior(
     return Prior(unet, autoencoder, embedding, _alpha_bar(_schedule()))
 
 
+def unconditional(prior: Prior) -> Prior:
+    """The prior with the null class in the place of every class."""
+    null = prior.embedding.weight[-1:].expand_as(prior.embedding.weight)
+    return replace(prior, embedding=nn.Embedding.from_pretrained(null.clone())).frozen()
+
+
+def with_random_unet(prior: Prior, *, seed: int) -> Prior:
+    """The prior with its trained autoencoder and embeddings and a U-Net of random weights, as in the paper's ablation."""
+    with forked(seed, "random unet"):
+        unet = type(prior.unet).from_config(prior.unet.config)
+    return replace(prior, unet=unet.to(prior.embedding.weight)).frozen()
+
+
 def save_prior(prior: Prior, folder: Path) -> None:
     """Writes the folder whole or not at all, weights in half precision: `load_prior` gives what was stored."""
     with new_folder(folder) as partial:

@@ -19,6 +19,7 @@ from ld3m.diffusion import Prior, load_prior, unconditional, with_random_unet
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import judge_all, real_images
 from ld3m.experts import open_experts
+from ld3m.gan import Generator, load_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
@@ -26,7 +27,7 @@ from ld3m.progress import peak_gib, progress
 from ld3m.sampler import sample
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
-from ld3m.synthetic import shifted, start_ld3m, start_pixels
+from ld3m.synthetic import shifted, start_glad, start_ld3m, start_pixels
 
 CARD_NETWORKS = 3  # trained on a finished set for the score on its card
 
@@ -51,6 +52,13 @@ class Experiment:
         if self.params.spaces.ld3m.prior == "random":
             return with_random_unet(prior, seed=self.params.seed)
         return prior
+
+    @cached_property
+    def gan(self) -> Generator:
+        gan = load_generator(paths.gan_folder(self.params.dataset))
+        given = self.params.data
+        gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+        return gan
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
@@ -82,6 +90,8 @@ class Experiment:
         given = getattr(self.params.spaces, space).model_dump() | changes
         if space == "pixel":
             return start_pixels(pixels, labels, **shared, **given)
+        if space == "glad":
+            return start_glad(labels, gan=self.gan, **shared, **given)
         del given["prior"]
         if given.pop("normalization") == "shifted":
             shared["normalization"] = shifted(self.dataset.normalization)
@@ -343,7 +353,7 @@ class Experiment:
     def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
         """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
         params, architecture = self.params, self.params.distill.network
-        uses_prior = space == "ld3m"
+        prior = {"ld3m": "prior", "glad": "gan"}.get(space)
         return {
             "objective": objective,
             "space": space,
@@ -363,5 +373,5 @@ class Experiment:
             "trajectories": params.trajectories.model_dump() if objective == "mtt" else None,
             "space_parameters": getattr(params.spaces, space).model_dump(),
             "data_sha256": self.dataset.fingerprint,
-            "prior_sha256": self.prior.fingerprint() if uses_prior else None,
+            "prior_sha256": getattr(self, prior).fingerprint() if prior else None,
         }

@@ -16,7 +16,7 @@ from ld3m.tables import NAMES, UNSEEN
 
 sns.set_theme(style="whitegrid", context="paper")
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
-SPACE_COLOURS = {"Pixel": "#d95f02", "LD3M": "#1b9e77"}
+SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
 def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:

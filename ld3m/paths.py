@@ -20,6 +20,14 @@ def prior_check_folder(dataset: str) -> Path:
     return ROOT / "runs" / dataset / "prior-check"
 
 
+def gan_folder(dataset: str) -> Path:
+    return ROOT / "runs" / dataset / "gan"
+
+
+def gan_check_folder(dataset: str) -> Path:
+    return ROOT / "runs" / dataset / "gan-check"
+
+
 def trajectories_folder(dataset: str) -> Path:
     return ROOT / "runs" / dataset / "trajectories"
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ld3m.data import Normalization
 from ld3m.diffusion import Prior
+from ld3m.gan import Generator
 from ld3m.sampler import Skip, noised, reverse, sample
 from ld3m.seeds import generator
 
@@ -26,6 +27,7 @@ CLAMPS = {
     "soft": lambda pixels: pixels + (pixels.clamp(-1, 1) - pixels).detach(),  # the same values, all of the gradient
 }
 DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
+MEAN_W_DRAWS = 1000  # codes of a class that `mean_w` averages
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,29 @@ class LD3MCodes:
         return self.learnables | self.fixed
 
 
+@dataclass(frozen=True)
+class GladCodes:
+    """What enters one layer of a frozen GAN, and a code for each layer from there on, for every image."""
+
+    labels: Tensor  # (N,)
+    learnables: dict[str, Tensor]  # f (N, C, h, h) and w (N, layers - layer, w_width)
+    gan: Generator
+    normalization: Normalization
+    layer: int
+    render_batch: int  # images that go through the generator at once: lower it where memory is short
+
+    def render(self, *, step: int | None = None) -> Tensor:
+        parts = zip(*(self.learnables[name].split(self.render_batch) for name in ("f", "w")), strict=True)
+        images = [checkpoint(self._render, f, w, use_reentrant=False, preserve_rng_state=False) for f, w in parts]
+        return torch.cat(images)
+
+    def _render(self, f: Tensor, w: Tensor) -> Tensor:
+        return self.normalization.to_images(self.gan.synthesize(f, w, self.layer))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.learnables)
+
+
 def start_pixels(pixels: Tensor, labels: Tensor, *, normalization: Normalization, start: str, seed: int) -> Pixels:
     """Starts from real pixels (N, C, H, W) in [-1, 1], or from standard normal images of that shape."""
     images = normalization.to_images(pixels) if start == "real" else _noise(pixels.shape, seed, "pixels")
@@ -174,6 +199,40 @@ def start_ld3m(
         render_batch=render_batch,
         seed=seed,
     )
+
+
+@torch.no_grad()
+def start_glad(
+    labels: Tensor,
+    *,
+    gan: Generator,
+    normalization: Normalization,
+    layer: int,
+    mean_w: bool,
+    render_batch: int,
+    seed: int,
+) -> GladCodes:
+    """Starts from generated images of the classes, as GLaD does; it has no encoder, so real images are not used.
+
+    The codes are those of random noise, one stream an image, or with `mean_w` the mean code of the class: the same
+    for all its images, which a loss could then never tell apart, so it takes one image per class. The feature maps
+    are what the layers before `layer` make of the codes.
+    """
+    if not 0 <= layer < gan.layers:
+        raise ValueError(f"spaces.glad.layer = {layer}: this GAN has the layers 0 to {gan.layers - 1}")
+    if mean_w and len(labels.unique()) < len(labels):
+        raise ValueError("spaces.glad.mean_w starts all images of a class alike; set it to false for ipc above 1")
+    draws = MEAN_W_DRAWS if mean_w else 1
+    codes = []
+    for i in range(len(labels)):
+        noise = _noise((draws, gan.noise_width), seed, "glad", i).to(next(gan.parameters()))
+        codes.append(gan.mapping(noise, labels[i].expand(draws)).mean(0))
+    w = torch.stack(codes)[:, None].expand(-1, gan.layers, -1)  # (N, layers, w_width)
+    parts = [gan.features(part, layer) for part in w[:, :layer].split(render_batch)]
+    learnables = {"f": torch.cat(parts).clone(), "w": w[:, layer:].clone()}
+    for tensor in learnables.values():
+        tensor.requires_grad_()
+    return GladCodes(labels, learnables, gan, normalization, layer, render_batch)
 
 
 def shifted(normalization: Normalization) -> Normalization:

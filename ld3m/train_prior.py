@@ -9,11 +9,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior
-from ld3m.networks import build
 from ld3m.progress import progress
+from ld3m.recognise import judge
 from ld3m.sampler import sample
-from ld3m.seeds import derive, generator
-from ld3m.training import accuracy, train
+from ld3m.seeds import generator
 
 
 def fit_autoencoder(
@@ -128,38 +127,11 @@ def recognised(
     Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
     share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
     """
-    train_split, normalization = dataset.train, dataset.normalization
-    count, (channels, size_px) = len(train_split.classes), train_split.uint8.shape[1:3]
-    network = train(
-        build(
-            "convnet",
-            channels=channels,
-            size_px=size_px,
-            classes=count,
-            width=width,
-            seed=derive(seed, "check"),
-        ),
-        lambda index: normalization.to_images(train_split.pixels(index)),
-        train_split.labels,
-        epochs=epochs,
-        batch=64,
-        learning_rate=learning_rate,
-        momentum=0.9,
-        weight_decay=5e-4,
-        warm_up=True,
-        ema_decay=None,
-        strategy=strategy,
-        seed=derive(seed, "check"),
-    )
+    count, size_px = len(dataset.train.classes), dataset.train.uint8.shape[-1]
     labels = torch.arange(count).repeat(samples_per_class)
     pixels = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=100, seed=seed)
-    images, real = normalization.to_images(pixels), normalization.to_images(dataset.validation.pixels())
-    record = {
-        "samples": len(labels),
-        "recognised": accuracy(network, images.__getitem__, labels),
-        "classifier_accuracy": accuracy(network, real.__getitem__, dataset.validation.labels),
-    }
-    return pixels, labels, record
+    judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
+    return pixels, labels, judge(pixels, labels, dataset, **judging)
 
 
 def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import make_prior
 
 from ld3m import diffusion
-from ld3m.diffusion import load_prior, save_prior
+from ld3m.diffusion import load_prior, save_prior, unconditional, with_random_unet
 
 SCALE = 0.7  # of make_prior
 WEIGHTS = (
@@ -249,3 +249,19 @@ def test_a_save_that_fails_leaves_the_former_prior(tmp_path, monkeypatch):
     assert load_prior(folder).fingerprint() == as_stored(former).fingerprint()
     save_prior(make_prior(seed=1), folder)  # what the failure left behind is in nobody's way
     assert load_prior(folder).fingerprint() == as_stored(make_prior(seed=1)).fingerprint()
+
+
+def test_the_prior_without_classes(prior, randn):
+    made, labels = unconditional(prior), torch.tensor([0, 1])
+    assert torch.equal(made.embed(labels), prior.null(2)) and torch.equal(made.null(2), prior.null(2))
+    assert not torch.equal(prior.embed(labels), prior.null(2))  # the given prior keeps its classes
+
+
+def test_the_prior_with_a_random_unet(prior, randn):
+    made, z = with_random_unet(prior, seed=0), randn(2, 2, 4, 4)
+    assert made.autoencoder is prior.autoencoder and torch.equal(made.embedding.weight, prior.embedding.weight)
+    predicted = [unet.denoise(z, 1, prior.null(2)) for unet in (made, with_random_unet(prior, seed=0))]
+    assert torch.equal(*predicted) and predicted[0].dtype == torch.float64
+    for other in (prior, with_random_unet(prior, seed=1)):
+        assert not torch.allclose(other.denoise(z, 1, prior.null(2)), predicted[0])
+    assert not any(parameter.requires_grad for parameter in made.unet.parameters())

@@ -9,8 +9,10 @@ from conftest import CLASSES, NORMALIZATION, SIZE_PX, LiveBytes, make_prior, rel
 
 from ld3m import sampler, synthetic
 from ld3m.data import Normalization
+from ld3m.gan import build_generator
 from ld3m.sampler import noised, reverse, sample
-from ld3m.synthetic import shifted, start_ld3m, start_pixels
+from ld3m.seeds import generator
+from ld3m.synthetic import shifted, start_glad, start_ld3m, start_pixels
 
 IPC = 2
 LABELS = torch.arange(CLASSES).repeat_interleave(IPC)
@@ -267,3 +269,81 @@ def test_the_encoder_can_be_fed_what_the_released_code_feeds_it(prior, pixels):
 def test_shifted_normalization():
     three = Normalization((0.485, 0.456, 0.406), (0.2, 0.3, 0.4))
     assert shifted(three).mean == pytest.approx((0.4377, 0.4438, 0.4728)) and shifted(three).std == three.std
+
+
+@pytest.fixture(scope="module")
+def gan():
+    config = dict(channels=1, classes=CLASSES, noise_width=6, w_width=5, widths=(8, 6, 4))
+    return build_generator(seed=0, **config).double().frozen()
+
+
+def glad(gan, labels=LABELS, **changes):
+    settings = dict(layer=2, mean_w=False, render_batch=len(labels), seed=0)
+    return start_glad(labels, gan=gan, normalization=NORMALIZATION, **settings | changes)
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_glad_starts_from_generated_images_of_the_classes_whatever_the_layer(gan, layer):
+    made = glad(gan, layer=layer, render_batch=4)
+    noise = [torch.randn(1, 6, generator=generator(0, "glad", i)).double() for i in range(len(LABELS))]
+    expected = ((gan(torch.cat(noise), LABELS) + 1) / 2 - 0.4) / 0.3
+    torch.testing.assert_close(made.render().detach(), expected, rtol=0, atol=1e-12)
+    f, w = made.learnables["f"], made.learnables["w"]
+    assert f.shape[2] == (4, 4, 8, 8, 16, 16)[layer] and w.shape == (len(LABELS), 6 - layer, 5)
+    assert all(tensor.is_leaf and tensor.requires_grad for tensor in (f, w)) and made.tensors().keys() == {"f", "w"}
+
+
+def test_glad_from_the_mean_code_of_the_class(gan, monkeypatch):
+    monkeypatch.setattr(synthetic, "MEAN_W_DRAWS", 3)
+    labels = torch.arange(CLASSES)
+    w = glad(gan, labels, mean_w=True).learnables["w"].detach()
+    for label in labels.tolist():
+        noise = torch.randn(3, 6, generator=generator(0, "glad", label)).double()
+        mean = gan.mapping(noise, torch.full((3,), label)).mean(0)
+        torch.testing.assert_close(w[label], mean.expand(4, -1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="spaces.glad.mean_w starts all images of a class alike"):
+        glad(gan, LABELS, mean_w=True)
+
+
+@pytest.mark.parametrize("layer", [-1, 6])
+def test_glad_refuses_a_layer_that_is_not_there(gan, layer):
+    with pytest.raises(ValueError, match=f"spaces.glad.layer = {layer}: .* the layers 0 to 5"):
+        glad(gan, layer=layer)
+
+
+def test_the_images_and_gradient_of_glad_equal_plain_autograd_for_any_render_batch(gan, randn, monkeypatch):
+    weight = randn(len(LABELS), 1, SIZE_PX, SIZE_PX)
+    made = glad(gan)
+    f, w = made.learnables["f"], made.learnables["w"]
+    plain = ((gan.synthesize(f, w, 2) + 1) / 2 - 0.4) / 0.3
+    expected = dict(zip(("f", "w"), torch.autograd.grad((plain * weight).sum(), (f, w)), strict=True))
+    for render_batch in (1, 4, 100):
+        images, gradients = images_and_gradients(glad(gan, render_batch=render_batch), weight)
+        torch.testing.assert_close(images, plain.detach(), rtol=0, atol=1e-12)
+        for name, gradient in expected.items():
+            assert gradient.norm() > 1e-6 and relative_difference(gradients[name], gradient) < 1e-12, name
+
+
+def test_an_image_of_glad_depends_on_its_own_codes_alone_and_more_images_change_none(gan, randn):
+    made = glad(gan)
+    weight = torch.zeros(len(LABELS), 1, SIZE_PX, SIZE_PX, dtype=torch.float64)
+    weight[3] = randn(1, SIZE_PX, SIZE_PX)
+    images, gradients = images_and_gradients(made, weight)
+    for gradient in gradients.values():
+        assert gradient.flatten(1).norm(dim=1).nonzero().flatten().tolist() == [3]
+    fewer = glad(gan, LABELS[:4]).render().detach()
+    torch.testing.assert_close(fewer, images[:4], rtol=0, atol=1e-12)
+    assert len({image.sum().item() for image in images}) == len(LABELS)
+    assert not torch.allclose(glad(gan, seed=1).render(), images)
+
+
+def test_memory_of_the_gan_is_that_of_one_render_batch(gan, monkeypatch):
+    def peak(count):
+        made = glad(gan, LABELS[:count], render_batch=1, layer=0)
+        with LiveBytes() as meter:
+            made.render().sum().backward()
+        return meter.peak
+
+    assert peak(6) < 1.6 * peak(1)
+    monkeypatch.setattr(synthetic, "checkpoint", lambda function, *args, **options: function(*args))
+    assert peak(6) > 3 * peak(1)

@@ -1,0 +1,55 @@
+"""Is a prior good enough? A ConvNet trained on the real images says which class its samples show."""
+
+from torch import Tensor
+
+from ld3m.data import Dataset
+from ld3m.networks import build
+from ld3m.seeds import derive
+from ld3m.training import accuracy, train
+
+
+def judge(
+    pixels: Tensor,
+    labels: Tensor,
+    dataset: Dataset,
+    *,
+    width: int,
+    epochs: int,
+    learning_rate: float,
+    strategy: str,
+    seed: int,
+) -> dict[str, float]:
+    """How a ConvNet trained on the real training images sees samples: pixels (N, C, H, W), asked labels (N,).
+
+    `recognised` is the share of samples whose class is the asked one, `classifier_accuracy` that of real validation
+    images, both in [0, 1].
+    """
+    real, normalization = dataset.train, dataset.normalization
+    channels, size_px = real.uint8.shape[1:3]
+    network = train(
+        build(
+            "convnet",
+            channels=channels,
+            size_px=size_px,
+            classes=len(real.classes),
+            width=width,
+            seed=derive(seed, "check"),
+        ),
+        lambda index: normalization.to_images(real.pixels(index)),
+        real.labels,
+        epochs=epochs,
+        batch=64,
+        learning_rate=learning_rate,
+        momentum=0.9,
+        weight_decay=5e-4,
+        warm_up=True,
+        ema_decay=None,
+        strategy=strategy,
+        seed=derive(seed, "check"),
+    )
+    images, validation = normalization.to_images(pixels), normalization.to_images(dataset.validation.pixels())
+    return {
+        "samples": len(labels),
+        "recognised": accuracy(network, images.__getitem__, labels),
+        "classifier_accuracy": accuracy(network, validation.__getitem__, dataset.validation.labels),
+    }

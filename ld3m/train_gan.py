@@ -1,0 +1,136 @@
+"""Trains the small class-conditional GAN of the space `glad` on the training split, and measures it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, softplus
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ld3m.augment import augment, draw
+from ld3m.data import Dataset, Split
+from ld3m.gan import SMALLEST_PX, Generator
+from ld3m.progress import progress
+from ld3m.recognise import judge
+from ld3m.seeds import forked, generator
+
+GROUP = 4  # images of one class, side by side in a batch, whose spread the discriminator sees
+
+
+class Discriminator(nn.Module):
+    """Strided convolutions down to 4 px, and the projection of the features on the class (Miyato and Koyama, 2018).
+
+    It also sees how much the images of a group differ, so that a generator which ignores its noise is found out.
+    """
+
+    def __init__(self, *, channels: int, classes: int, widths: tuple[int, ...]):
+        """`widths` are the feature channels at half the image's side, a quarter, ... down to 4 px."""
+        super().__init__()
+        inputs = (channels, *widths)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(inputs, widths, strict=False)
+        )
+        self.hidden = nn.Linear((widths[-1] + 1) * SMALLEST_PX**2, widths[-1])
+        self.realness = nn.Linear(widths[-1], 1)
+        self.embedding = nn.Embedding(classes, widths[-1])
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) and labels (B,), in groups of one class, to logits (B,), positive for real."""
+        maps = pixels
+        for convolution in self.convolutions:
+            maps = leaky_relu(convolution(maps), 0.2)
+        groups = maps.unflatten(0, (-1, GROUP))
+        spread = groups.var(dim=1, unbiased=False).add(1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / GROUP,)
+        spread = spread.repeat_interleave(GROUP)[:, None, None, None].expand(-1, 1, SMALLEST_PX, SMALLEST_PX)
+        h = leaky_relu(self.hidden(torch.cat([maps, spread], dim=1).flatten(1)), 0.2)
+        return self.realness(h).squeeze(1) + (self.embedding(labels) * h).sum(1) / h.shape[1] ** 0.5
+
+
+def fit_gan(
+    gan: Generator,
+    split: Split,
+    *,
+    discriminator_widths: tuple[int, ...],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    r1: float,
+    r1_every: int,
+    ema_decay: float,
+    strategy: str,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Trains the generator in place with the non-saturating loss, and leaves the moving average of its weights there.
+
+    The discriminator pays `r1` / 2 times the squared gradient of its logit at real images, every `r1_every` steps.
+    `strategy` augments real and generated images alike (DSA). Returns the losses of every step.
+    """
+    with forked(seed, "discriminator"):
+        discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
+    average = AveragedModel(gan, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.0, 0.99)) for network in (gan, discriminator)
+    ]
+    losses: list[dict[str, float]] = []
+    for step in progress(steps, label="gan", status=lambda: _status(losses)):
+        rng = generator(seed, "gan", step)
+        index = _draw_groups(split, batch, rng)
+        noise = torch.randn(2, batch, gan.noise_width, generator=rng)
+        labels = split.labels[index]
+        augmentation = draw(strategy, count=batch, generator=rng)
+        real = augment(split.pixels(index), augmentation)
+
+        with torch.no_grad():
+            fake = augment(gan(noise[0], labels), augmentation)
+        is_penalised = step % r1_every == 0
+        logits = discriminator(real.requires_grad_(is_penalised), labels)
+        loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
+        penalty = torch.zeros(())
+        if is_penalised:
+            (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+            penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+        _step(optimizers[1], loss_d + r1_every * penalty)
+
+        discriminator.requires_grad_(False)
+        loss_g = softplus(-discriminator(augment(gan(noise[1], labels), augmentation), labels)).mean()
+        _step(optimizers[0], loss_g)
+        discriminator.requires_grad_(True)
+        average.update_parameters(gan)
+        losses.append({"generator": loss_g.item(), "discriminator": loss_d.item()})
+    gan.load_state_dict(average.module.state_dict())
+    gan.frozen()
+    return losses
+
+
+def recognised(
+    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Samples, their asked labels, and how a classifier sees them; `judging` are the arguments of `recognise.judge`.
+
+    Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
+    """
+    labels = torch.arange(gan.classes).repeat(samples_per_class)
+    noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
+    pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
+    return pixels, labels, judge(pixels, labels, dataset, seed=seed, **judging)
+
+
+def spread(pixels: Tensor, labels: Tensor) -> float:
+    """The mean distance of two images of one class, for pixels (N, C, H, W) and labels (N,); mean over classes."""
+    distances = [torch.pdist(pixels[labels == label].flatten(1)).mean() for label in labels.unique()]
+    return torch.stack(distances).mean().item()
+
+
+def _draw_groups(split: Split, batch: int, rng: torch.Generator) -> Tensor:
+    """Indices (batch,) of training images, `GROUP` in a row of one class."""
+    labels = torch.randint(len(split.classes), (batch // GROUP,), generator=rng).tolist()
+    members = [split.of_class(label) for label in labels]
+    return torch.cat([of[torch.randint(len(of), (GROUP,), generator=rng)] for of in members])
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _status(losses: list[dict[str, float]]) -> str:
+    return ", ".join(f"{name} {sum(r[name] for r in losses[-100:]) / len(losses[-100:]):.3f}" for name in losses[0])

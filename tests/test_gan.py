@@ -1,0 +1,245 @@
+"""The GAN prior: cut anywhere it is the uncut generator, its folder is not trusted, its training repeats."""
+
+import json
+
+import pytest
+import torch
+from conftest import directional_derivative, relative_difference
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import conv2d, leaky_relu
+
+from ld3m.augment import OPERATIONS
+from ld3m.data import Dataset, Split, measure_normalization
+from ld3m.gan import Generator, build_generator, load_generator, save_generator
+from ld3m.train_gan import GROUP, Discriminator, fit_gan, recognised, spread
+
+CONFIG = dict(channels=1, classes=2, noise_width=6, w_width=5, widths=(8, 6, 4))
+
+
+def made(**changes) -> Generator:
+    return build_generator(seed=0, **CONFIG | changes)
+
+
+@pytest.fixture
+def gan() -> Generator:
+    return made().double().frozen()
+
+
+def codes(gan, count, randn):
+    """Another code for every layer, so that a code at the wrong layer is seen."""
+    return randn(count, gan.layers, gan.config["w_width"])
+
+
+def test_the_layers_are_a_constant_two_a_size_and_the_pixels(gan):
+    assert (gan.layers, gan.size_px, gan.classes) == (6, 16, 2)
+    sides = [gan.features(torch.zeros(2, n, 5).double(), n).shape[1:] for n in range(6)]
+    assert [tuple(side) for side in sides] == [(8, 4, 4), (8, 4, 4), (6, 8, 8), (6, 8, 8), (4, 16, 16), (4, 16, 16)]
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_cut_at_any_layer_it_gives_the_same_pixels(gan, randn, n):
+    noise, labels = randn(3, 6), torch.tensor([0, 1, 1])
+    w = gan.mapping(noise, labels)[:, None].expand(-1, gan.layers, -1)
+    cut = gan.synthesize(gan.features(w[:, :n], n), w[:, n:], n)
+    torch.testing.assert_close(cut, gan(noise, labels), rtol=0, atol=1e-13)
+    w = codes(gan, 3, randn)
+    whole = gan.synthesize(gan.features(w[:, :0], 0), w, 0)
+    assert whole.shape == (3, 1, 16, 16)
+    torch.testing.assert_close(gan.synthesize(gan.features(w[:, :n], n), w[:, n:], n), whole, rtol=0, atol=1e-13)
+    with pytest.raises(ValueError):  # a code too many
+        gan.features(w[:, : n + 1], n)
+
+
+def test_a_layer_is_the_modulated_convolution_of_the_paper(gan, randn):
+    """One kernel an image: scaled by the style, normed over its inputs (StyleGAN 2, eq. 1 and 3)."""
+    for layer in gan.synthesis:
+        outputs, inputs = layer.kernel.shape[:2]
+        maps, w = randn(3, inputs, 4, 4), randn(3, 5)
+        for image, code, given in zip(maps, w, layer(maps, w), strict=True):
+            s = layer.style.weight @ code + layer.style.bias
+            kernel = layer.kernel * s[:, None, None] / (inputs * layer.kernel.shape[-1] ** 2) ** 0.5
+            if layer.doubles:
+                image = image.kron(torch.ones(2, 2))
+            if not layer.is_last:
+                kernel = kernel / (kernel.flatten(1).norm(dim=1)[:, None, None, None] ** 2 + 1e-8).sqrt()
+            expected = conv2d(image[None], kernel, layer.bias, padding=kernel.shape[-1] // 2)[0]
+            expected = expected if layer.is_last else leaky_relu(expected, 0.2) * 2**0.5
+            assert expected.shape[0] == outputs
+            torch.testing.assert_close(given, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [0, 3, 5])
+def test_the_gradient_is_that_of_finite_differences(gan, randn, n):
+    w = codes(gan, 2, randn)
+    points = [gan.features(w[:, :n], n).clone(), w[:, n:].clone()]
+    weight, directions = randn(2, 1, 16, 16), [randn(*point.shape) for point in points]
+
+    def loss(features, codes):
+        return (gan.synthesize(features, codes, n).square() * weight).sum()
+
+    for point in points:
+        point.requires_grad_()
+    gradients = torch.autograd.grad(loss(*points), points)
+    for k in range(2):  # each alone: one may not hide the other
+        only = [direction * (k == i) for i, direction in enumerate(directions)]
+        measured = directional_derivative(loss, points, only)
+        assert abs(measured) > 1e-6
+        assert (gradients[k] * directions[k]).sum().item() == pytest.approx(measured, rel=1e-5)
+
+
+def test_noise_and_class_both_change_the_image(gan, randn):
+    noise = randn(1, 6)
+    first, other_class = gan(noise, torch.tensor([0])), gan(noise, torch.tensor([1]))
+    other_noise = gan(randn(1, 6), torch.tensor([0]))
+    assert relative_difference(other_class, first) > 0.1 and relative_difference(other_noise, first) > 0.1
+    assert torch.equal(gan(noise, torch.tensor([0])), first)
+
+
+def test_what_is_loaded_is_what_was_saved_in_half_precision(tmp_path):
+    gan = made()
+    save_generator(gan, tmp_path / "gan")
+    loaded = load_generator(tmp_path / "gan")
+    assert loaded.config == gan.config and not any(p.requires_grad for p in loaded.parameters())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "gan/weights.safetensors").values()} == {torch.float16}
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, gan.state_dict()[name].half().float())
+    save_generator(loaded, tmp_path / "again")
+    assert load_generator(tmp_path / "again").fingerprint() == loaded.fingerprint() != gan.fingerprint()
+    for name in ("config.json", "weights.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "gan" / name).read_bytes()
+
+
+def test_the_fingerprint_sees_one_weight_and_the_class_order():
+    one, other = made(), made()
+    assert one.fingerprint() == other.fingerprint()
+    other.embedding.weight.data = other.embedding.weight.data.flip(0)
+    assert one.fingerprint() != other.fingerprint()
+
+
+def spoil(folder, name, change):
+    file = folder / name
+    if name == "config.json":
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    else:
+        save_file(change(load_file(file)), file)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("config.json", lambda c: c | {"extra": 1}),
+        ("config.json", lambda c: c | {"widths": [8, 6, 5]}),
+        ("config.json", lambda c: c | {"widths": [10**7, 10**7, 10**7]}),  # 3.6 EB: must not be allocated
+        ("config.json", lambda c: c | {"widths": "wide"}),
+        ("config.json", lambda c: c | {"classes": 3}),
+        ("config.json", lambda c: [c]),
+        ("weights.safetensors", lambda t: {k: v for k, v in t.items() if k != "constant"}),
+        ("weights.safetensors", lambda t: t | {"other": torch.zeros(1)}),
+        ("weights.safetensors", lambda t: t | {"constant": torch.full((8, 4, 4), float("nan"))}),
+        ("weights.safetensors", lambda t: t | {"constant": torch.zeros(8, 4, 5)}),
+    ],
+)
+def test_a_folder_that_does_not_fit_together_is_refused(tmp_path, name, change):
+    save_generator(made(), tmp_path)
+    spoil(tmp_path, name, change)
+    with pytest.raises(ValueError, match=r"(?s)the GAN in .* cannot be read.*dvc checkout -f gan"):
+        load_generator(tmp_path)
+
+
+def test_a_broken_or_missing_file_is_named_and_no_pickle_is_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json, weights.safetensors missing.*dvc pull gan"):
+        load_generator(tmp_path / "none")
+    save_generator(made(), tmp_path / "gan")
+    weights = tmp_path / "gan/weights.safetensors"
+
+    class Attack:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    for content in (b"", weights.read_bytes()[:-10]):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_generator(tmp_path / "gan")
+    torch.save({"constant": Attack()}, weights)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_generator(tmp_path / "gan")
+    assert not (tmp_path / "ran").exists()
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="weights.safetensors missing"):
+        load_generator(tmp_path / "gan")
+
+
+@pytest.mark.parametrize("key, value", [("size_px", 32), ("channels", 3), ("classes", 10)])
+def test_other_data_is_refused(gan, key, value):
+    fits = {"size_px": 16, "channels": 1, "classes": 2}
+    gan.check(**fits)
+    with pytest.raises(ValueError, match=rf"{key} = {value}, the GAN was trained with {fits[key]}.*dvc repro gan"):
+        gan.check(**fits | {key: value})
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Two classes that differ at a glance: a bright upper or lower half, as bright as it likes."""
+    draw = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 2
+        images = torch.randint(0, 30, (count, 1, 16, 16), generator=draw, dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, 8 * label : 8 * label + 8] += int(torch.randint(100, 220, (), generator=draw))
+        return Split(images, labels, ("upper", "lower"))
+
+    train = split(64)
+    return Dataset("halves", train, split(16), split(16), measure_normalization(train))
+
+
+def trained(dataset, **changes):
+    gan = made()
+    settings = dict(
+        discriminator_widths=(8, 8), steps=150, batch=16, learning_rate=5e-3, r1=1.0, r1_every=4, ema_decay=0.9,
+        strategy="none", seed=0,
+    )  # fmt: skip
+    return gan, fit_gan(gan, dataset.train, **settings | changes)
+
+
+def test_it_learns_the_classes_and_a_classifier_sees_it(dataset):
+    gan, losses = trained(dataset)
+    judging = dict(width=8, epochs=6, learning_rate=0.05, strategy="none")
+    pixels, labels, record = recognised(gan, dataset, samples_per_class=20, seed=0, **judging)
+    assert pixels.shape == (40, 1, 16, 16) and labels.tolist() == [0, 1] * 20 and pixels.abs().max() <= 1
+    assert record["recognised"] >= 0.9 and record["samples"] == 40 and len(losses) == 150
+    assert not any(parameter.requires_grad for parameter in gan.parameters())
+    untrained = recognised(made().frozen(), dataset, samples_per_class=20, seed=0, **judging)[2]
+    assert untrained["recognised"] < 0.9
+
+
+def test_training_repeats_bit_for_bit(dataset):
+    (first, losses), (again, same) = (trained(dataset, steps=6, strategy="crop_scale") for _ in range(2))
+    assert same == losses and again.fingerprint() == first.fingerprint()
+    other, _ = trained(dataset, steps=6, strategy="crop_scale", seed=1)
+    assert other.fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize("changes", [{"r1": 0.0}, {"ema_decay": 0.0}, {"strategy": "_".join(OPERATIONS)}])
+def test_every_part_of_the_training_has_its_effect(dataset, changes):
+    fingerprints = [trained(dataset, steps=3, **given)[0].fingerprint() for given in ({}, changes)]
+    assert fingerprints[0] != fingerprints[1]
+
+
+def test_the_discriminator_sees_that_all_images_of_a_group_are_alike(randn):
+    torch.manual_seed(0)
+    discriminator = Discriminator(channels=1, classes=2, widths=(8, 8)).double()
+    pixels, labels = randn(2 * GROUP, 1, 16, 16), torch.tensor([0] * GROUP + [1] * GROUP)
+    logits = discriminator(pixels, labels)
+    alike = pixels.clone()
+    alike[:GROUP] = pixels[0]
+    changed = discriminator(alike, labels)
+    assert not torch.isclose(changed[0], logits[0])  # the same image, another company
+    assert torch.equal(changed[GROUP:], logits[GROUP:])
+    assert not torch.isclose(discriminator(pixels, 1 - labels), logits).any()
+
+
+def test_the_spread_is_the_mean_distance_within_a_class():
+    pixels = torch.tensor([0.0, 3.0, 6.0, 100.0, 101.0]).view(5, 1, 1, 1)
+    assert spread(pixels, torch.tensor([0, 0, 0, 1, 1])) == pytest.approx((4 + 1) / 2)
+    assert spread(torch.ones(4, 1, 2, 2), torch.tensor([0, 0, 1, 1])) == 0
