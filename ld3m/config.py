@@ -292,11 +292,19 @@ class Grid(Model):
     architecture: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
 
 
+class MoreParams(Model):
+    """What the report adds to the main table, with the objectives, IPCs and architectures of the grid."""
+
+    space: Annotated[tuple[Space, ...], Distinct]
+    control: Annotated[tuple[Control, ...], Distinct]
+
+
 class Params(Model):
     seed: Whole
     processes: Count
     dataset: str
     grid: Grid
+    more: MoreParams
     datasets: dict[str, DatasetParams]
     prior: PriorParams
     gan: GanParams
@@ -313,6 +321,9 @@ class Params(Model):
     def _consistent(self) -> "Params":
         if self.dataset not in self.datasets:
             raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
+        for key in ("space", "control"):
+            if both := set(getattr(self.grid, key)) & set(getattr(self.more, key)):
+                raise ValueError(f"more.{key} has {', '.join(sorted(both))}, which grid.{key} has already")
         for name in {*self.grid.architecture, self.distill.network}:
             if name not in self.networks:
                 raise ValueError(f"networks.{name} is missing: its width and depth")
@@ -369,6 +380,19 @@ class Params(Model):
     def data(self) -> DatasetParams:
         """The parameters of the data set that is distilled."""
         return self.datasets[self.dataset]
+
+    def place(self, space: str) -> str:
+        """The folder under runs/ for cells of a space or a control. Those of `more` lie apart: DVC depends on folders,
+        and the main table shall not wait for them."""
+        return f"{self.dataset}/more" if space in (*self.more.space, *self.more.control) else self.dataset
+
+    def with_more(self) -> "Params":
+        """The same parameters with a grid that has what `more` adds."""
+        both = {
+            key: tuple(name for name in get_args(names) if name in (*getattr(self.grid, key), *getattr(self.more, key)))
+            for key, names in {"space": Space, "control": Control}.items()
+        }
+        return self.model_copy(update={"grid": self.grid.model_copy(update=both)})
 
     def dataset_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_dataset`."""

@@ -180,7 +180,7 @@ def unconditional(prior: Prior) -> Prior:
 
 
 def with_random_unet(prior: Prior, *, seed: int) -> Prior:
-    """The prior with its trained autoencoder and embeddings and a U-Net of random weights, as in the paper's ablation."""
+    """The prior with trained autoencoder and embeddings and a U-Net of random weights, as in the paper's ablation."""
     with forked(seed, "random unet"):
         unet = type(prior.unet).from_config(prior.unet.config)
     return replace(prior, unet=unet.to(prior.embedding.weight)).frozen()

@@ -187,7 +187,7 @@ class Experiment:
     def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
         """Runs the loop for one cell, from its checkpoint where an interrupted run left one."""
         cell = f"{objective}-{space}-{ipc}"
-        target = paths.distilled_folder(self.params.dataset, cell)
+        target = paths.distilled_folder(self.params.place(space), cell)
         tensors = synthetic.tensors()
         require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
         budget = self.params.budget(objective, space)
@@ -199,7 +199,7 @@ class Experiment:
             momentum=self.params.distill.momentum,
             validate=partial(self.validate, labels=synthetic.labels),
             validations=self.params.distill.validations,
-            checkpoint=paths.checkpoint_file(self.params.dataset, cell),
+            checkpoint=paths.checkpoint_file(self.params.place(space), cell),
             checkpoint_minutes=self.params.distill.checkpoint_minutes,
             configuration=self.configuration(objective, space, ipc)
             | {"normalization": vars(self.dataset.normalization)},
@@ -210,7 +210,7 @@ class Experiment:
     def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
         """Writes the artefact of a finished run, and beside it what the run cost; returns the artefact's folder."""
         cell, iterations = f"{objective}-{space}-{ipc}", len(run.history)
-        folder = paths.distilled_folder(self.params.dataset, cell)
+        folder = paths.distilled_folder(self.params.place(space), cell)
         cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
         if space == "ld3m":
             cost["denoising steps, each run twice forward and once backward"] = (
@@ -237,15 +237,15 @@ class Experiment:
             },
         )
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
-        write_json(paths.cost_file(self.params.dataset, cell), measured)
-        paths.checkpoint_file(self.params.dataset, cell).unlink(missing_ok=True)
+        write_json(paths.cost_file(self.params.place(space), cell), measured)
+        paths.checkpoint_file(self.params.place(space), cell).unlink(missing_ok=True)
         return folder
 
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
         if objective == "none":
             return self.control(space, ipc)
-        tensors, _ = read_artefact(paths.distilled_folder(self.params.dataset, f"{objective}-{space}-{ipc}"))
+        tensors, _ = read_artefact(paths.distilled_folder(self.params.place(space), f"{objective}-{space}-{ipc}"))
         return tensors["images"], tensors["labels"]
 
     def write_scores(
@@ -253,7 +253,7 @@ class Experiment:
     ) -> Path:
         """Writes one JSON file an architecture, and the images of a control (those of a cell are in its artefact)."""
         cell = f"{objective}-{space}-{ipc}"
-        folder = paths.scores_folder(self.params.dataset, cell)
+        folder = paths.scores_folder(self.params.place(space), cell)
         return self._write_scores(folder, cell, accuracies, images if objective == "none" else None)
 
     def write_judged(self, accuracies: dict[str, list[float]], name: str, images: Tensor) -> Path:
@@ -289,7 +289,7 @@ class Experiment:
         again = f"python -m papermill notebooks/03_evaluate.ipynb evaluated.ipynb {given}"
         accuracies = {}
         for architecture in self.params.grid.architecture:
-            file = paths.scores_folder(self.params.dataset, cell) / f"{architecture}.json"
+            file = paths.scores_folder(self.params.place(space), cell) / f"{architecture}.json"
             if not file.is_file():
                 raise FileNotFoundError(f"{cell} has no scores of {architecture}: {again}")
             record = json.loads(file.read_text())

@@ -31,7 +31,7 @@ def chooser(params: Params) -> widgets.Dropdown:
     found = {
         f"{NAMES[objective]} {NAMES[space]}, IPC {ipc}": (objective, space, ipc)
         for objective, space, ipc in cells(params)
-        if objective != "none" and paths.distilled_folder(params.dataset, f"{objective}-{space}-{ipc}").exists()
+        if objective != "none" and paths.distilled_folder(params.place(space), f"{objective}-{space}-{ipc}").exists()
     }
     if not found:
         raise FileNotFoundError(
@@ -102,7 +102,7 @@ def confused(experiment: Experiment, cell: Cell) -> Figure:
 def restored(experiment: Experiment, cell: Cell) -> LD3MCodes:
     """The codes of an LD3M cell as they were kept; they render the images of its artefact."""
     name = "{}-{}-{}".format(*cell)
-    tensors, metadata = read_artefact(paths.distilled_folder(experiment.params.dataset, name))
+    tensors, metadata = read_artefact(paths.distilled_folder(experiment.params.place(cell[1]), name))
     if metadata["configuration"]["space_parameters"] != experiment.params.spaces.ld3m.model_dump():
         raise ValueError(f"{name} was distilled with other values of spaces.ld3m: `dvc repro distill@{name}`")
     codes = experiment.synthetic("ld3m", cell[2])

@@ -1,4 +1,4 @@
-"""The report as one file that opens offline: what reports/tables and reports/figures hold, and nothing else.
+"""The report as one file that opens offline: what reports/full holds, and nothing else.
 
 python -m ld3m.html        # writes reports/index.html again
 """
@@ -92,7 +92,7 @@ class Section:
     blocks: tuple[Table | Picture, ...]
 
 
-def write_report(*, tables: Path = paths.TABLES, figures: Path = paths.FIGURES, file: Path = paths.REPORT) -> Path:
+def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> Path:
     """Writes the report and returns its file."""
     write_bytes(file, render(tables, figures).encode())
     return file
@@ -350,4 +350,4 @@ def _strong(sentence: str) -> list[tuple[bool, str]]:
 
 
 if __name__ == "__main__":
-    print(write_report())
+    print(write_report(tables=paths.FULL / "tables", figures=paths.FULL / "figures"))

@@ -10,6 +10,7 @@ CHECKPOINTS = ROOT / "checkpoints"  # outside every DVC output, which DVC delete
 TABLES = ROOT / "reports/tables"
 FIGURES = ROOT / "reports/figures"
 REPORT = ROOT / "reports/index.html"
+FULL = ROOT / "reports/full"  # tables/ and figures/ of the report, with what `more` adds
 
 
 def prior_folder(dataset: str) -> Path:

@@ -23,6 +23,7 @@ from ld3m.tables import (
     cells,
     differences,
     paper_style,
+    read_ablations,
     read_costs,
     read_scores,
     summarise,
@@ -31,8 +32,8 @@ from ld3m.tables import (
 )
 
 
-def write_tables(params: Params) -> str:
-    """Writes the tables of the report as csv, those that are read as md and tex too; returns main.md."""
+def write_tables(params: Params, *, folder: Path = paths.TABLES) -> str:
+    """Writes the tables of the grid's cells as csv, those that are read as md and tex too; returns main.md."""
     scores = with_unseen_mean(read_scores(params), params.distill.network)
     summary, changes = summarise(scores), differences(scores)
     table = paper_style(summary)
@@ -51,26 +52,38 @@ def write_tables(params: Params) -> str:
             "",
         ]
     )
-    _write_csv("scores", summary[summary.architecture != UNSEEN][COLUMNS])
-    _write_csv("main", summary)
-    _write_csv("differences", changes)
-    _write_csv("costs", read_costs(params))
+    _write_csv(folder, "scores", summary[summary.architecture != UNSEEN][COLUMNS])
+    _write_csv(folder, "main", summary)
+    _write_csv(folder, "differences", changes)
+    _write_csv(folder, "costs", read_costs(params))
     _write_csv(
+        folder,
         "gradient_norms",
         _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm.agg(["mean", "min", "max"]).reset_index(),
     )
     _write_csv(
+        folder,
         "prior",
         pd.DataFrame([json.loads((paths.prior_check_folder(params.dataset) / "check.json").read_text())]),
     )
-    write_bytes(paths.TABLES / "main.md", markdown.encode())
-    write_bytes(paths.TABLES / "main.tex", _latex(table, note))
-    _write_comparison(params, summary, changes)
+    write_bytes(folder / "main.md", markdown.encode())
+    write_bytes(folder / "main.tex", _latex(table, note))
+    _write_comparison(params, summary, changes, folder)
     return markdown
 
 
-def write_figures(params: Params) -> list[Path]:
-    """Writes every figure of the report and returns the files, in reading order."""
+def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
+    """Writes ablations.csv and ablation_costs.csv; returns the mean accuracies, one row a setting."""
+    ablations, costs = read_ablations(params)
+    _write_csv(folder, "ablations", ablations)
+    _write_csv(folder, "ablation_costs", costs)
+    return ablations.pivot_table(
+        index=["ablation", "setting"], columns="architecture", values="mean", sort=False
+    ).rename(columns=NAMES)
+
+
+def write_figures(params: Params, *, tables: Path = paths.TABLES, folder: Path = paths.FIGURES) -> list[Path]:
+    """Writes a figure for everything there is to see and returns the files, in reading order."""
     summary = summarise(with_unseen_mean(read_scores(params), params.distill.network))
     history, validation = _records(params, "history"), _records(params, "validation")
     drawn = {"prior": _prior(params)}
@@ -81,14 +94,14 @@ def write_figures(params: Params) -> list[Path]:
             f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
         }
     drawn["gradient-norms"] = figures.gradient_norms(_gradient_norms(params))
-    ablations, costs = (paths.TABLES / f"{name}.csv" for name in ("ablations", "ablation_costs"))
+    ablations, costs = (tables / f"{name}.csv" for name in ("ablations", "ablation_costs"))
     if ablations.exists() and costs.exists():
         drawn["steps"] = figures.accuracy_against_steps(pd.read_csv(ablations), pd.read_csv(costs))
-    files = [figures.save(figure, name) for name, figure in drawn.items()]
-    return files + [_sheet(params, cell) for cell in cells(params) if cell[2]]
+    files = [figures.save(figure, name, folder) for name, figure in drawn.items()]
+    return files + [_sheet(params, cell, folder) for cell in cells(params) if cell[2]]
 
 
-def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFrame) -> None:
+def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFrame, folder: Path) -> None:
     """The paper's numbers, ours beside them, and what differs in the setting."""
     frame = published.comparison(summary, changes)
     table = published.comparison_table(frame)
@@ -99,11 +112,11 @@ def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFra
         "spaces and their signs, not the accuracies."
     )
     markdown = table.to_markdown(index=False, disable_numparse=True)
-    _write_csv("paper", published.printed())
-    _write_csv("comparison", frame)
-    _write_csv("settings", published.settings(params))
-    write_bytes(paths.TABLES / "comparison.md", f"{markdown}\n\n{note}\n".encode())
-    write_bytes(paths.TABLES / "comparison.tex", _latex(table, note))
+    _write_csv(folder, "paper", published.printed())
+    _write_csv(folder, "comparison", frame)
+    _write_csv(folder, "settings", published.settings(params))
+    write_bytes(folder / "comparison.md", f"{markdown}\n\n{note}\n".encode())
+    write_bytes(folder / "comparison.tex", _latex(table, note))
 
 
 def _latex(table: pd.DataFrame, caption: str) -> bytes:
@@ -114,13 +127,13 @@ def _gradient_norms(params: Params) -> pd.DataFrame:
     return pd.DataFrame(json.loads(paths.gradient_norms_file(params.dataset).read_text()))
 
 
-def _sheet(params: Params, cell: tuple[str, str, int]) -> Path:
+def _sheet(params: Params, cell: tuple[str, str, int], folder: Path) -> Path:
     pixels, classes = _pixels(params, *cell)
-    return figures.save_sheet(pixels, "set-{}-{}-{}".format(*cell), columns=len(classes))
+    return figures.save_sheet(pixels, "set-{}-{}-{}".format(*cell), columns=len(classes), folder=folder)
 
 
-def _write_csv(name: str, frame: pd.DataFrame) -> None:
-    write_bytes(paths.TABLES / f"{name}.csv", frame.to_csv(index=False, float_format="%.6f").encode())
+def _write_csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
+    write_bytes(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.6f").encode())
 
 
 def _prior(params: Params) -> Figure:
@@ -143,9 +156,9 @@ def _pixels(params: Params, objective: str, space: str, ipc: int) -> tuple[Tenso
     """Pixels (N, C, H, W) of a cell or a control, and the class names."""
     cell = f"{objective}-{space}-{ipc}"
     if objective == "none":
-        tensors, metadata = read_tensors(paths.scores_folder(params.dataset, cell) / "images.safetensors")
+        tensors, metadata = read_tensors(paths.scores_folder(params.place(space), cell) / "images.safetensors")
         return tensors["pixels"], metadata["classes"]
-    tensors, metadata = read_artefact(paths.distilled_folder(params.dataset, cell))
+    tensors, metadata = read_artefact(paths.distilled_folder(params.place(space), cell))
     return Normalization(**metadata["normalization"]).to_pixels(tensors["images"]), metadata["classes"]
 
 
@@ -160,7 +173,7 @@ def _records(params: Params, key: str) -> pd.DataFrame:
 
 
 def _metadata(params: Params, cell: tuple[str, str, int]) -> dict[str, Any]:
-    return read_artefact(paths.distilled_folder(params.dataset, "{}-{}-{}".format(*cell)))[1]
+    return read_artefact(paths.distilled_folder(params.place(cell[1]), "{}-{}-{}".format(*cell)))[1]
 
 
 def with_table(readme: str, table: str) -> str:

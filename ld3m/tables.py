@@ -39,7 +39,7 @@ def read_scores(params: Params) -> pd.DataFrame:
     rows = []
     for objective, space, ipc in cells(params):
         for architecture in params.grid.architecture:
-            file = paths.scores_folder(params.dataset, f"{objective}-{space}-{ipc}") / f"{architecture}.json"
+            file = paths.scores_folder(params.place(space), f"{objective}-{space}-{ipc}") / f"{architecture}.json"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of `grid`")
             accuracies = json.loads(file.read_text())["accuracy"]
@@ -72,22 +72,50 @@ def read_costs(params: Params) -> pd.DataFrame:
     rows = []
     for objective, space, ipc in cells(params):
         if objective != "none":
-            file = paths.cost_file(params.dataset, f"{objective}-{space}-{ipc}")
+            file = paths.cost_file(params.place(space), f"{objective}-{space}-{ipc}")
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of `grid`")
             rows.append((params.dataset, ipc, objective, space, *map(json.loads(file.read_text()).get, COSTS[4:])))
     return pd.DataFrame(rows, columns=COSTS)
 
 
+def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracy with its interval over networks, and cost, of every setting of every ablation.
+
+    A setting that changes nothing has the numbers of the baseline, which is run once.
+    """
+    files = {name: paths.ablation_file(params.dataset, name) for name in params.ablations.settings}
+    if absent := [str(file) for file in files.values() if not file.is_file()]:
+        raise FileNotFoundError(f"{', '.join(absent)} missing: `dvc repro ablation` makes them")
+    records = {name: {r["setting"]: r for r in json.loads(file.read_text())} for name, file in files.items()}
+    (baseline,) = records.pop("baseline").values()
+    scores, costs = [], []
+    for name, found in records.items():
+        for setting in params.ablations.settings[name]:
+            record = found.get(setting, baseline)
+            cell = (params.dataset, name, setting, record["objective"], record["space"], 1)
+            accuracy = pd.DataFrame(record["accuracy"])
+            unseen = accuracy.drop(columns=params.distill.network).mean(axis=1)
+            for architecture, values in accuracy.assign(**{UNSEEN: unseen}).items():
+                scores.append((*cell, architecture, len(values), *interval(values)))
+            norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
+            measured = (norms[0] if norms[0] is not None else norms[1], norms[2])
+            costs.append((*cell[:3], *measured, record["seconds_per_iteration"], record["peak_mib"]))
+    keys = ["dataset", "ablation", "setting"]
+    columns = [*keys, "objective", "space", "ipc", "architecture", "n", "mean", "ci_low", "ci_high"]
+    measures = ["grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]
+    return pd.DataFrame(scores, columns=columns), pd.DataFrame(costs, columns=[*keys, *measures])
+
+
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
-    """`CHANGES`: every distilled set minus random real images, and LD3M minus pixel, paired by seed."""
+    """`CHANGES`: every distilled set minus random real images, and LD3M minus the other spaces, paired by seed."""
     by_cell = scores[scores.ipc > 0].pivot(
         index=["ipc", "architecture", "seed"], columns=["objective", "space"], values="accuracy"
     )
     rows = []
     for objective, space in by_cell.columns:
         others = [("none", "random_real")] if objective != "none" else []
-        others += [(objective, "pixel")] if space == "ld3m" else []
+        others += [(objective, "pixel"), (objective, "glad")] if space == "ld3m" else []
         for other in others:
             if other in by_cell.columns:
                 paired = (by_cell[(objective, space)] - by_cell[other]).dropna()
@@ -118,17 +146,18 @@ def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(changes: pd.DataFrame, seen: str) -> list[str]:
-    """Plain sentences: is LD3M above pixel on unseen architectures, is every set above random real images?"""
-    against_pixel = changes[(changes.minus == "pixel") & (changes.architecture == UNSEEN)]
+    """Plain sentences: is LD3M above the others on unseen architectures, is every set above random real images?"""
+    between = changes[(changes.minus != "random_real") & (changes.architecture == UNSEEN)]
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
-    for row in against_pixel.itertuples():
+    for row in between.itertuples():
+        other = NAMES[row.minus] if row.minus != "pixel" else "pixel"
         if row.ci_low > 0:
-            verdict = "LD3M is above pixel"
+            verdict = f"LD3M is above {other}"
         elif row.ci_high < 0:
-            verdict = "**LD3M is below pixel**"
+            verdict = f"**LD3M is below {other}**"
         else:
-            verdict = "**LD3M and pixel are not told apart**"
+            verdict = f"**LD3M and {other} are not told apart**"
         lines.append(
             f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures; the difference is "
             f"{_points(row)}, paired over {row.n} seeds."
