@@ -37,6 +37,7 @@ reproduce: embedded ## run the pipeline (only what changed) and print the main t
 	@$(PY) -m ld3m.check
 	@$(PY) -m dvc repro
 	@echo && cat reports/tables/main.md && echo
+	@echo 'report    reports/index.html (open it in a browser; it needs no network)'
 	@echo 'tables    reports/tables/'
 	@echo 'figures   reports/figures/'
 	@echo 'notebooks reports/notebooks/ (executed)'

@@ -20,7 +20,7 @@ from ld3m.storage import write_bytes
 from ld3m.tables import CHANGES, NAMES, UNSEEN, paper_style
 
 ABLATIONS = {
-    "steps": ("Number of steps T", "The paper finds the best T between about 10 and 40."),
+    "steps": ("Number of steps T", ""),
     "skip_learn": ("Skip and parametrisation", "Each skip with each latent that can be learned, z or z_T."),
     "learned": ("What is learned", "The conditioning c alone, the latent alone, or both."),
     "guidance": ("Guidance scale", "1 is the conditional model alone."),
@@ -100,7 +100,9 @@ def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> P
 
 def render(tables: Path, figures: Path) -> str:
     """The report as text; a section is there if the table or figure it shows is."""
-    found = {file.stem: pd.read_csv(file) for file in sorted(tables.glob("*.csv"))}
+    found = {  # "none" and its like are words here
+        file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in sorted(tables.glob("*.csv"))
+    }
     makers = (_results, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs, _prior, _others)
     sections = [section for maker in makers if (section := maker(found, figures)) and section.blocks]
     note, verdicts = _prose(tables / "main.md")
@@ -211,7 +213,7 @@ def _gradients(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     caption = "gradient norm of what is learned, at iteration 0, against the number of steps"
     blocks: list[Table | Picture] = list(_charts(figures, "gradient-norms", caption, alt))
     if "gradient_norms" in found:
-        norms = found["gradient_norms"].fillna({"skip": "none"}).astype({"skip": str})
+        norms = found["gradient_norms"]
         wide = norms.assign(text=norms["mean"].map("{:.3g}".format), skip="skip " + norms["skip"])
         wide = wide.pivot(index=["learned", "steps"], columns="skip", values="text").reset_index().astype(str)
         frame = wide.rename_axis(columns=None).rename(columns={"learned": "Learned", "steps": "T"})
@@ -228,7 +230,11 @@ def _steps(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
         return None
     alt = "Two line plots against the number of steps: test accuracy of every network, and seconds an iteration"
     charts = _charts(figures, "steps", "accuracy and time against the number of steps T", alt)
-    return Section("steps", "The trade-off of steps", (), (*charts, _ablation(found, "steps")))
+    text = ()
+    if "paper" in found:
+        low, high = found["paper"].query("source == 'best steps'").value
+        text = (f"The paper finds the best T between about {low:.0f} and {high:.0f}.",)
+    return Section("steps", "The trade-off of steps", text, (*charts, _ablation(found, "steps")))
 
 
 def _ablations(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
@@ -266,7 +272,7 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
         for key, label in (("objective", ""), ("space", ""), ("ipc", "IPC "))
         if key not in keys
     ]
-    caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}"
+    caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}".strip()
     return Table(f"ablation-{name}", caption, pd.DataFrame(rows).fillna("–").astype(str), len(keys))
 
 

@@ -20,6 +20,7 @@ TABLE_4 = {
 }
 LEARNED = {"c": 15.8, "c and Z": 22.3, "c and Z with the skip": 28.1, "GLaD": 26.6}  # percent, mean over cells
 GRADIENT_NORMS = dict(zip(range(10, 100, 10), (58.1, 33.5, 19.8, 15.4, 13.9, 12.1, 10.4, 8.7, 6.5), strict=True))
+BEST_STEPS = {"from": 10, "to": 40}  # T, about
 COSTS = {"ld3m": (29.4, 574), "glad": (31.2, 693)}  # GB and minutes, T = 20, one A100 of 40 GB
 # All 60,000 MNIST digits, pixels, ConvNet-3 of width 128, judged by the same network, percent at IPC 1 and 10: DC and
 # DSA from the readme of their repository, DM as commonly cited
@@ -35,6 +36,7 @@ def printed() -> pd.DataFrame:
     ]
     rows += [("learned", "", "", setting, value, None, "%") for setting, value in LEARNED.items()]
     rows += [("gradient norm", "", "ld3m", f"{T}", norm, None, "1e-4") for T, norm in GRADIENT_NORMS.items()]
+    rows += [("best steps", "", "ld3m", end, T, None, "steps") for end, T in BEST_STEPS.items()]
     for space, values in COSTS.items():
         rows += [
             ("cost", "", space, "T = 20", value, None, unit) for value, unit in zip(values, ("GB", "min"), strict=True)

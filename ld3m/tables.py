@@ -68,7 +68,7 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_costs(params: Params) -> pd.DataFrame:
-    """What distilling every cell took: its seconds and largest memory as measured, validation not counted."""
+    """What distilling every cell took: the seconds of its iterations, and the largest memory of its process."""
     rows = []
     for objective, space, ipc in cells(params):
         if objective != "none":

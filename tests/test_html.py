@@ -92,7 +92,7 @@ def folders(tmp_path):
             columns=["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"],
         ),
         "gradient_norms": pd.DataFrame(
-            [("z", skip, 5, norm, norm - 1, norm + 1) for skip, norm in (("x0", 2.5), ("none", 1.25))],
+            [("z", skip, 5, norm, norm - 1, norm + 1) for skip, norm in (("x0", 2.5), ("None", 1.25))],
             columns=["learned", "skip", "steps", "mean", "min", "max"],
         ),
         "prior": pd.DataFrame([{"recognised": 0.95, "mse": 0.0125}]),
@@ -203,12 +203,13 @@ def test_the_numbers_of_ablations_and_costs_are_those_of_the_csv(folders, docume
     steps = document.frame("ablation-steps", headers=1)
     assert steps.loc["10", ["‖∇z‖", "‖∇c‖", "s/iteration", "peak MiB"]].tolist() == ["5", "0.25", "1.25", "710"]
     assert "Change" not in steps
+    assert "The paper finds the best T between about 10 and 40." in document.text
     defects = document.frame("ablation-defects", headers=1)
     unseen = ablations.query("ablation == 'defects' and architecture == 'unseen'")["mean"].tolist()
     assert defects.Change.tolist() == ["+0.0", f"{100 * (unseen[1] - unseen[0]):+.1f}"]
     assert defects["peak MiB"].tolist() == ["–", "–"]
     assert document.tables["costs"][1] == ["1", "DM LD3M", "40", "12.5", "0.312", "812"]
-    assert document.tables["gradient-norms"] == [["Learned", "T", "skip none", "skip x0"], ["z", "5", "1.25", "2.5"]]
+    assert document.tables["gradient-norms"] == [["Learned", "T", "skip None", "skip x0"], ["z", "5", "1.25", "2.5"]]
     assert ["recognised", "0.95"] in document.tables["prior"]
     assert document.tables["metrics"] == [["objective", "hlr", "lrs"], ["dm", "0.125", "–"]]
 

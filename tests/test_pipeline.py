@@ -108,18 +108,27 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     assert not list((clone / "checkpoints").rglob("*.safetensors"))
 
 
-def test_explore_runs_on_the_cells_that_are_there(clone):
+RESTORED = """
+from ld3m import explore
+from ld3m.config import load_params
+from ld3m.experiment import Experiment
+
+experiment, cell = Experiment(load_params()), ("mtt", "ld3m", 1)
+print((explore.restored(experiment, cell).render() - experiment.images_of(*cell)[0]).abs().max().item() < 1e-5)
+"""
+
+
+def test_explore_runs_on_the_cells_that_are_there_and_renders_them_again(clone):
     """After the test above, with its cells."""
-    arguments = ["-k", "python3", "--no-progress-bar", "notebooks/explore.ipynb", "explored.ipynb"]
     environment = os.environ | {"PYTHONPATH": str(clone)}
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", *arguments], cwd=clone, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [
-        output
-        for cell in json.loads((clone / "explored.ipynb").read_text())["cells"]
-        if cell["cell_type"] == "code"
-        for output in cell["outputs"]
-    ]
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    python("-m", "papermill", "-k", "python3", "--no-progress-bar", "notebooks/explore.ipynb", "explored.ipynb")
+    cells = json.loads((clone / "explored.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert python("-c", RESTORED).strip() == "True"
