@@ -533,7 +533,7 @@ def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> 
     for key, value in overlay.items():
         if key not in values and under not in ("datasets", "networks"):
             raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
-        if isinstance(value, dict) and isinstance(values.get(key), dict) and key != "learning_rates":
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in ("learning_rates", "settings"):
             _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
         else:
             values[key] = value

@@ -30,7 +30,7 @@ def chooser(params: Params) -> widgets.Dropdown:
     """A menu of the distilled cells that are on disk; an LD3M cell is chosen first where there is one."""
     found = {
         f"{NAMES[objective]} {NAMES[space]}, IPC {ipc}": (objective, space, ipc)
-        for objective, space, ipc in cells(params)
+        for objective, space, ipc in cells(params.with_more())
         if objective != "none" and paths.distilled_folder(params.place(space), f"{objective}-{space}-{ipc}").exists()
     }
     if not found:

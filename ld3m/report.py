@@ -32,7 +32,7 @@ from ld3m.tables import (
 )
 
 
-def write_tables(params: Params, *, folder: Path = paths.TABLES) -> str:
+def write_tables(params: Params, *, folder: Path) -> str:
     """Writes the tables of the grid's cells as csv, those that are read as md and tex too; returns main.md."""
     scores = with_unseen_mean(read_scores(params), params.distill.network)
     summary, changes = summarise(scores), differences(scores)
@@ -82,7 +82,7 @@ def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
     ).rename(columns=NAMES)
 
 
-def write_figures(params: Params, *, tables: Path = paths.TABLES, folder: Path = paths.FIGURES) -> list[Path]:
+def write_figures(params: Params, *, tables: Path, folder: Path) -> list[Path]:
     """Writes a figure for everything there is to see and returns the files, in reading order."""
     summary = summarise(with_unseen_mean(read_scores(params), params.distill.network))
     history, validation = _records(params, "history"), _records(params, "validation")

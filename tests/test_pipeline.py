@@ -45,11 +45,11 @@ def closure(modules: set[str], ignored: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_its_notebook_and_on_exactly_the_modules_it_uses(name):
-    stage = STAGES[name]
+    stage = STAGES[name].get("do", STAGES[name])
     notebook = next(word for word in stage["cmd"].split() if word.startswith("notebooks/"))
     cells = json.loads((ROOT / notebook).read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    used = closure(imported(source), UNTRACKED if name == "tables" else UNTRACKED | PRESENTATION)
+    used = closure(imported(source), UNTRACKED if name in ("tables", "report") else UNTRACKED | PRESENTATION)
     listed = {Path(dep).stem for dep in stage["deps"] if dep.startswith("ld3m/")}
     assert listed == used
     assert notebook in stage["deps"]
@@ -92,15 +92,20 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
         figures
     )
     assert {"set-none-random_real-1.png", "set-mtt-ld3m-1.png"} < set(figures)
-    report = (clone / "reports/index.html").read_bytes()
+    report, full = (clone / "reports/index.html").read_bytes(), written(clone / "reports/full/tables")
+    assert full.keys() > tables.keys() | {"ablations.csv", "ablation_costs.csv"}
     lines = tables["scores.csv"].decode().splitlines()
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
     assert len(lines) == 1 + 2 * (1 + 1 + 1)  # judges x (cells, control, full data)
+    assert len(full["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
+    assert len(full["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x (judges and their unseen mean)
     assert "up to date" in dvc(clone, "repro")
     dvc(clone, "repro", "--single-item", "--force", "tables")
+    dvc(clone, "repro", "--single-item", "--force", "report")
     assert written(clone / "reports/tables") == tables
     assert written(clone / "reports/figures") == figures
     assert (clone / "reports/index.html").read_bytes() == report
+    assert written(clone / "reports/full/tables") == full
     artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/distilled.safetensors"
     before = artefact.read_bytes()
     dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")

@@ -80,7 +80,7 @@ def params(tmp_path, monkeypatch):
             cost = {"iterations": 20, "seconds": 5.0 + ipc, "peak_mib": 700.0}
             write_json(paths.cost_file(DATASET, f"{objective}-{space}-{ipc}"), cost)
     norms = [{"skip": "x0", "learned": "z", "steps": 5, "network": k, "norm": 2.0 + k} for k in range(2)]
-    write_json(paths.ablations_folder(DATASET) / "gradient_norms.json", norms)
+    write_json(paths.gradient_norms_file(DATASET), norms)
     return params
 
 
@@ -202,16 +202,16 @@ def test_a_cell_with_another_number_of_seeds_is_refused(params):
 
 
 def test_tables_are_written_with_the_same_bytes(params):
-    markdown = report.write_tables(params)
+    markdown = report.write_tables(params, folder=paths.TABLES)
     first = {file.name: file.read_bytes() for file in paths.TABLES.iterdir()}
     assert set(first) == TABLES
     assert first["main.md"].decode() == markdown
-    report.write_tables(params)
+    report.write_tables(params, folder=paths.TABLES)
     assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
 
 
 def test_the_tables_hold_the_numbers(params):
-    markdown = report.write_tables(params)
+    markdown = report.write_tables(params, folder=paths.TABLES)
     scores = pd.read_csv(paths.TABLES / "scores.csv")
     assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
@@ -238,7 +238,7 @@ def test_costs_are_read_for_every_cell_that_is_distilled(params):
 
 
 def test_ours_stand_beside_the_papers(params):
-    report.write_tables(params)
+    report.write_tables(params, folder=paths.TABLES)
     frame = pd.read_csv(paths.TABLES / "comparison.csv", keep_default_na=False, na_values={"half": [""]})
     rows = {tuple(row[:6]): tuple(row[6:]) for row in frame.itertuples(index=False)}
     assert rows["dc", "glad", "", "paper", "All", 10] == (45.9, 1.0)
@@ -266,5 +266,5 @@ def test_the_papers_means_over_subsets_are_those_of_its_subsets():
 
 def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
     alone = load_params(GRID | {"grid.architecture": ["convnet"]})
-    markdown = report.write_tables(alone)
+    markdown = report.write_tables(alone, folder=paths.TABLES)
     assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "told apart" not in markdown
