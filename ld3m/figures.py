@@ -214,8 +214,9 @@ def confusion(counts: Tensor, classes: list[str]) -> Figure:
 
 def words(sentence: str) -> Figure:
     """A sentence where a figure would stand."""
-    figure = plt.figure(figsize=(6, 0.4))
-    figure.text(0, 0.5, sentence, va="center")
+    figure, axis = plt.subplots(figsize=(6, 0.4))  # Jupyter shows no figure without axes
+    axis.axis("off")
+    axis.text(0, 0.5, sentence, va="center")
     return _closed(figure)
 
 

@@ -30,8 +30,8 @@ ABLATIONS = {
     "clamp": ("Clamp", "A hard clamp gives saturated pixels no gradient."),
     "defects": (
         "Defects of the released code",
-        "Each defect switched back on alone. Change: the unseen mean minus that of the first row: what the "
-        "defect costs (below zero) or flatters (above).",
+        "Each defect switched back on alone. Change: the unseen mean minus that of the first row with the same "
+        "objective, space and IPC: what the defect costs (below zero) or flatters (above).",
     ),
 }
 ABLATION_COSTS = {
@@ -254,15 +254,16 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
     keys = ["setting", *(key for key in ("objective", "space", "ipc") if part[key].nunique() > 1)]
     costs = found.get("ablation_costs", pd.DataFrame(columns=["ablation", "setting", *ABLATION_COSTS]))
     costs = costs.query("ablation == @name").astype({"setting": str}).drop_duplicates("setting").set_index("setting")
-    rows, reference = [], None
+    rows, references = [], {}
     for key, group in part.groupby(keys, sort=False):
         row = {name.capitalize(): NAMES.get(value, value) for name, value in zip(keys, key, strict=True)}
         for score in group.itertuples():
             row[NAMES[score.architecture]] = f"{100 * score.mean:.1f} ± {100 * (score.ci_high - score.mean):.1f}"
         if name == "defects" and UNSEEN in set(group.architecture):
             (unseen,) = group.loc[group.architecture == UNSEEN, "mean"]
-            reference = unseen if reference is None else reference
-            row["Change"] = f"{100 * (unseen - reference):+.1f}"
+            cell = tuple(group[["objective", "space", "ipc"]].iloc[0])
+            row["Change"] = f"{100 * (unseen - references[cell]):+.1f}" if cell in references else "–"
+            references.setdefault(cell, unseen)
         for column, label in ABLATION_COSTS.items():
             row[label] = _number(float(costs[column].get(key[0], math.nan)))
         rows.append(row)

@@ -78,7 +78,7 @@ def test_a_set_of_other_parameters_is_not_restored(params, monkeypatch):
 
 def test_a_space_without_a_reverse_process_says_so():
     figure = explore.denoising_path(None, ("dm", "pixel", 1))
-    assert "Pixel has no reverse process" in figure.texts[0].get_text()
+    assert "Pixel has no reverse process" in figure.axes[0].texts[0].get_text()
 
 
 def test_a_sheet_has_a_column_a_class_and_repeats(tmp_path):
