@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
 from ld3m.seeds import forked
-from ld3m.storage import new_folder, write_json
+from ld3m.storage import new_folder, write_bytes, write_json
 
 SMALLEST_PX = 4  # side of the constant input
 FILES = ("config.json", "weights.safetensors")
@@ -149,7 +149,7 @@ def save_generator(generator: Generator, folder: Path) -> None:
     with new_folder(folder) as partial:
         write_json(partial / "config.json", generator.config)
         state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in generator.state_dict().items()}
-        save_file(state, partial / "weights.safetensors")
+        write_bytes(partial / "weights.safetensors", save(state))
 
 
 def load_generator(folder: Path) -> Generator:
