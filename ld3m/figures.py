@@ -16,6 +16,7 @@ from ld3m.tables import NAMES, UNSEEN
 
 sns.set_theme(style="whitegrid", context="paper")
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
+DASHES = {"grad_norm_w": "--", "grad_norm_c": "--", "grad_norm_student_lr": ":"}  # what is learned beside the images
 SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
@@ -106,7 +107,6 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     objectives = list(dict.fromkeys(history.objective))
     figure, axes = plt.subplots(3, len(objectives), figsize=(3.3 * len(objectives), 6.2), squeeze=False, sharex="col")
     learnables = [name for name in history.columns if name.startswith("grad_norm_")]
-    dashes = dict(zip(learnables, ["-", "--", ":", "-."], strict=False))
     for column, objective in zip(axes.T, objectives, strict=True):
         for space, run in history[history.objective == objective].groupby("space"):
             colour = SPACE_COLOURS[NAMES[space]]
@@ -117,7 +117,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
                 if run[name].notna().any():
                     label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
                     smooth = run[name].rolling(5, min_periods=1).mean()
-                    column[2].plot(run.step, smooth, dashes[name], color=colour, label=label)
+                    column[2].plot(run.step, smooth, DASHES.get(name, "-"), color=colour, label=label)
         column[0].set(title=NAMES[objective], yscale="log")
         column[2].set(yscale="log", xlabel="iteration")
         column[2].legend(fontsize=6, ncols=2)
