@@ -108,6 +108,7 @@ class Experiment:
                 normalization=self.dataset.normalization,
                 new_network=new_network,
                 real_batch=given.real_batch,
+                threads=self.params.processes,
                 **shared,
             )
         network = new_network(seed=0)

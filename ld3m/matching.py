@@ -6,7 +6,9 @@ labels (N,); it may have `learnables` of its own, whose `.grad` the call sets. E
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +56,9 @@ DISTANCES: dict[str, Distance] = {"dc": gradient_distance, "dm": feature_distanc
 
 @dataclass(frozen=True)
 class ClassMatching:
-    """DC and DM: the sum over classes of a distance in a freshly initialised network, one class in memory at a time.
+    """DC and DM: the sum over classes of a distance in a freshly initialised network.
 
+    `threads` classes are in work, and in memory, at once; each runs on one thread, so their number changes no bit.
     Real and synthetic images of a class share one augmentation (Siamese).
     """
 
@@ -65,29 +68,38 @@ class ClassMatching:
     new_network: Callable[..., nn.Module]  # called with seed=...
     real_batch: int  # real images per class and step
     strategy: str
+    threads: int
     seed: int
     learnables: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
+        of_class = partial(self._of_class, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
-        for label in labels.unique().tolist():
-            index = (labels == label).nonzero().squeeze(1)
-            rng = generator(self.seed, "real", step, label)
-            chosen = class_batch(self.split, label, count=self.real_batch, generator=rng)
-            augmentation = draw(self.strategy, count=1, generator=rng)
-            real = self.normalization.to_images(self.split.pixels(chosen)).to(images)
-            synthetic = images[index].detach().requires_grad_()
-            distance = self.distance(
-                network,
-                augment(real, augmentation),
-                self.split.labels[chosen].to(labels.device),
-                augment(synthetic, augmentation),
-                labels[index],
-            )
-            grad_images[index] = torch.autograd.grad(distance, synthetic)[0]
-            loss += distance.item()
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for index, distance, grad in pool.map(of_class, labels.unique().tolist()):
+                loss += distance
+                grad_images[index] = grad
         return loss, grad_images
+
+    def _of_class(
+        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, label: int
+    ) -> tuple[Tensor, float, Tensor]:
+        """Where the images of a class are, their distance to the real ones, and its gradient for them."""
+        index = (labels == label).nonzero().squeeze(1)
+        rng = generator(self.seed, "real", step, label)
+        chosen = class_batch(self.split, label, count=self.real_batch, generator=rng)
+        augmentation = draw(self.strategy, count=1, generator=rng)
+        real = self.normalization.to_images(self.split.pixels(chosen)).to(images)
+        synthetic = images[index].requires_grad_()
+        distance = self.distance(
+            network,
+            augment(real, augmentation),
+            self.split.labels[chosen].to(labels.device),
+            augment(synthetic, augmentation),
+            labels[index],
+        )
+        return index, distance.item(), torch.autograd.grad(distance, synthetic)[0]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def class_matching(split, distance=feature_distance, **changes):
         "normalization": NORMALIZATION,
         "new_network": new_network,
         "real_batch": 4,
+        "threads": 2,
         "strategy": DSA,
         "seed": 0,
     }
@@ -306,6 +307,7 @@ def trajectory_matching(network, **changes):
         "expert_epochs": 2,
         "max_start_epoch": 3,
         "student_batch": 4,
+        "threads": 2,
         "strategy": DSA,
         "first_order": False,
         "seed": 0,
