@@ -4,6 +4,8 @@ python -m ld3m.check
 """
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from ld3m import paths
 from ld3m.config import Params, load_params
@@ -13,6 +15,7 @@ from ld3m.networks import flat_parameters
 from ld3m.storage import require_space
 
 SPARE_BYTES = 200 * 2**20  # executed notebooks, tables, figures, distilled sets
+TRAINING_MINUTES = {"prior": 12, "gan": 6}
 
 
 def check(params: Params) -> list[str]:
@@ -26,8 +29,8 @@ def check(params: Params) -> list[str]:
         initial_indices(train, ipc=ipc, seed=params.seed)
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
-    lines.append(f"prior   {_prior(experiment)}")
-    lines.append(f"gan     {_gan(experiment)}")
+    lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), _prior)}")
+    lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), _gan)}")
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
     weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
     needed = snapshots * weights.nbytes
@@ -37,27 +40,22 @@ def check(params: Params) -> list[str]:
 
 
 def _prior(experiment: Experiment) -> str:
-    again = "the stage `prior` trains it first, about 12 minutes for the committed profile"
-    if not paths.prior_folder(experiment.params.dataset).exists():
-        return f"none for {experiment.params.dataset} yet: {again}"
-    try:
-        prior = experiment.prior
-    except ValueError as problem:  # the parameters changed since, or the files are broken
-        return f"of no use with these parameters ({problem}): {again}"
-    return (
-        f"latents {' x '.join(map(str, prior.latent_shape(experiment.params.data.size_px)))}, {prior.classes} classes"
-    )
+    prior, size_px = experiment.prior, experiment.params.data.size_px
+    return f"latents {' x '.join(map(str, prior.latent_shape(size_px)))}, {prior.classes} classes"
 
 
 def _gan(experiment: Experiment) -> str:
-    again = "the stage `gan` trains it first, about 6 minutes for the committed profile"
-    if not paths.gan_folder(experiment.params.dataset).exists():
+    return f"{experiment.gan.layers} layers, {experiment.gan.classes} classes"
+
+
+def _trained(experiment: Experiment, stage: str, folder: Path, describe: Callable[[Experiment], str]) -> str:
+    again = f"the stage `{stage}` trains it first, about {TRAINING_MINUTES[stage]} minutes for the committed profile"
+    if not folder.exists():
         return f"none for {experiment.params.dataset} yet: {again}"
     try:
-        gan = experiment.gan
-    except (ValueError, OSError) as problem:
+        return describe(experiment)
+    except ValueError as problem:  # the parameters changed since, or the files are broken
         return f"of no use with these parameters ({problem}): {again}"
-    return f"{gan.layers} layers, {gan.classes} classes"
 
 
 if __name__ == "__main__":

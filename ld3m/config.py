@@ -194,7 +194,7 @@ class PixelParams(Model):
 
 class GladParams(Model):
     layer: Whole
-    mean_w: bool
+    mean_w: bool | Literal["auto"]
     render_batch: Count
 
 

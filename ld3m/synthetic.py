@@ -208,21 +208,22 @@ def start_glad(
     gan: Generator,
     normalization: Normalization,
     layer: int,
-    mean_w: bool,
+    mean_w: bool | Literal["auto"],
     render_batch: int,
     seed: int,
 ) -> GladCodes:
-    """Starts from generated images of the classes, as GLaD does; it has no encoder, so real images are not used.
+    """Starts from generated images of the classes, as GLaD does; a GAN has no encoder, so real images are not used.
 
-    The codes are those of random noise, one stream an image, or with `mean_w` the mean code of the class: the same
-    for all its images, which a loss could then never tell apart, so it takes one image per class. The feature maps
-    are what the layers before `layer` make of the codes.
+    The codes are those of random noise, one stream an image, or with `mean_w` the mean code of the class: the images
+    of a class would then start, and stay, alike, so it takes one image a class, where `mean_w="auto"` chooses it. The
+    feature maps are what the layers before `layer` make of the codes.
     """
     if not 0 <= layer < gan.layers:
         raise ValueError(f"spaces.glad.layer = {layer}: this GAN has the layers 0 to {gan.layers - 1}")
-    if mean_w and len(labels.unique()) < len(labels):
-        raise ValueError("spaces.glad.mean_w starts all images of a class alike; set it to false for ipc above 1")
-    draws = MEAN_W_DRAWS if mean_w else 1
+    is_one_a_class = len(labels.unique()) == len(labels)
+    if mean_w is True and not is_one_a_class:
+        raise ValueError("spaces.glad.mean_w starts all images of a class alike: set it to auto for ipc above 1")
+    draws = MEAN_W_DRAWS if mean_w and is_one_a_class else 1
     codes = []
     for i in range(len(labels)):
         noise = _noise((draws, gan.noise_width), seed, "glad", i).to(next(gan.parameters()))

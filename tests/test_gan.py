@@ -102,7 +102,7 @@ def test_what_is_loaded_is_what_was_saved_in_half_precision(tmp_path):
     assert loaded.config == gan.config and not any(p.requires_grad for p in loaded.parameters())
     assert {tensor.dtype for tensor in load_file(tmp_path / "gan/weights.safetensors").values()} == {torch.float16}
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, gan.state_dict()[name].half().float())
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, gan.state_dict()[name].half().float())
     save_generator(loaded, tmp_path / "again")
     assert load_generator(tmp_path / "again").fingerprint() == loaded.fingerprint() != gan.fingerprint()
     for name in ("config.json", "weights.safetensors"):
@@ -144,6 +144,17 @@ def test_a_folder_that_does_not_fit_together_is_refused(tmp_path, name, change):
     spoil(tmp_path, name, change)
     with pytest.raises(ValueError, match=r"(?s)the GAN in .* cannot be read.*dvc checkout -f gan"):
         load_generator(tmp_path)
+
+
+def test_the_network_of_a_config_is_not_allocated_before_the_weights_fit_it(tmp_path, monkeypatch):
+    save_generator(made(), tmp_path)
+    devices = []
+    monkeypatch.setattr(
+        "ld3m.gan.StyleLayer.__init__", lambda *_, **__: devices.append(torch.empty(1).device.type) or 1 / 0
+    )
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_generator(tmp_path)
+    assert devices == ["meta"]
 
 
 def test_a_broken_or_missing_file_is_named_and_no_pickle_is_run(tmp_path):

@@ -303,6 +303,8 @@ def test_glad_from_the_mean_code_of_the_class(gan, monkeypatch):
         torch.testing.assert_close(w[label], mean.expand(4, -1), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="spaces.glad.mean_w starts all images of a class alike"):
         glad(gan, LABELS, mean_w=True)
+    assert torch.equal(glad(gan, labels, mean_w="auto").learnables["w"], w)
+    assert torch.equal(glad(gan, mean_w="auto").learnables["w"], glad(gan).learnables["w"])
 
 
 @pytest.mark.parametrize("layer", [-1, 6])
