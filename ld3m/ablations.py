@@ -53,7 +53,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         iterations=budget.iterations,
         learning_rates=budget.learning_rates,
         momentum=params.distill.momentum,
-        validate=lambda images: candidates.append(images) or float(len(candidates)),  # the last is kept
+        validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
         validations=checks,
         checkpoint=paths.checkpoint_file(params.dataset, "ablation"),
         checkpoint_minutes=math.inf,

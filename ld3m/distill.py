@@ -35,17 +35,17 @@ class Distilled:
 
     `best` holds the tensors of the iteration with the highest validation accuracy: images, everything needed to
     render them again, and the objective's learnables. `history` has one record a step (loss, gradient norms),
-    `validation` one a check (iteration, accuracy in [0, 1]). `seconds` is the time that the iterations took, without
-    the checks.
+    `validation` one a check (iteration, accuracies in [0, 1], and accuracy, their mean). `seconds` is the time that the
+    iterations took, without the checks.
     """
 
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def chosen(self) -> dict[str, float]:
+    def chosen(self) -> dict[str, Any]:
         return max(self.validation, key=lambda record: record["accuracy"])
 
 
@@ -56,7 +56,7 @@ def distill(
     iterations: int,
     learning_rates: dict[str, float],
     momentum: float,
-    validate: Callable[[Tensor], float],
+    validate: Callable[[Tensor], list[float]],
     validations: int,
     checkpoint: Path,
     checkpoint_minutes: float,
@@ -65,8 +65,8 @@ def distill(
 ) -> Distilled:
     """Learns `synthetic` with SGD for some iterations.
 
-    `validate(images)` gives an accuracy in [0, 1]; it is asked at iteration 0 and `validations` times after it, evenly
-    spaced, the last time at the end; with `validations` 0 at the end alone.
+    `validate(images)` gives accuracies in [0, 1], whose mean decides; it is asked at iteration 0 and `validations`
+    times after it, evenly spaced, the last time at the end; with `validations` 0 at the end alone.
     The state goes to the file `checkpoint` every `checkpoint_minutes`; where that file exists the run goes on from
     it, and refuses to if `configuration` (plain JSON values) is not the one it was started with. The caller deletes
     the file once the result is safe.
@@ -116,13 +116,15 @@ def _validate(
     run: Distilled,
     synthetic: Synthetic,
     objective: Objective,
-    validate: Callable[[Tensor], float],
+    validate: Callable[[Tensor], list[float]],
     iteration: int,
 ) -> None:
     with torch.no_grad():
         images = synthetic.render()
     former = run.chosen["accuracy"] if run.validation else -1.0
-    run.validation.append({"iteration": iteration, "accuracy": validate(images)})
+    accuracies = validate(images)
+    mean = sum(accuracies) / len(accuracies)
+    run.validation.append({"iteration": iteration, "accuracy": mean, "accuracies": accuracies})
     if run.validation[-1]["accuracy"] > former:
         state = synthetic.tensors() | objective.learnables | {"images": images}
         run.best = {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -45,17 +45,17 @@ def judge_all(
     networks: dict[str, Callable[..., nn.Module]],
     recipes: dict[str, dict[str, Any]],
     strategy: str,
-    seeds: int,
+    seeds: range,
     seed: int,
     processes: int,
 ) -> dict[str, list[float]]:
-    """Accuracies of `seeds` networks of every architecture: {architecture: [accuracy, ...]}.
+    """Accuracies of the networks `seeds` of every architecture: {architecture: [accuracy, ...]}.
 
     The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so
     that sets can be compared seed by seed.
     """
     shared = dict(fetch=fetch, labels=labels, real=real, normalization=normalization, strategy=strategy)
-    keys = [(architecture, k) for architecture in networks for k in range(seeds)]
+    keys = [(architecture, k) for architecture in networks for k in seeds]
     tasks = [
         shared
         | {

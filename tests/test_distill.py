@@ -91,6 +91,8 @@ def run(tmp_path):
             configuration=CONFIGURATION,
         )
         arguments |= changes
+        validate = arguments["validate"]
+        arguments["validate"] = lambda images: [validate(images)]
         result = distill(synthetic or Codes(), objective or Squares(), **arguments)
         arguments["checkpoint"].unlink(missing_ok=True)  # the caller's part, once the result is safe
         return result
@@ -153,6 +155,15 @@ def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, ite
     for iteration, images in zip(expected, asked, strict=True):
         z, c, _ = values[iteration]
         torch.testing.assert_close(images, z * c)
+
+
+def test_the_mean_over_networks_decides(tmp_path):
+    given = iter([[0.1, 0.9], [0.6, 0.6]])
+    result = distill(
+        Codes(), Squares(), iterations=2, learning_rates=RATES, momentum=0.7, validate=lambda images: next(given),
+        validations=1, checkpoint=tmp_path / "none", checkpoint_minutes=1, configuration={},
+    )  # fmt: skip
+    assert result.chosen == {"iteration": 2, "accuracy": 0.6, "accuracies": [0.6, 0.6]}
 
 
 @pytest.mark.parametrize(

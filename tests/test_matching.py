@@ -105,6 +105,15 @@ def class_matching(split, distance=feature_distance, **changes):
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
+def test_the_number_of_threads_changes_no_bit(dataset, randn, name):
+    images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1])
+    one, three = (
+        class_matching(dataset.train, DISTANCES[name], threads=threads)(images, labels, step=5) for threads in (1, 3)
+    )
+    assert one[0] == three[0] and torch.equal(one[1], three[1])
+
+
+@pytest.mark.parametrize("name", ["dc", "dm"])
 def test_class_matching_is_the_sum_over_classes(dataset, randn, name):
     objective = class_matching(dataset.train, DISTANCES[name])
     labels = torch.tensor([2, 0, 0, 1, 2, 1])
@@ -158,7 +167,7 @@ def test_what_the_distance_is_given(dataset, randn):
 
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     images = randn(6, 1, SIZE_PX, SIZE_PX)
-    objective = class_matching(dataset.train, spy, strategy="none")
+    objective = class_matching(dataset.train, spy, strategy="none", threads=1)
     for step in (0, 1):
         objective(images, labels, step=step)
     known = {image.numpy().tobytes(): k for k, image in enumerate(dataset.train.uint8)}
@@ -307,7 +316,6 @@ def trajectory_matching(network, **changes):
         "expert_epochs": 2,
         "max_start_epoch": 3,
         "student_batch": 4,
-        "threads": 2,
         "strategy": DSA,
         "first_order": False,
         "seed": 0,

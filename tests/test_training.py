@@ -286,7 +286,7 @@ def judged(images, *, processes=1, seeds=2, new_network=NETWORK, seed=0, names=(
         networks={name: partial(new_network, name) if new_network is not NETWORK else NETWORK for name in names},
         recipes={name: RECIPE | {"epochs": 1 + k} for k, name in enumerate(names)},
         strategy="color_crop",
-        seeds=seeds,
+        seeds=range(seeds),
         seed=seed,
         processes=processes,
     )
