@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
 
 Accuracies = dict[str, list[float]]  # {architecture: one accuracy a seed}
 
@@ -15,7 +15,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and 95 % Student t interval over independent values (two at least)."""
     values = np.asarray(values, dtype=float)
     mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
-    half = stats.t.ppf(0.975, len(values) - 1) * error
+    half = stdtrit(len(values) - 1, 0.975) * error
     return mean, mean - half, mean + half
 
 

@@ -1,11 +1,13 @@
 """Fan-out of independent tasks over processes, one thread each, so that results do not depend on how many there are."""
 
 from collections.abc import Callable
+from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
 import torch
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import reusable_executor
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from ld3m.progress import progress
 
@@ -19,7 +21,13 @@ def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, proces
 
 def end_workers() -> None:
     """Ends the processes that `fan_out` leaves for its next call: they would hold up a Jupyter kernel's exit."""
-    get_reusable_executor().shutdown(wait=True)
+    if reusable_executor._executor is not None:
+        reusable_executor._executor.terminate(kill_workers=True)
+    for tracker in (
+        loky_tracker,
+        multiprocessing_tracker,
+    ):  # they ignore the signal by which a kernel ends its children
+        tracker._resource_tracker._stop()
 
 
 def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:
