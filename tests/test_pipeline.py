@@ -15,8 +15,8 @@ from ld3m.config import apply_profile
 from ld3m.paths import PROFILES, ROOT
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-# config and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
-UNTRACKED = {"config", "paths", "progress"}
+# config, schema and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
+UNTRACKED = {"config", "schema", "paths", "progress"}
 # the executed notebooks show figures, but no stage but `tables` writes one
 PRESENTATION = {"figures", "tables"}
 

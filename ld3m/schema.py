@@ -1,0 +1,442 @@
+"""What params.yaml may hold: frozen models that refuse unknown keys and values out of range.
+
+The methods turn parameters into the arguments of the rooms that use them.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ld3m.augment import parse_strategy
+from ld3m.data import Normalization
+from ld3m.networks import ARCHITECTURES
+from ld3m.synthetic import DEFAULT_LEARNED
+
+Objective = Literal["dc", "dm", "mtt"]
+Space = Literal["pixel", "glad", "ld3m"]
+Control = Literal["random_real", "herding", "k_center", "iteration0", "prior_samples"]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+Steps = Annotated[int, Field(ge=1, le=999)]
+
+
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise ValueError("has an entry twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+
+
+def _known(architecture: str) -> str:
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    return architecture
+
+
+def _strategy(strategy: str) -> str:
+    parse_strategy(strategy)
+    return strategy
+
+
+Architecture = Annotated[str, AfterValidator(_known)]
+Strategy = Annotated[str, AfterValidator(_strategy)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NormalizationParams(Model):
+    mean: tuple[float, ...]
+    std: tuple[Rate, ...]
+
+
+class Splits(Model):
+    train: str
+    validation: str | Share
+    test: str
+
+
+class DatasetParams(Model):
+    source: str
+    size_px: Count
+    channels: Literal[1, 3]
+    splits: Splits
+    image_column: str
+    label_column: str
+    classes: tuple[str | int, ...] | None
+    normalization: NormalizationParams | None
+    augmentation: Strategy
+
+
+class AutoencoderParams(Model):
+    widths: Widths
+    latent_channels: Count
+    codebook: Count
+    steps: Count
+    continuous_steps: Count
+    batch: Count
+    learning_rate: Rate
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_prior.fit_autoencoder`."""
+        return self.model_dump(exclude={"widths", "latent_channels", "codebook"})
+
+
+class DenoiserParams(Model):
+    widths: Widths
+    conditioning_width: Count
+    steps: Count
+    batch: Count
+    learning_rate: Rate
+    null_share: Share
+    ema_decay: Share
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_prior.fit_denoiser`."""
+        return self.model_dump(exclude={"widths", "conditioning_width"})
+
+
+class PriorCheck(Model):
+    """Guided samples a class, and the training of the ConvNet that judges them."""
+
+    samples_per_class: Count
+    steps: Steps
+    guidance: float
+    width: Count
+    epochs: Count
+    learning_rate: Rate
+
+
+class PriorParams(Model):
+    autoencoder: AutoencoderParams
+    denoiser: DenoiserParams
+    check: PriorCheck
+
+
+class GanCheck(Model):
+    """Samples a class, and the training of the ConvNet that judges them."""
+
+    samples_per_class: Count
+    width: Count
+    epochs: Count
+    learning_rate: Rate
+
+
+class GanParams(Model):
+    noise_width: Count
+    w_width: Count
+    widths: Widths
+    discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    steps: Count
+    batch: Annotated[int, Field(ge=4, multiple_of=4)]
+    learning_rate: Rate
+    r1: Annotated[float, Field(ge=0)]
+    r1_every: Count
+    ema_decay: Share
+    augmentation: Strategy
+    check: GanCheck
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `train_gan.fit_gan`."""
+        given = self.model_dump(exclude={"noise_width", "w_width", "widths", "augmentation", "check"})
+        return given | {"strategy": self.augmentation}
+
+
+class NetworkParams(Model):
+    width: Count
+    depth: Count | None = None
+    norms: bool | None = None  # of vit: false is the released code's, which has none
+
+
+class TrajectoriesParams(Model):
+    experts: Count
+    epochs: Count
+    batch: Count
+    learning_rate: Rate
+
+
+class ClassMatchingParams(Model):
+    real_batch: Count
+
+
+class TrajectoryMatchingParams(Model):
+    student_steps: Count
+    student_batch: Count | None
+    expert_epochs: Count
+    max_start_epoch: Count
+    student_lr: Rate
+    first_order: bool
+
+
+class Objectives(Model):
+    dc: ClassMatchingParams
+    dm: ClassMatchingParams
+    mtt: TrajectoryMatchingParams
+
+
+class PixelParams(Model):
+    start: Literal["real", "noise"]
+
+
+class GladParams(Model):
+    layer: Whole
+    mean_w: bool | Literal["auto"]
+    render_batch: Count
+
+
+class LD3MParams(Model):
+    prior: Literal["trained", "unconditional", "random"]
+    start: Literal["real", "prior", "noise"]
+    learn: Literal["auto", "z", "z_T"]
+    skip: Literal["x0", "mean", "none"]
+    steps: Steps
+    guidance: float
+    eta: Annotated[float, Field(ge=0, le=1)]
+    clamp: Literal["none", "hard", "soft"]
+    noise: Literal["stored", "redrawn"]
+    encoder_input: Literal["pixels", "images"]
+    normalization: Literal["real", "shifted"]
+    render_batch: Count
+
+
+class Spaces(Model):
+    pixel: PixelParams
+    glad: GladParams
+    ld3m: LD3MParams
+
+
+class Budget(Model):
+    """What one cell spends: `learning_rates` has one entry for every learnable of the space and the objective; what has
+    the rate 0 stays as it starts."""
+
+    iterations: Count
+    learning_rates: dict[str, Annotated[float, Field(ge=0)]]
+
+
+class Budgets(Model):
+    pixel: Budget
+    glad: Budget
+    ld3m: Budget
+
+
+class DistillParams(Model):
+    network: Architecture
+    momentum: Share
+    validations: Count
+    validation_seeds: Count
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
+    dc: Budgets
+    dm: Budgets
+    mtt: Budgets
+
+
+class Recipe(Model):
+    epochs: dict[Architecture, Count]
+    batch: Count
+    learning_rates: dict[Architecture, Rate]
+    momentum: Share
+    weight_decay: Annotated[float, Field(ge=0)]
+    ema_decay: Share | None
+
+
+class FullDataRecipe(Model):
+    """What differs from `recipe` where all real images are trained on; an epoch is many steps there, not one."""
+
+    epochs: Count
+    batch: Count
+    ema_decay: Share | None
+
+
+class EvaluateParams(Model):
+    seeds: Annotated[int, Field(ge=2)]
+    recipe: Recipe
+    full_data: FullDataRecipe
+
+
+class GradientNormParams(Model):
+    steps: Annotated[tuple[Steps, ...], Field(min_length=1), Distinct]
+    images_per_class: Count
+    networks: Count
+
+
+class AblationParams(Model):
+    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` and `space` where
+    they are not dm and ld3m. A setting that changes nothing is the baseline's."""
+
+    iterations: Count
+    architecture: Annotated[tuple[Architecture, ...], Field(min_length=2), Distinct]
+    seeds: Annotated[int, Field(ge=2)]
+    select_on_test: bool
+    settings: dict[str, dict[str, dict[str, Any]]]
+
+
+class Grid(Model):
+    objective: Annotated[tuple[Objective, ...], Field(min_length=1), Distinct]
+    space: Annotated[tuple[Space, ...], Field(min_length=1), Distinct]
+    ipc: Annotated[tuple[Count, ...], Field(min_length=1), Distinct]
+    control: Annotated[tuple[Control, ...], Distinct]
+    architecture: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
+
+
+class MoreParams(Model):
+    """What the report adds to the main table, with the objectives, IPCs and architectures of the grid."""
+
+    space: Annotated[tuple[Space, ...], Distinct]
+    control: Annotated[tuple[Control, ...], Distinct]
+
+
+class Params(Model):
+    seed: Whole
+    processes: Count
+    dataset: str
+    grid: Grid
+    more: MoreParams
+    datasets: dict[str, DatasetParams]
+    prior: PriorParams
+    gan: GanParams
+    networks: dict[Architecture, NetworkParams]
+    trajectories: TrajectoriesParams
+    objectives: Objectives
+    spaces: Spaces
+    distill: DistillParams
+    evaluate: EvaluateParams
+    gradient_norms: GradientNormParams
+    ablations: AblationParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        if self.dataset not in self.datasets:
+            raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
+        for key in ("space", "control"):
+            if both := set(getattr(self.grid, key)) & set(getattr(self.more, key)):
+                raise ValueError(f"more.{key} has {', '.join(sorted(both))}, which grid.{key} has already")
+        for name in {*self.grid.architecture, self.distill.network}:
+            if name not in self.networks:
+                raise ValueError(f"networks.{name} is missing: its width and depth")
+            for key in ("epochs", "learning_rates"):
+                if name not in getattr(self.evaluate.recipe, key):
+                    raise ValueError(f"evaluate.recipe.{key}.{name} is missing")
+        needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
+        if self.trajectories.epochs != needed:
+            raise ValueError(
+                f"trajectories.epochs = {self.trajectories.epochs}: must be {needed}, the last epoch that "
+                "objectives.mtt reads (max_start_epoch - 1 + expert_epochs)"
+            )
+        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
+        unit = 2 ** (len(autoencoder.widths) - 1 + len(denoiser.widths) - 1)
+        if self.data.size_px % unit:
+            raise ValueError(
+                f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
+                "these prior.autoencoder.widths and prior.denoiser.widths"
+            )
+        if any(width % 8 for width in autoencoder.widths) or any(width % 16 for width in denoiser.widths):
+            raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
+        if autoencoder.continuous_steps >= autoencoder.steps:
+            raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
+        side = 4 * 2 ** (len(self.gan.widths) - 1)
+        if side != self.data.size_px:
+            raise ValueError(
+                f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those of "
+                f"datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each doubling"
+            )
+        if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
+            raise ValueError(
+                f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
+                f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
+            )
+        if self.spaces.glad.layer >= 2 * len(self.gan.widths):
+            raise ValueError(
+                f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
+                "of layers of a GAN with these gan.widths"
+            )
+        for objective in get_args(Objective):
+            for space in get_args(Space):
+                names, possible = self._learnables(objective, space), set()
+                if space == "ld3m":
+                    possible = {"z", "z_T"}  # the one that is not learned may keep its rate
+                given = set(getattr(getattr(self.distill, objective), space).learning_rates)
+                if not names <= given <= names | possible:
+                    raise ValueError(
+                        f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
+                        f"needed are {', '.join(sorted(names))}"
+                    )
+        return self
+
+    @property
+    def data(self) -> DatasetParams:
+        """The parameters of the data set that is distilled."""
+        return self.datasets[self.dataset]
+
+    def place(self, space: str) -> str:
+        """The folder under runs/ for cells of a space or a control. Those of `more` lie apart: DVC depends on folders,
+        and the main table shall not wait for them."""
+        return f"{self.dataset}/more" if space in (*self.more.space, *self.more.control) else self.dataset
+
+    def with_more(self) -> "Params":
+        """The same parameters with a grid that has what `more` adds."""
+        both = {
+            key: tuple(name for name in get_args(names) if name in (*getattr(self.grid, key), *getattr(self.more, key)))
+            for key, names in {"space": Space, "control": Control}.items()
+        }
+        return self.model_copy(update={"grid": self.grid.model_copy(update=both)})
+
+    def dataset_arguments(self) -> dict[str, Any]:
+        """The arguments of `data.load_dataset`."""
+        given = self.data.model_dump(exclude={"augmentation", "normalization"})
+        fixed = self.data.normalization and Normalization(**self.data.normalization.model_dump())
+        return given | {"normalization": fixed, "name": self.dataset, "seed": self.seed}
+
+    def network_arguments(self, architecture: str) -> dict[str, Any]:
+        """The arguments of `networks.build` but the number of classes and the seed."""
+        size = {"channels": self.data.channels, "size_px": self.data.size_px}
+        return {"name": architecture} | size | self.networks[architecture].model_dump()
+
+    def trajectories_arguments(self) -> dict[str, Any]:
+        """The arguments of `experts.train_experts` but the data and the network."""
+        shared = {"strategy": self.data.augmentation, "seed": self.seed, "processes": self.processes}
+        return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
+
+    def prior_arguments(self) -> dict[str, Any]:
+        """The arguments of `diffusion.build_prior` but the number of classes."""
+        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
+        return {
+            "channels": self.data.channels,
+            "latent_size": self.data.size_px // 2 ** (len(autoencoder.widths) - 1),
+            "latent_channels": autoencoder.latent_channels,
+            "codebook": autoencoder.codebook,
+            "autoencoder_widths": autoencoder.widths,
+            "unet_widths": denoiser.widths,
+            "conditioning_width": denoiser.conditioning_width,
+            "seed": self.seed,
+        }
+
+    def prior_check_arguments(self) -> dict[str, Any]:
+        """The arguments of `train_prior.recognised`."""
+        return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
+
+    def _learnables(self, objective: str, space: str) -> set[str]:
+        ld3m = self.spaces.ld3m
+        latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
+        names = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}[space]
+        return names | ({"student_lr"} if objective == "mtt" else set())
+
+    def gan_arguments(self) -> dict[str, Any]:
+        """The arguments of `gan.build_generator` but the number of classes."""
+        given = self.gan.model_dump(include={"noise_width", "w_width", "widths"})
+        return given | {"channels": self.data.channels, "seed": self.seed}
+
+    def gan_check_arguments(self) -> dict[str, Any]:
+        """The arguments of `train_gan.recognised`."""
+        return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
+
+    def budget(self, objective: str, space: str) -> Budget:
+        """The budget of a cell, with the rates of what is learned in it alone."""
+        given: Budget = getattr(getattr(self.distill, objective), space)
+        rates = {name: given.learning_rates[name] for name in sorted(self._learnables(objective, space))}
+        return given.model_copy(update={"learning_rates": rates})
