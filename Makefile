@@ -6,6 +6,9 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 # The stages of dvc.yaml call `python`: this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# The C library of Linux hands every larger tensor back to the system and asks for it again: keep them, training is faster.
+export MALLOC_MMAP_THRESHOLD_ := 1000000000
+export MALLOC_TRIM_THRESHOLD_ := 1000000000
 
 .PHONY: help reproduce report test lab lint strip clean install embedded
 
@@ -37,7 +40,6 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 	@$(PY) -m ld3m.check
 	@$(PY) -m dvc repro tables
 	@echo && cat reports/tables/main.md && echo
-	@echo 'report    reports/index.html (open it in a browser; it needs no network)'
 	@echo 'tables    reports/tables/'
 	@echo 'figures   reports/figures/'
 	@echo 'notebooks reports/notebooks/ (executed)'
