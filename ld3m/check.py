@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ld3m import paths
-from ld3m.config import Params, load_params
+from ld3m.config import Params, ablation_settings, load_params
 from ld3m.data import initial_indices
 from ld3m.experiment import Experiment
 from ld3m.networks import flat_parameters
@@ -60,6 +60,9 @@ def _trained(experiment: Experiment, stage: str, folder: Path, describe: Callabl
 
 if __name__ == "__main__":
     try:
-        print("\n".join(check(load_params())))
+        params = load_params()
+        for ablation in params.ablations.settings:
+            ablation_settings(ablation)  # raises for a setting that cannot be
+        print("\n".join(check(params)))
     except (ValueError, OSError) as problem:
         sys.exit(str(problem))

@@ -316,6 +316,12 @@ class Params(Model):
         for key in ("space", "control"):
             if both := set(getattr(self.grid, key)) & set(getattr(self.more, key)):
                 raise ValueError(f"more.{key} has {', '.join(sorted(both))}, which grid.{key} has already")
+        if "baseline" not in self.ablations.settings:
+            raise ValueError(
+                "ablations.settings.baseline is missing: it has the numbers of settings that change nothing"
+            )
+        if self.distill.network not in self.ablations.architecture:
+            raise ValueError(f"ablations.architecture lacks {self.distill.network}, which is distill.network")
         for name in {*self.grid.architecture, self.distill.network}:
             if name not in self.networks:
                 raise ValueError(f"networks.{name} is missing: its width and depth")
