@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
     checks = params.distill.validations if params.ablations.select_on_test else 0
     matched = experiment.objective(objective)
     _forget_peak()
-    begun = time.perf_counter()
     run = distill(
         synthetic,
         matched,
@@ -59,7 +57,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         checkpoint_minutes=math.inf,
         configuration={},
     )
-    seconds, peak_mib = time.perf_counter() - begun, _peak_mib()
+    peak_mib = _peak_mib()
     scores = [experiment.test(images, synthetic.labels) for images in candidates]
     norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
     return {
@@ -67,7 +65,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         "space": space,
         "accuracy": {name: max((score[name] for score in scores), key=sum) for name in scores[0]},
         **{name: sum(values) / len(values) for name, values in norms.items()},
-        "seconds_per_iteration": seconds / budget.iterations,
+        "seconds_per_iteration": run.seconds / budget.iterations,
         "peak_mib": peak_mib,
     }
 
