@@ -1,21 +1,18 @@
-"""Image datasets as tensors in memory, the one Normalization, and the choice of real images."""
+"""Image datasets as tensors, the one Normalization, and the choice of real images."""
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ld3m import seeds, sources
-
-if TYPE_CHECKING:
-    import datasets
+from ld3m import decoded, seeds, sources, subsets
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,64 @@ class Normalization:
         mean, std = self._statistics(images)
         return (images * std + mean) * 2 - 1
 
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """The image values (C, 1, 1) of pixel -1 and of pixel +1."""
-        one = torch.ones(len(self.mean), 1, 1)
-        return self.to_images(-one), self.to_images(one)
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images: `uint8` (N, C, H, W) in 0..255, `labels` (N,) int64, and the name of each label."""
+    """Labelled images: `stored` uint8 (M, C, H, W) in 0..255, of which those at `rows` (N,) are the split's, or all
+    (None); `labels` (N,) int64; and the name of each label.
 
-    uint8: Tensor
+    Images may lie on any device; labels, rows and indices stay on the CPU, where choosing among them waits for nothing.
+    Where `stored` is mapped from a `file`, a pickled split holds its name instead: other processes share the pages.
+    """
+
+    stored: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    rows: Tensor | None = None
+    file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if self.file is None or name != "stored"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.file is not None:
+            vars(self)["stored"] = decoded.open_images(self.file)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return tuple(self.stored.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.stored.device
+
+    @property
+    def uint8(self) -> Tensor:
+        """All images (N, C, H, W), copied where they are a choice of those stored."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    def chunks(self, count: int) -> Iterator[Tensor]:
+        """All images in order, uint8 (n, C, H, W) on the CPU, at most `count` at once."""
+        for index in torch.arange(len(self)).split(count):
+            yield self.stored[index if self.rows is None else self.rows[index]].cpu()
+
     def pixels(self, index: Tensor | None = None) -> Tensor:
-        """Float32 pixels (n, C, H, W) in [-1, 1] of the images at `index` (n,), or of all."""
-        return (self.uint8 if index is None else self.uint8[index]).float() / 127.5 - 1
+        """Float32 pixels (n, C, H, W) in [-1, 1] of the images at `index` (n,), or of all, where the images are."""
+        if index is None:
+            return self.uint8.float() / 127.5 - 1
+        return self.stored[index if self.rows is None else self.rows[index]].float() / 127.5 - 1
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same split with its images on a device: this one, where they are there already."""
+        if self.device == torch.device(device):
+            return self
+        return replace(self, stored=self.uint8.to(device), rows=None, file=None)
 
     @cached_property
     def _members(self) -> tuple[Tensor, ...]:
@@ -89,21 +124,26 @@ class Dataset:
     test: Split
     normalization: Normalization
 
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same dataset with its images on a device."""
+        return replace(self, **{part: getattr(self, part).to(device) for part in ("train", "validation", "test")})
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every array, label and class name of the three splits, in order."""
         digest = hashlib.sha256(repr(self.train.classes).encode())
         for split in (self.train, self.validation, self.test):
-            digest.update(repr(tuple(split.uint8.shape)).encode())
-            digest.update(split.uint8.contiguous().numpy())
+            digest.update(repr((len(split), *split.shape)).encode())
+            for chunk in split.chunks(4096):
+                digest.update(chunk.contiguous().numpy())
             digest.update(split.labels.contiguous().numpy())
         return digest.hexdigest()
 
 
 def measure_normalization(split: Split) -> Normalization:
     """Per-channel mean and population std on [0, 1], in float64 from the exact counts of the 256 values."""
-    counts = torch.zeros(split.uint8.shape[1], 256, dtype=torch.int64)  # (C,256)
-    for chunk in split.uint8.split(256):
+    counts = torch.zeros(split.shape[0], 256, dtype=torch.int64)  # (C,256)
+    for chunk in split.chunks(256):
         for channel in range(len(counts)):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     weights = counts.double() / counts.sum(dim=1, keepdim=True)
@@ -147,17 +187,21 @@ def load_dataset(
     splits: Mapping[str, str | float],
     image_column: str = "image",
     label_column: str = "label",
-    classes: Sequence[str | int] | None = None,
+    classes: str | Sequence[str | int] | None = None,
     normalization: Normalization | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Dataset:
-    """Reads a dataset into memory as uint8 images of `channels` (1 or 3) and `size_px` x `size_px`.
+    """Reads a dataset as uint8 images of `channels` (1 or 3) and `size_px` x `size_px` on `device`.
+
+    What is decoded is kept in files, which on the CPU are mapped, not read: see `decoded`.
 
     `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there
     or under `data/`, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
     source's split for train, validation and test; validation may be a fraction, taken by `seed` from each
-    class of train. `classes` keeps these names or indices, relabelled in this order. Without `normalization`
-    train is measured. Images are made square by `sources.to_square`.
+    class of train. `classes` keeps these names or indices, relabelled in this order, or those of a subset of
+    ImageNet-1k by its name (`subsets`). Without `normalization` train is measured. Images are made square by
+    `sources.to_square`.
     Raises FileNotFoundError for missing data, ValueError for data or settings that cannot be used.
     """
     key = f"datasets.{name}"
@@ -171,9 +215,9 @@ def load_dataset(
     _check_splits(splits, key)
     parts = ("train", "validation", "test")
     stored = {part: splits[part] for part in parts if isinstance(splits[part], str)}
-    tables = {part: sources.read_split(str(source), split, key=key) for part, split in stored.items()}
+    opened = {part: decoded.StoredSplit(str(source), split, key) for part, split in stored.items()}
     columns = {"image_column": image_column, "label_column": label_column}
-    labels = {part: _labels(table, stored[part], columns, key) for part, table in tables.items()}
+    labels = {part: split.labels(**columns) for part, split in opened.items()}
     known = dict.fromkeys(class_name for names, _ in labels.values() for class_name in names)  # train's first
     kept = _kept(list(known), classes, key)
     relabel = {class_name: label for label, class_name in enumerate(kept)}
@@ -182,18 +226,26 @@ def load_dataset(
         new = np.array([relabel.get(class_name, -1) for class_name in names])[values]
         if empty := [class_name for label, class_name in enumerate(kept) if not (new == label).any()]:
             raise ValueError(
-                f"{key}: split {stored[part]!r} has no images of class {_some(empty)}: add them, or name the "
+                f"{key}: split {stored[part]!r} has no images of class {sources.some(empty)}: add them, or name the "
                 f"classes to keep in {key}.classes in params.yaml"
             )
-        chosen[part] = (np.flatnonzero(new >= 0), new)
+        rows = np.flatnonzero(new >= 0)
+        chosen[part] = rows, torch.from_numpy(new[rows])
+    divided = {}
+    if "validation" not in chosen:
+        divided = _divide(chosen["train"][1], kept, float(splits["validation"]), name=name, seed=seed)
     loaded = {}
     for part, (rows, new) in chosen.items():
-        where = f"{key}, split {stored[part]!r}"
-        uint8 = sources.decode(tables[part], image_column, rows, size_px=size_px, channels=channels, where=where)
-        loaded[part] = Split(uint8, torch.from_numpy(new[rows]), tuple(kept))
-    if "validation" not in loaded:
-        loaded |= _divide(loaded["train"], float(splits["validation"]), name=name, seed=seed)
-    return Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded)
+        images, file, index = opened[part].images(
+            rows, count=len(labels[part][1]), image_column=image_column, size_px=size_px, channels=channels
+        )
+        loaded[part] = Split(images, new, tuple(kept), rows=index, file=file)
+    whole = loaded["train"]
+    for part, index in divided.items():
+        rows = index if whole.rows is None else whole.rows[index]
+        loaded[part] = replace(whole, labels=whole.labels[index], rows=rows)
+    measured = normalization or measure_normalization(loaded["train"])
+    return Dataset(name=name, normalization=measured, **loaded).to(device)
 
 
 def _check_splits(splits: Mapping[str, str | float], key: str) -> None:
@@ -207,46 +259,18 @@ def _check_splits(splits: Mapping[str, str | float], key: str) -> None:
         raise ValueError(f"{key}.splits.validation is {fraction}: a fraction must be between 0 and 1")
 
 
-def _labels(
-    table: "datasets.Dataset", split: str, columns: Mapping[str, str], key: str
-) -> tuple[list[str], np.ndarray]:
-    """The class names a split knows, and the index into them of each row."""
-    for setting, column in columns.items():
-        if column not in table.column_names:
-            raise ValueError(
-                f"{key}.{setting} is {column!r}, but split {split!r} has the columns {table.column_names}: "
-                f"change {key}.{setting} in params.yaml"
-            )
-    column = columns["label_column"]
-    feature, values = table.features[column], list(table[column])
-    where = f"{key}: split {split!r}, column {column!r}"
-    if not values:
-        raise ValueError(f"{where}: the split is empty")
-    if absent := [row for row, value in enumerate(values) if value in (None, "", -1)]:
-        raise ValueError(f"{where}: {len(absent)} rows have no label, first row {absent[0]}: remove them")
-    names = getattr(feature, "names", None)  # of a ClassLabel
-    kinds = {type(value) for value in values}
-    if kinds == {str}:
-        names, indices = np.unique(values, return_inverse=True)
-        return names.tolist(), indices
-    if kinds != {int} or min(values) < 0 or (names and max(values) >= len(names)):
-        raise ValueError(
-            f"{where}: labels must be class names or integers from 0, these are {feature} such as "
-            f"{_some(sorted(set(map(str, values))))}: change {key}.label_column in params.yaml"
-        )
-    return names or [str(label) for label in range(max(values) + 1)], np.array(values)
-
-
-def _kept(names: list[str], classes: Sequence[str | int] | None, key: str) -> list[str]:
+def _kept(names: list[str], classes: str | Sequence[str | int] | None, key: str) -> list[str]:
     if classes is None:
         return names
+    if isinstance(classes, str):
+        classes = subsets.of_imagenet(classes, classes_there=len(names), key=f"{key}.classes")
     kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
     for item in kept:
         if item not in names:
             near = [known for known in names if item.lower() in known.lower()]
             near = near or difflib.get_close_matches(item, names) or names
             raise ValueError(
-                f"{key}.classes: there is no class {item!r}; near or allowed are {_some(near)}, or an index "
+                f"{key}.classes: there is no class {item!r}; near or allowed are {sources.some(near)}, or an index "
                 f"in 0..{len(names) - 1}"
             )
     if not kept or len(set(kept)) != len(kept):
@@ -254,14 +278,11 @@ def _kept(names: list[str], classes: Sequence[str | int] | None, key: str) -> li
     return kept
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def _divide(train: Split, fraction: float, *, name: str, seed: int) -> dict[str, Split]:
-    held = torch.zeros(len(train), dtype=torch.bool)
-    for label, class_name in enumerate(train.classes):
-        members = train.of_class(label)
+def _divide(labels: Tensor, classes: list[str], fraction: float, *, name: str, seed: int) -> dict[str, Tensor]:
+    """Ascending indices of the training images and of the share of each class that is held for validation."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, class_name in enumerate(classes):
+        members = torch.nonzero(labels == label).flatten()
         count = round(fraction * len(members))
         if not 0 < count < len(members):
             raise ValueError(
@@ -270,5 +291,4 @@ def _divide(train: Split, fraction: float, *, name: str, seed: int) -> dict[str,
             )
         order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name, class_name))
         held[members[order[:count]]] = True
-    masks = {"train": ~held, "validation": held}
-    return {part: Split(train.uint8[mask], train.labels[mask], train.classes) for part, mask in masks.items()}
+    return {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}

@@ -73,7 +73,7 @@ def read_set(
         )
     if not pixels.isfinite().all():
         raise ValueError(f"{path}: the images have values that are not finite")
-    images = dataset.normalization.to_images(_channels(path, pixels, dataset.train.uint8.shape[1]))
+    images = dataset.normalization.to_images(_channels(path, pixels, dataset.train.shape[0]))
     order = labels.argsort(stable=True)
     return images[order], labels[order]
 
@@ -141,7 +141,7 @@ def _check_shapes(path: Path, images: Any, labels: Any, dataset: Dataset) -> Non
     for name, tensor in {"images": images, "labels": labels}.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a dense tensor")
-    size_px, most = dataset.train.uint8.shape[-1], len(dataset.train)
+    size_px, most = dataset.train.shape[-1], len(dataset.train)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (size_px, size_px):
         raise ValueError(
             f"{path}: images have the shape {tuple(images.shape)}, {dataset.name} needs (N, 1 or 3, {size_px}, "
@@ -214,7 +214,7 @@ def _read_files(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     if len(entries) > len(dataset.train):
         raise ValueError(f"{folder} has {len(entries)} images, {dataset.name} no more than {len(dataset.train)}")
     label_of = _label_of(folder, {name for name, _, _ in entries}, dataset.train.classes)
-    size = (dataset.train.uint8.shape[-1],) * 2
+    size = (dataset.train.shape[-1],) * 2
     sizes = {_open(where, source, lambda image: image.size) for _, where, source in entries}
     if sizes != {size}:
         found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:10])

@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
 CHECKPOINTS = ROOT / "checkpoints"  # outside every DVC output, which DVC deletes before a stage runs
+DECODED = ROOT / "cache/decoded"  # images as `data.load_dataset` decoded them; made again where it is missing
 TABLES = ROOT / "reports/tables"
 FIGURES = ROOT / "reports/figures"
 REPORT = ROOT / "reports/index.html"

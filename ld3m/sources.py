@@ -1,16 +1,19 @@
 """Where images come from: a split of a parquet folder, an image folder or a hub dataset, and its decoding."""
 
+import hashlib
+import inspect
 import io
+import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import PIL
 from PIL import Image, ImageOps
-from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ld3m.paths import ROOT
 
@@ -19,6 +22,27 @@ if TYPE_CHECKING:
 
 EMBEDDED = "for the embedded data run `dvc pull data.dvc`"
 CHUNK = 512  # images whose encoded bytes are in memory at once
+GROUP = 16  # images a thread decodes before it asks for more
+NAMED = 5  # broken images that an error names
+
+
+def identity(source: str, split: str, *, key: str) -> str | None:
+    """SHA-256 (hex) of the names, sizes and modification times of a split's files; None for a hub dataset.
+
+    Raises what `read_split` raises for what is not there.
+    """
+    folder = _local_folder(source, split, key=key)
+    if folder is None:
+        return None
+    if files := _parquet_files(folder, split):
+        names = []
+    else:
+        names, files = _class_names(folder / split), [file for _, file in _image_files(folder / split)]
+    digest = hashlib.sha256(repr((source, names)).encode())
+    for file in files:
+        status = os.stat(file)
+        digest.update(f"{os.path.relpath(file, folder)}\0{status.st_size} {status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def read_split(source: str, split: str, *, key: str) -> "datasets.Dataset":
@@ -29,27 +53,38 @@ def read_split(source: str, split: str, *, key: str) -> "datasets.Dataset":
     """
     import datasets
 
-    folder = ROOT / Path(source).expanduser()
-    place = f"{split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
-    if folder.is_dir():
+    folder = _local_folder(source, split, key=key)
+    if folder is not None:
         if files := _parquet_files(folder, split):
             return datasets.concatenate_datasets([datasets.Dataset(_read_parquet(file)) for file in files])
-        if (folder / split).is_dir():
-            return _read_image_folder(folder / split)
-        raise FileNotFoundError(
-            f"{key}: {folder} has no split {split!r}: place {place} there, or change {key}.splits in "
-            f"params.yaml; {EMBEDDED}"
-        )
-    if _is_path(source, folder):
-        raise FileNotFoundError(f"{key}.source: no folder {folder}: place {place} there; {EMBEDDED}")
+        return _read_image_folder(folder / split)
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # offline, unknown, gated and broken datasets raise about anything
         raise FileNotFoundError(
             f"{key}.source: {source!r} is no folder, and split {split!r} of the hub dataset of that name "
-            f"could not be read ({type(error).__name__}: {error}). Without a network place {place} in a "
+            f"could not be read ({type(error).__name__}: {error}). Without a network place {_place(split)} in a "
             f"folder and set {key}.source in params.yaml to that folder; {EMBEDDED}"
         ) from error
+
+
+def _local_folder(source: str, split: str, *, key: str) -> Path | None:
+    """The folder that holds a split, or None for a hub id."""
+    folder = ROOT / Path(source).expanduser()
+    if folder.is_dir():
+        if _parquet_files(folder, split) or (folder / split).is_dir():
+            return folder
+        raise FileNotFoundError(
+            f"{key}: {folder} has no split {split!r}: place {_place(split)} there, or change {key}.splits in "
+            f"params.yaml; {EMBEDDED}"
+        )
+    if _is_path(source, folder):
+        raise FileNotFoundError(f"{key}.source: no folder {folder}: place {_place(split)} there; {EMBEDDED}")
+    return None
+
+
+def _place(split: str) -> str:
+    return f"{split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
 
 
 def _is_path(source: str, folder: Path) -> bool:
@@ -81,33 +116,82 @@ def _read_parquet(file: Path):
         raise ValueError(f"{file} is no readable parquet file ({error}): fetch it again; {EMBEDDED}") from error
 
 
+def _class_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.glob("[!.]*") if entry.is_dir())
+
+
+def _image_files(folder: Path) -> list[tuple[int, str]]:
+    """Label and path of every image file, class by class."""
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    found = []
+    for label, name in enumerate(_class_names(folder)):
+        files = [file for file in (folder / name).rglob("[!.]*") if file.suffix.lower() in suffixes]
+        found += [(label, file) for file in sorted(map(str, files))]
+    return found
+
+
 def _read_image_folder(folder: Path) -> "datasets.Dataset":
     import datasets
 
-    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
-    names = sorted(entry.name for entry in folder.glob("[!.]*") if entry.is_dir())
-    paths, labels = [], []
-    for label, name in enumerate(names):
-        files = [file for file in (folder / name).rglob("[!.]*") if file.suffix.lower() in suffixes]
-        paths += sorted(map(str, files))
-        labels += [label] * len(files)
+    found, names = _image_files(folder), _class_names(folder)
+    columns = {"image": [path for _, path in found], "label": [label for label, _ in found]}
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
-    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def read_labels(
+    table: "datasets.Dataset", split: str, *, image_column: str, label_column: str, key: str
+) -> tuple[list[str], np.ndarray]:
+    """The class names a split knows, and the index (N,) into them of each row.
+
+    Raises ValueError for a column that is not there, and for labels that are no class names or integers from 0.
+    """
+    for setting, column in {"image_column": image_column, "label_column": label_column}.items():
+        if column not in table.column_names:
+            raise ValueError(
+                f"{key}.{setting} is {column!r}, but split {split!r} has the columns {table.column_names}: "
+                f"change {key}.{setting} in params.yaml"
+            )
+    feature, values = table.features[label_column], list(table[label_column])
+    where = f"{key}: split {split!r}, column {label_column!r}"
+    if not values:
+        raise ValueError(f"{where}: the split is empty")
+    if absent := [row for row, value in enumerate(values) if value in (None, "", -1)]:
+        raise ValueError(f"{where}: {len(absent)} rows have no label, first row {absent[0]}: remove them")
+    names = getattr(feature, "names", None)  # of a ClassLabel
+    kinds = {type(value) for value in values}
+    if kinds == {str}:
+        names, indices = np.unique(values, return_inverse=True)
+        return names.tolist(), indices
+    if kinds != {int} or min(values) < 0 or (names and max(values) >= len(names)):
+        raise ValueError(
+            f"{where}: labels must be class names or integers from 0, these are {feature} such as "
+            f"{some(sorted(set(map(str, values))))}: change {key}.label_column in params.yaml"
+        )
+    return names or [str(label) for label in range(max(values) + 1)], np.array(values)
+
+
+def some(names: list[str]) -> str:
+    """At most twenty names for an error message."""
+    return ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def decode(
     table: "datasets.Dataset", column: str, rows: np.ndarray, *, size_px: int, channels: int, where: str
-) -> Tensor:
-    """The images of `rows` as uint8 (n, channels, size_px, size_px); `where` names the split in errors."""
+) -> Iterator[np.ndarray]:
+    """Yields the images of `rows`, in order, as uint8 (n, channels, size_px, size_px).
+
+    `where` names the split in errors. Every image is looked at before the ValueError that names the broken ones.
+    """
     import datasets
 
     try:
         encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
         raise ValueError(f"{where}: column {column!r} holds {table.features[column]}, not images") from error
-    uint8 = torch.empty(len(rows), channels, size_px, size_px, dtype=torch.uint8)
+    broken: list[str] = []
 
-    def decode_one(row: int, item: dict | None) -> Tensor:
+    def decode_one(row: int, item: dict | None) -> np.ndarray:
         try:
             if item is None:
                 raise ValueError("the cell is empty")
@@ -115,22 +199,35 @@ def decode(
                 array = np.array(to_square(image, size_px=size_px, channels=channels))
         except Exception as error:  # broken files raise about anything
             name = item["path"] if item and item["path"] else "no file name"
-            raise ValueError(
-                f"{where}, row {row} ({name}) is not a readable image ({type(error).__name__}: {error}): "
-                f"replace or remove it"
-            ) from error
-        return torch.from_numpy(array.reshape(size_px, size_px, channels)).permute(2, 0, 1)
+            broken.append(f"row {row} ({name}) is not a readable image ({type(error).__name__}: {error})")
+            array = np.zeros((size_px, size_px, channels), np.uint8)
+        return array.reshape(size_px, size_px, channels).transpose(2, 0, 1)
 
+    def decode_group(group: list[tuple[int, dict | None]]) -> list[np.ndarray]:
+        return [decode_one(row, item) for row, item in group]
+
+    under_dvc = "DVC_STAGE" in os.environ
+    if under_dvc and len(rows) > 20 * CHUNK:
+        print(f"{where}: decoding {len(rows):,} images, once", flush=True)
     with (
         ThreadPoolExecutor() as pool,  # PIL decodes and resizes without the GIL
-        tqdm(desc=where, total=len(rows), unit="image", disable=None, delay=2) as bar,
+        tqdm(desc=where, total=len(rows), unit="image", disable=under_dvc, delay=2, mininterval=0.5) as bar,
     ):
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK].tolist()
-            images = pool.map(decode_one, chunk, encoded[chunk][column])
-            uint8[first : first + len(chunk)] = torch.stack(list(images))
+            items = list(zip(chunk, encoded[chunk][column], strict=True))
+            groups = [items[k : k + GROUP] for k in range(0, len(items), GROUP)]
+            yield np.stack([image for images in pool.map(decode_group, groups) for image in images])
             bar.update(len(chunk))
-    return uint8
+    if broken:
+        broken.sort(key=lambda text: int(text.split()[1]))
+        more = f"; {len(broken) - NAMED} more are not" if len(broken) > NAMED else ""
+        raise ValueError(f"{where}, {'; '.join(broken[:NAMED])}{more}: replace or remove what is broken")
+
+
+def square_version() -> str:
+    """What stands for the code of `to_square` and of Pillow: it changes where the pixels of an image may."""
+    return hashlib.sha256(inspect.getsource(to_square).encode()).hexdigest() + PIL.__version__
 
 
 def to_square(image: Image.Image, *, size_px: int, channels: int) -> Image.Image:

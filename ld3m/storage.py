@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+ABANDONED_SECONDS = 3600
 METADATA_KEY = "ld3m"  # one key: safetensors does not keep the order of several, and bytes shall repeat
 
 
@@ -29,17 +32,36 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def write_bytes(file: Path, data: bytes) -> None:
     """Replaces `file` in one step; after an error (a full disk, say) the former file is still there."""
-    partial = file.with_name(f".{file.name}.partial")
+    _replace(file, file.with_name(f".{file.name}.partial"), [data])
+
+
+def write_parts(file: Path, parts: Iterable[bytes]) -> None:
+    """`write_bytes` for what comes in parts and may be written by several processes at once: the last one stays.
+
+    What a killed process left is removed once nobody has written to it for an hour.
+    """
+    for former in file.parent.glob(f".{file.name}.*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - former.stat().st_mtime > ABANDONED_SECONDS:
+                former.unlink()
+    _replace(file, file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial"), parts)
+
+
+def _replace(file: Path, partial: Path, parts: Iterable[bytes]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as opened:
-            opened.write(data)
+            for part in parts:
+                opened.write(part)
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if error.errno is None:  # of the parts, in its own words
+            raise
         raise _explained(error, file) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(file: Path, values: Any) -> None:

@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ld3m import paths
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.diffusion import build_prior
 
 SIZE_PX = 16
 CLASSES = 3
 NORMALIZATION = Normalization((0.4,), (0.3,))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decoded(tmp_path_factory):
+    """Where decoded images go while testing."""
+    paths.DECODED = tmp_path_factory.mktemp("decoded")
+    return paths.DECODED
 
 
 def make_prior(*, seed=0, scaling_factor=0.7, channels=1, latent_channels=2):
@@ -24,6 +32,7 @@ def make_prior(*, seed=0, scaling_factor=0.7, channels=1, latent_channels=2):
         codebook=16,
         autoencoder_widths=(8, 8, 8),
         unet_widths=(32, 32),
+        unet_blocks=1,
         conditioning_width=8,
         seed=seed,
     )

@@ -1,0 +1,105 @@
+"""Decoded images on disk: one memory-mapped uint8 array for a split and a choice of its rows, made once.
+
+Its name stands for all that its bytes depend on, so that a changed source or setting is another file. Every process
+that reads it shares its pages. `make clean` removes what has gathered; what is missing or cut short is made again.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ld3m import paths, sources
+from ld3m.storage import require_space, write_parts
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """A split of a source, of which nothing is read that is on disk already; `key` names the dataset in errors."""
+
+    source: str
+    split: str
+    key: str
+
+    @cached_property
+    def table(self) -> "datasets.Dataset":
+        return sources.read_split(self.source, self.split, key=self.key)
+
+    @cached_property
+    def identity(self) -> str:
+        """What changes when the source does."""
+        local = sources.identity(self.source, self.split, key=self.key)
+        return local or f"hub {self.source} {self.split} {self.table._fingerprint}"
+
+    def labels(self, *, image_column: str, label_column: str) -> tuple[list[str], np.ndarray]:
+        """What `sources.read_labels` gives for the split."""
+        columns = {"image_column": image_column, "label_column": label_column}
+        file = self._file("json", "labels", columns)
+        try:
+            stored = json.loads(file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            names, values = sources.read_labels(self.table, self.split, key=self.key, **columns)
+            stored = {"names": names, "labels": values.tolist()}
+            write_parts(file, [json.dumps(stored).encode()])
+        return stored["names"], np.array(stored["labels"])
+
+    def images(
+        self, rows: np.ndarray, *, count: int, image_column: str, size_px: int, channels: int
+    ) -> tuple[Tensor, Path, Tensor | None]:
+        """Images uint8 (M, channels, size_px, size_px), their file, and where in them `rows` (n,) are: None for all.
+
+        `count` is the number of rows of the split. Where the whole split is on disk, rows are found in it; else they
+        are decoded, and no other rows are. OSError, before decoding, where the disk is too full for them.
+        """
+        shape = {"size_px": size_px, "channels": channels}
+        settings = shape | {"image_column": image_column, "code": sources.square_version()}
+        every = len(rows) == count
+        whole = self._file("npy", "all", settings)
+        chosen = whole if every else self._file("npy", hashlib.sha256(rows.tobytes()).hexdigest(), settings)
+        needed = (len(rows), channels, size_px, size_px)
+        for file, index in {chosen: None, whole: None if every else torch.from_numpy(rows)}.items():
+            with suppress(FileNotFoundError, EOFError, ValueError):
+                return open_images(file, shape=needed if index is None else (count, *needed[1:])), file, index
+        require_space(chosen.parent, int(np.prod(needed)))
+        where = f"{self.key}, split {self.split!r}"
+        write_parts(chosen, _npy(needed, sources.decode(self.table, image_column, rows, where=where, **shape)))
+        return open_images(chosen, shape=needed), chosen, None
+
+    def _file(self, suffix: str, *parts: Any) -> Path:
+        digest = hashlib.sha256(repr((self.identity, *parts)).encode()).hexdigest()
+        name = re.sub(r"\W+", "-", f"{Path(self.source).name}-{self.split}").strip("-")
+        return paths.DECODED / f"{name}-{digest[:20]}.{suffix}"
+
+
+def open_images(file: Path, *, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The images of a file as a tensor over its pages, which are read when they are looked at.
+
+    FileNotFoundError, EOFError or ValueError where the file is absent or not whole. What is written into the tensor
+    does not reach the file.
+    """
+    array = np.load(file, mmap_mode="c")
+    if array.dtype != np.uint8 or shape not in (None, array.shape):
+        raise ValueError(f"{file} holds {array.dtype} {array.shape}, not uint8 {shape}: delete it")
+    return torch.from_numpy(array)
+
+
+def _npy(shape: tuple[int, ...], chunks: Iterator[np.ndarray]) -> Iterator[bytes]:
+    """The parts of an .npy file with the uint8 `chunks`, which are `shape` together."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    yield header.getvalue()
+    for chunk in chunks:
+        yield chunk.tobytes()

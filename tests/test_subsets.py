@@ -1,0 +1,63 @@
+"""Subsets of ImageNet-1k by name."""
+
+import pytest
+from PIL import Image
+
+from ld3m import data, subsets
+from ld3m.config import load_params
+
+SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": {"train": "train", "validation": 0.5, "test": "val"}}
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """An image folder of 1000 classes named as ImageNet's folders are; only those of "nette" have images."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for split, count in {"train": 2, "val": 1}.items():
+        for index in range(1000):
+            (folder / split / f"n{index:08d}").mkdir(parents=True)
+        for index in subsets.IMAGENET["nette"]:
+            for k in range(count):
+                image = Image.new("RGB", (9, 8), (index // 256, index % 256, k))
+                image.save(folder / split / f"n{index:08d}" / f"{k}.png")
+    return folder
+
+
+def test_every_subset_is_ten_distinct_classes():
+    assert list(subsets.IMAGENET) == [
+        *"abcde", "nette", "woof", "birds", "fruits", "cats", "yellow", "geo", "food", "mammals", "marine",
+    ]  # fmt: skip
+    for indices in subsets.IMAGENET.values():
+        assert len(set(indices)) == 10 and all(0 <= index < 1000 for index in indices)
+    first_five = [index for name in "abcde" for index in subsets.IMAGENET[name]]
+    assert len(set(first_five)) == 50
+    assert sum(map(sum, subsets.IMAGENET.values())) == 68011  # of the published numbers
+
+
+def test_a_subset_is_its_classes_in_the_published_order(thousand):
+    dataset = data.load_dataset(thousand, **SETTINGS, classes="nette")
+    assert dataset.train.classes[:3] == ("n00000000", "n00000217", "n00000482")
+    for label, index in enumerate(subsets.IMAGENET["nette"]):
+        for part in (dataset.train, dataset.validation, dataset.test):
+            (row,) = part.of_class(label)
+            assert part.uint8[row, :2, 0, 0].tolist() == [index // 256, index % 256]
+
+
+def test_a_subset_without_images_names_the_class(thousand):
+    with pytest.raises(ValueError, match="has no images of class 'n00000193'"):
+        data.load_dataset(thousand, **SETTINGS, classes="woof")
+
+
+def test_an_unknown_subset_lists_those_there_are(thousand):
+    with pytest.raises(
+        ValueError, match=r"datasets\.toy\.classes: .*no subset 'dogs'.*a, b, c, .*woof, .*marine.*\[dogs\]"
+    ):
+        data.load_dataset(thousand, **SETTINGS, classes="dogs")
+    with pytest.raises(ValueError, match=r"datasets\.mnist5k\.classes.*no subset 'dogs'.*marine"):
+        load_params({"datasets.mnist5k.classes": "dogs"})
+    assert load_params({"datasets.mnist5k.classes": "woof"}).dataset_arguments()["classes"] == "woof"
+
+
+def test_a_subset_needs_the_thousand_classes():
+    with pytest.raises(ValueError, match=r"mnist5k\.classes is 'woof'.*1000 classes.*the source has 10: set"):
+        data.load_dataset(**load_params({"datasets.mnist5k.classes": "woof"}).dataset_arguments())
