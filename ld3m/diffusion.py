@@ -1,15 +1,17 @@
 """The generative prior: a frozen latent diffusion model behind encode, embed, null, denoise, quantize and decode.
 
 On disk it is a diffusers folder: `unet/`, `vqvae/` and `scheduler/` as diffusers writes them, and
-`class_embedder/model.safetensors` with the class embeddings, of which the last row is the null class.
+`class_embedder/model.safetensors` with the class embeddings, of which the last row is the null class. A prior without
+classes (a U-Net that takes no conditioning, such as that of FFHQ) has the null class alone, one zero.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,27 +21,38 @@ from ld3m.seeds import forked
 from ld3m.storage import new_folder
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel  # takes 3 s, hence inside the functions
+    from diffusers import (
+        DDIMScheduler,
+        UNet2DConditionModel,
+        UNet2DModel,
+        VQModel,
+    )  # takes 3 s, hence inside the functions
 
 PARTS = ("unet", "vqvae", "scheduler", "class_embedder")
 
 
 @dataclass(frozen=True)
 class Prior:
-    """A class-conditional latent diffusion model that predicts noise.
+    """A latent diffusion model that predicts noise, class-conditional or not.
 
     Shapes: pixels (B, C, H, W) in [-1, 1]; latents z (B, c, h, w), scaled to about unit variance;
     conditioning (B, 1, D); labels (B,) int64.
     """
 
-    unet: "UNet2DConditionModel"
+    unet: "UNet2DConditionModel | UNet2DModel"
     autoencoder: "VQModel"
     embedding: nn.Embedding  # (classes + 1, D)
-    alpha_bar: Tensor  # (1000,) float64: the products of 1 - beta, eq. 1
+    alpha_bar: Tensor  # (1000,) float64 on the CPU: the products of 1 - beta, eq. 1
+    precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
 
     @property
     def classes(self) -> int:
         return self.embedding.num_embeddings - 1
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the U-Net takes a conditioning; where it does not, that is one number (B, 1, 1) without effect."""
+        return self.classes > 0
 
     @property
     def channels(self) -> int:
@@ -69,7 +82,7 @@ class Prior:
                 f"the data set has {channels} channels, the prior {self.channels}; "
                 "set datasets.<name>.channels in params.yaml to the prior's"
             )
-        if classes != self.classes:
+        if self.is_conditional and classes != self.classes:
             raise ValueError(
                 f"the data set has {classes} classes, the prior was trained on {self.classes}; "
                 "restore datasets.<name>.classes in params.yaml, or train a prior on these with `dvc repro prior`"
@@ -85,26 +98,39 @@ class Prior:
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to pixels, through the quantiser; not clamped."""
-        return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample
+        with self._autocast(z):
+            return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample.to(z.dtype)
 
     def embed(self, labels: Tensor) -> Tensor:
-        return self.embedding(labels)[:, None, :]  # (B, 1, D)
+        rows = labels if self.is_conditional else torch.zeros_like(labels)
+        return self.embedding(rows.to(self.embedding.weight.device))[:, None, :]  # (B, 1, D)
 
     def null(self, count: int) -> Tensor:
         return self.embedding.weight[-1].expand(count, 1, -1)  # (B, 1, D)
 
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
         """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
-        return self.unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0]
+        t = torch.as_tensor(t, device=z_t.device)  # a number would be compiled in where the U-Net is compiled
+        with self._autocast(z_t):
+            if not self.is_conditional:  # times zero, so that the gradient for `c` is zero and not absent
+                return self.unet(z_t, t, return_dict=False)[0].to(z_t.dtype) + 0 * c[..., None]
+            return self.unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0].to(z_t.dtype)
+
+    def _autocast(self, z: Tensor) -> torch.autocast:
+        return torch.autocast(z.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def to(self, *args, **kwargs) -> "Prior":
-        """The same prior on another device or in another precision (the modules are moved in place)."""
-        return replace(
-            self,
-            unet=self.unet.to(*args, **kwargs),
-            autoencoder=self.autoencoder.to(*args, **kwargs),
-            embedding=self.embedding.to(*args, **kwargs),
-        )
+        """The same prior on another device or with weights of another type (the modules are moved in place)."""
+        for module in (self.unet, self.autoencoder, self.embedding):
+            module.to(*args, **kwargs)
+        if self.embedding.weight.is_cuda:  # the order of the memory in which tensor cores convolve
+            self.unet.to(memory_format=torch.channels_last)
+            self.autoencoder.to(memory_format=torch.channels_last)
+        return self
+
+    def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
+        """The same prior whose denoiser and decoder compute in that type; what goes in and comes out keeps its own."""
+        return replace(self, precision=getattr(torch, precision))
 
     def frozen(self) -> "Prior":
         """In evaluation mode and without parameter gradients."""
@@ -135,11 +161,13 @@ def build_prior(
     codebook: int,
     autoencoder_widths: tuple[int, ...],
     unet_widths: tuple[int, ...],
+    unet_blocks: int,
     conditioning_width: int,
     seed: int,
 ) -> Prior:
     """A prior with random weights, of the kind of `cin256-v2`: a VQ autoencoder that halves the resolution between
-    its widths, and a U-Net that attends to one class-embedding token below its first level."""
+    its widths, and a U-Net with `unet_blocks` residual blocks a level that attends to one class-embedding token below
+    its first level."""
     from diffusers import UNet2DConditionModel, VQModel
 
     down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
@@ -164,7 +192,7 @@ def build_prior(
             down_block_types=down,
             up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
             block_out_channels=unet_widths,
-            layers_per_block=1,
+            layers_per_block=unet_blocks,
             norm_num_groups=16,
             cross_attention_dim=conditioning_width,
             attention_head_dim=2,
@@ -179,6 +207,17 @@ def unconditional(prior: Prior) -> Prior:
     return replace(prior, embedding=nn.Embedding.from_pretrained(null.clone())).frozen()
 
 
+def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
+    """The prior with these of its classes, label k being `classes[k]`, and the null class: of ImageNet's 1000, those of
+    a subset. One without classes is given back as it is."""
+    if not prior.is_conditional:
+        return prior
+    if outside := [index for index in classes if not 0 <= index < prior.classes]:
+        raise ValueError(f"the classes {outside} are not the prior's, which are 0 to {prior.classes - 1}")
+    rows = prior.embedding.weight[[*classes, prior.classes]]
+    return replace(prior, embedding=nn.Embedding.from_pretrained(rows.clone())).frozen()
+
+
 def with_random_unet(prior: Prior, *, seed: int) -> Prior:
     """The prior with trained autoencoder and embeddings and a U-Net of random weights, as in the paper's ablation."""
     with forked(seed, "random unet"):
@@ -186,20 +225,22 @@ def with_random_unet(prior: Prior, *, seed: int) -> Prior:
     return replace(prior, unet=unet.to(prior.embedding.weight)).frozen()
 
 
-def save_prior(prior: Prior, folder: Path) -> None:
-    """Writes the folder whole or not at all, weights in half precision: `load_prior` gives what was stored."""
+def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Writes the folder whole or not at all, weights as `dtype`: `load_prior` gives what was stored."""
     with new_folder(folder) as partial:
-        deepcopy(prior.unet).half().save_pretrained(partial / "unet")
-        deepcopy(prior.autoencoder).half().save_pretrained(partial / "vqvae")
+        for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
+            nn.Module.to(deepcopy(module), dtype).save_pretrained(
+                partial / name
+            )  # diffusers' own `to` warns for nothing
         _schedule().save_pretrained(partial / "scheduler")
         (partial / "class_embedder").mkdir()
-        weight = prior.embedding.weight.detach().half().contiguous()
+        weight = prior.embedding.weight.detach().to(dtype).contiguous()
         save_file({"weight": weight}, partial / "class_embedder/model.safetensors")
 
 
 def load_prior(folder: Path) -> Prior:
     """The prior in a diffusers folder, frozen, in float32 on the CPU."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 
     folder = Path(folder)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
@@ -215,7 +256,9 @@ def load_prior(folder: Path) -> Prior:
             "torch_dtype": torch.float32,
             "low_cpu_mem_usage": False,
         }
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **local)
+        kind = json.loads((folder / "unet/config.json").read_text())["_class_name"]
+        unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[kind]
+        unet = unet_class.from_pretrained(folder / "unet", **local)
         autoencoder = VQModel.from_pretrained(folder / "vqvae", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         weight = load_file(folder / "class_embedder/model.safetensors")["weight"]
@@ -225,6 +268,11 @@ def load_prior(folder: Path) -> Prior:
         ) from error
     embedding = nn.Embedding.from_pretrained(weight.float())
     return Prior(unet, autoencoder, embedding, _alpha_bar(scheduler)).frozen()
+
+
+def cin256_alpha_bar() -> Tensor:
+    """alpha_bar (1000,) float64 of the noise schedule of `cin256-v2`, which CompVis's other VQ-f4 models share."""
+    return _alpha_bar(_schedule())
 
 
 def _schedule() -> "DDIMScheduler":
