@@ -3,7 +3,8 @@
     python -m ld3m.config apply profiles/smoke.yaml    # merge a profile into params.yaml, comments kept
     python -m ld3m.config check                        # read params.yaml and say whether it is valid
 
-Read by notebooks only: functions of the library take explicit values.
+The notebooks and the commands read them. `Experiment` and what enumerates cells or settings (tables, report, published,
+ablations, explore, check) are given a `Params`; every other function of the library takes explicit values.
 """
 
 import sys

@@ -85,7 +85,7 @@ def _train_expert(
     seed: int,
 ) -> dict[str, Any]:
     network = new_network(seed=seed)
-    snapshots = [flat_parameters(network)]
+    snapshots = [flat_parameters(network).cpu()]
     train(
         network,
         lambda index: normalization.to_images(split.pixels(index)),
@@ -99,7 +99,7 @@ def _train_expert(
         ema_decay=None,
         strategy=strategy,
         seed=seed,
-        after_epoch=lambda trained: snapshots.append(flat_parameters(trained)),
+        after_epoch=lambda trained: snapshots.append(flat_parameters(trained).cpu()),
     )
     stacked = torch.stack(snapshots)
     write_tensors(folder / f"expert-{expert:04d}.safetensors", {"snapshots": stacked}, {"expert": expert})

@@ -78,7 +78,7 @@ class Generator(nn.Module):
 
     def mapping(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One code w (B, w_width) for standard normal noise (B, noise_width) and labels (B,)."""
-        asked = torch.cat([_unit(noise), _unit(self.embedding(labels))], dim=1)
+        asked = torch.cat([_unit(noise), _unit(self.embedding(labels.to(noise.device)))], dim=1)
         return self.to_w(asked)
 
     def features(self, w: Tensor, n: int) -> Tensor:

@@ -95,9 +95,9 @@ class ClassMatching:
         distance = self.distance(
             network,
             augment(real, augmentation),
-            self.split.labels[chosen].to(labels.device),
+            self.split.labels[chosen].to(images.device),
             augment(synthetic, augmentation),
-            labels[index],
+            labels[index].to(images.device),
         )
         return index, distance.item(), torch.autograd.grad(distance, synthetic)[0]
 
@@ -169,7 +169,7 @@ def match_trajectory(
 
     `first_order` leaves v as it is (TESLA's approximation: later steps do not see earlier images).
     """
-    thetas = [theta_start]
+    thetas, labels = [theta_start], labels.to(images.device)
     for index, augmentation in plan:
         theta = thetas[-1].detach().requires_grad_()
         g = _student_gradient(network, theta, augment(images[index], augmentation), labels[index], create_graph=False)

@@ -257,8 +257,10 @@ def build(
     depth: int | None = None,
     norms: bool | None = None,
     seed: int,
+    device: str = "cpu",
 ) -> Network:
-    """A freshly initialised network; the same seed gives the same weights, the global generator is untouched.
+    """A freshly initialised network; the same seed gives the same weights on every device, the global generator is
+    untouched.
 
     None is the architecture's published value. Only convnet and vit have a `depth`, only vit has `norms`.
     ValueError for an unknown name, an option the architecture lacks, or a size or width it cannot have.
@@ -275,7 +277,8 @@ def build(
         if key != "norms" and value < 1:
             raise ValueError(f"{key}={value} of {name} must be at least 1")
     with seeds.forked(seed, "network", name):
-        return architecture(channels=channels, size_px=size_px, classes=classes, **options)
+        network = architecture(channels=channels, size_px=size_px, classes=classes, **options)
+    return network.to(device)
 
 
 def flat_parameters(network: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from ld3m.seeds import derive
 from ld3m.training import accuracy, train
 
 
-def judge(
+def recognise(
     pixels: Tensor,
     labels: Tensor,
     dataset: Dataset,
@@ -25,7 +25,7 @@ def judge(
     images, both in [0, 1].
     """
     real, normalization = dataset.train, dataset.normalization
-    channels, size_px = real.uint8.shape[1:3]
+    channels, size_px = real.shape[:2]
     network = train(
         build(
             "convnet",
@@ -34,6 +34,7 @@ def judge(
             classes=len(real.classes),
             width=width,
             seed=derive(seed, "check"),
+            device=real.device,
         ),
         lambda index: normalization.to_images(real.pixels(index)),
         real.labels,

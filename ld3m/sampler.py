@@ -67,12 +67,14 @@ def reverse(
     """Runs the reverse process from `z_T` to the latent that is decoded, (B, c, h, w).
 
     `skip="x0"` mixes `quantize(z)` into every prediction of x0 (released code); `"mean"` mixes `z_T` into the mean of
-    every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost.
+    every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost, as
+    any guidance is of a prior without classes.
     With `eta` > 0 the noise of the steps is `eps`, (T, B, c, h, w), in the order the steps run.
     `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
     Differentiable in `z_T`, `z` and `c`.
     """
     ts = timesteps(steps)
+    guidance = guidance if prior.is_conditional else 1
     weights = [skip_weight(skip, i, steps) for i in range(steps)]
     alpha_bar = prior.alpha_bar.tolist()
     initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
@@ -103,6 +105,7 @@ def sample(
 ) -> Tensor:
     """Guided samples of the prior for labels (N,): pixels (N, C, H, W) in [-1, 1]. Plain DDIM from noise, no skip."""
     z_T = torch.randn(len(labels), *prior.latent_shape(size_px), generator=generator(seed, "prior samples"))
+    z_T = z_T.to(prior.embedding.weight.device)
     parts = [
         prior.decode(reverse(prior, z, prior.embed(y), z=z, steps=steps, guidance=guidance, skip="none"))
         for z, y in zip(z_T.split(render_batch), labels.split(render_batch), strict=True)

@@ -9,7 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ld3m.augment import parse_strategy
 from ld3m.data import Normalization
+from ld3m.devices import choose_device
 from ld3m.networks import ARCHITECTURES
+from ld3m.subsets import check_name
 from ld3m.synthetic import DEFAULT_LEARNED
 
 Objective = Literal["dc", "dm", "mtt"]
@@ -19,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
 
@@ -45,6 +48,7 @@ def _strategy(strategy: str) -> str:
 
 Architecture = Annotated[str, AfterValidator(_known)]
 Strategy = Annotated[str, AfterValidator(_strategy)]
+Subset = Annotated[str, AfterValidator(check_name)]
 
 
 class Model(BaseModel):
@@ -69,7 +73,7 @@ class DatasetParams(Model):
     splits: Splits
     image_column: str
     label_column: str
-    classes: tuple[str | int, ...] | None
+    classes: tuple[str | int, ...] | Subset | None
     normalization: NormalizationParams | None
     augmentation: Strategy
 
@@ -91,6 +95,7 @@ class AutoencoderParams(Model):
 class DenoiserParams(Model):
     widths: Widths
     conditioning_width: Count
+    blocks: Count
     steps: Count
     batch: Count
     learning_rate: Rate
@@ -99,7 +104,7 @@ class DenoiserParams(Model):
 
     def training(self) -> dict[str, Any]:
         """The arguments of `train_prior.fit_denoiser`."""
-        return self.model_dump(exclude={"widths", "conditioning_width"})
+        return self.model_dump(exclude={"widths", "conditioning_width", "blocks"})
 
 
 class PriorCheck(Model):
@@ -114,6 +119,7 @@ class PriorCheck(Model):
 
 
 class PriorParams(Model):
+    precision: Precision
     autoencoder: AutoencoderParams
     denoiser: DenoiserParams
     check: PriorCheck
@@ -202,6 +208,7 @@ class LD3MParams(Model):
     noise: Literal["stored", "redrawn"]
     encoder_input: Literal["pixels", "images"]
     normalization: Literal["real", "shifted"]
+    precision: Precision
     render_batch: Count
 
 
@@ -293,6 +300,7 @@ class MoreParams(Model):
 
 class Params(Model):
     seed: Whole
+    device: Literal["auto", "cpu", "cuda"]
     processes: Count
     dataset: str
     grid: Grid
@@ -313,6 +321,10 @@ class Params(Model):
     def _consistent(self) -> "Params":
         if self.dataset not in self.datasets:
             raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
+        if "glad" in self.grid.space:
+            raise ValueError(
+                "grid.space has glad: put glad in more.space, so that the main table need not wait for its GAN"
+            )
         for key in ("space", "control"):
             if both := set(getattr(self.grid, key)) & set(getattr(self.more, key)):
                 raise ValueError(f"more.{key} has {', '.join(sorted(both))}, which grid.{key} has already")
@@ -345,17 +357,19 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
-        side = 4 * 2 ** (len(self.gan.widths) - 1)
-        if side != self.data.size_px:
-            raise ValueError(
-                f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those of "
-                f"datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each doubling"
-            )
-        if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
-            raise ValueError(
-                f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
-                f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
-            )
+        if "glad" in self.more.space:
+            side = 4 * 2 ** (len(self.gan.widths) - 1)
+            if side != self.data.size_px:
+                raise ValueError(
+                    f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those "
+                    f"of datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each "
+                    "doubling; or take glad out of more.space"
+                )
+            if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
+                raise ValueError(
+                    f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
+                    f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
+                )
         if self.spaces.glad.layer >= 2 * len(self.gan.widths):
             raise ValueError(
                 f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
@@ -379,6 +393,11 @@ class Params(Model):
         """The parameters of the data set that is distilled."""
         return self.datasets[self.dataset]
 
+    @property
+    def on_device(self) -> str:
+        """What `device` stands for on this machine."""
+        return choose_device(self.device)
+
     def place(self, space: str) -> str:
         """The folder under runs/ for cells of a space or a control. Those of `more` lie apart: DVC depends on folders,
         and the main table shall not wait for them."""
@@ -396,7 +415,7 @@ class Params(Model):
         """The arguments of `data.load_dataset`."""
         given = self.data.model_dump(exclude={"augmentation", "normalization"})
         fixed = self.data.normalization and Normalization(**self.data.normalization.model_dump())
-        return given | {"normalization": fixed, "name": self.dataset, "seed": self.seed}
+        return given | {"normalization": fixed, "name": self.dataset, "seed": self.seed, "device": self.on_device}
 
     def network_arguments(self, architecture: str) -> dict[str, Any]:
         """The arguments of `networks.build` but the number of classes and the seed."""
@@ -418,6 +437,7 @@ class Params(Model):
             "codebook": autoencoder.codebook,
             "autoencoder_widths": autoencoder.widths,
             "unet_widths": denoiser.widths,
+            "unet_blocks": denoiser.blocks,
             "conditioning_width": denoiser.conditioning_width,
             "seed": self.seed,
         }
@@ -441,8 +461,15 @@ class Params(Model):
         """The arguments of `train_gan.recognised`."""
         return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
-    def budget(self, objective: str, space: str) -> Budget:
-        """The budget of a cell, with the rates of what is learned in it alone."""
+    def budget(self, objective: str, space: str, ipc: int = 1) -> Budget:
+        """The budget of a cell, with the rates of what is learned in it alone.
+
+        What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc: the rates
+        in params.yaml are those of one image a class, and are `ipc` times as large for more.
+        """
         given: Budget = getattr(getattr(self.distill, objective), space)
-        rates = {name: given.learning_rates[name] for name in sorted(self._learnables(objective, space))}
+        rates = {
+            name: given.learning_rates[name] * (1 if name == "student_lr" else ipc)
+            for name in sorted(self._learnables(objective, space))
+        }
         return given.model_copy(update={"learning_rates": rates})

@@ -20,7 +20,11 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 @contextmanager
 def forked(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Seeds torch's global CPU generator inside the block and restores it after: module initialisers use no other."""
-    with torch.random.fork_rng(devices=[]):
+    """Seeds torch's global generators inside the block and restores them after: the CPU's, which module initialisers
+    use, and that of the device, which dropout uses."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(derive(seed, *purpose))
+        if devices:
+            torch.cuda.manual_seed(derive(seed, *purpose))
         yield

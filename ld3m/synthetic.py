@@ -34,7 +34,7 @@ MEAN_W_DRAWS = 1000  # codes of a class that `mean_w` averages
 class Pixels:
     """The images themselves."""
 
-    labels: Tensor  # (N,)
+    labels: Tensor  # (N,), on the CPU as all labels
     learnables: dict[str, Tensor]  # {"images": (N, C, H, W)}
 
     def render(self, *, step: int | None = None) -> Tensor:
@@ -140,7 +140,7 @@ class GladCodes:
 
 def start_pixels(pixels: Tensor, labels: Tensor, *, normalization: Normalization, start: str, seed: int) -> Pixels:
     """Starts from real pixels (N, C, H, W) in [-1, 1], or from standard normal images of that shape."""
-    images = normalization.to_images(pixels) if start == "real" else _noise(pixels.shape, seed, "pixels")
+    images = normalization.to_images(pixels) if start == "real" else _noise(pixels.shape, seed, "pixels").to(pixels)
     return Pixels(labels, {"images": images.requires_grad_()})
 
 

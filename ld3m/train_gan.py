@@ -9,7 +9,7 @@ from ld3m.augment import augment, draw
 from ld3m.data import Dataset, Split
 from ld3m.gan import SMALLEST_PX, Generator
 from ld3m.progress import progress
-from ld3m.recognise import judge
+from ld3m.recognise import recognise
 from ld3m.seeds import forked, generator
 
 GROUP = 4  # images of one class, side by side in a batch, whose spread the discriminator sees
@@ -41,7 +41,7 @@ class Discriminator(nn.Module):
         spread = groups.var(dim=1, unbiased=False).add(1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / GROUP,)
         spread = spread.repeat_interleave(GROUP)[:, None, None, None].expand(-1, 1, SMALLEST_PX, SMALLEST_PX)
         h = leaky_relu(self.hidden(torch.cat([maps, spread], dim=1).flatten(1)), 0.2)
-        return self.realness(h).squeeze(1) + (self.embedding(labels) * h).sum(1) / h.shape[1] ** 0.5
+        return self.realness(h).squeeze(1) + (self.embedding(labels.to(h.device)) * h).sum(1) / h.shape[1] ** 0.5
 
 
 def fit_gan(
@@ -65,6 +65,8 @@ def fit_gan(
     """
     with forked(seed, "discriminator"):
         discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
+    device = split.device
+    discriminator.to(device)
     average = AveragedModel(gan, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizers = [
         torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.0, 0.99)) for network in (gan, discriminator)
@@ -73,7 +75,7 @@ def fit_gan(
     for step in progress(steps, label="gan", status=lambda: _status(losses)):
         rng = generator(seed, "gan", step)
         index = _draw_groups(split, batch, rng)
-        noise = torch.randn(2, batch, gan.noise_width, generator=rng)
+        noise = torch.randn(2, batch, gan.noise_width, generator=rng).to(device)
         labels = split.labels[index]
         augmentation = draw(strategy, count=batch, generator=rng)
         real = augment(split.pixels(index), augmentation)
@@ -83,7 +85,7 @@ def fit_gan(
         is_penalised = step % r1_every == 0
         logits = discriminator(real.requires_grad_(is_penalised), labels)
         loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
-        penalty = torch.zeros(())
+        penalty = 0.0
         if is_penalised:
             (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
             penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
@@ -103,14 +105,15 @@ def fit_gan(
 def recognised(
     gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Samples, their asked labels, and how a classifier sees them; `judging` are the arguments of `recognise.judge`.
+    """Samples, their asked labels, and how a classifier sees them; `judging` is what `recognise` needs.
 
     Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
     """
     labels = torch.arange(gan.classes).repeat(samples_per_class)
     noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
+    noise = noise.to(dataset.train.device)
     pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
-    return pixels, labels, judge(pixels, labels, dataset, seed=seed, **judging)
+    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **judging)
 
 
 def spread(pixels: Tensor, labels: Tensor) -> float:

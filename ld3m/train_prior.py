@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior
 from ld3m.progress import progress
-from ld3m.recognise import judge
+from ld3m.recognise import recognise
 from ld3m.sampler import sample
 from ld3m.seeds import generator
 
@@ -33,8 +33,8 @@ def fit_autoencoder(
     autoencoder = prior.autoencoder
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-    losses: list[float] = []
-    for step in progress(steps, label="autoencoder", status=lambda: f"loss {losses[-1]:.4f}"):
+    losses: list[Tensor] = []  # read at the end: reading one waits for the device
+    for step in progress(steps, label="autoencoder", status=lambda: f"loss {losses[-1].item():.4f}"):
         draw = generator(seed, "autoencoder", step)
         if step == continuous_steps:
             _start_codebook(prior, split, draw)
@@ -46,10 +46,10 @@ def fit_autoencoder(
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
     autoencoder.requires_grad_(False).eval()
     autoencoder.register_to_config(scaling_factor=1 / _encode_all(prior, split).std().item())
-    return losses
+    return torch.stack(losses).tolist()
 
 
 def fit_denoiser(
@@ -74,15 +74,17 @@ def fit_denoiser(
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-    losses: list[float] = []
-    for step in progress(steps, label="denoiser", status=lambda: f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}"):
+    losses: list[Tensor] = []
+    for step in progress(
+        steps, label="denoiser", status=lambda: f"loss {torch.stack(losses[-100:]).mean().item():.4f}"
+    ):
         draw = generator(seed, "denoiser", step)
         index = torch.randint(len(split), (batch,), generator=draw)
         t = torch.randint(len(alpha_bar), (batch,), generator=draw)
         eps = torch.randn(z_all[index].shape, generator=draw)
         is_null = torch.rand(batch, generator=draw) < null_share
         labels = torch.where(is_null, prior.classes, split.labels[index])
-        a = alpha_bar[t][:, None, None, None]
+        a, eps, t = alpha_bar[t].to(z_all)[:, None, None, None], eps.to(z_all), t.to(z_all.device)
         z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
         loss = mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
         optimizer.zero_grad(set_to_none=True)
@@ -91,10 +93,10 @@ def fit_denoiser(
         optimizer.step()
         schedule.step()
         average.update_parameters(trained)
-        losses.append(loss.item())
+        losses.append(loss.detach())
     trained.load_state_dict(average.module.state_dict())
     prior.frozen()
-    return losses
+    return torch.stack(losses).tolist()
 
 
 @torch.no_grad()
@@ -127,11 +129,11 @@ def recognised(
     Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
     share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
     """
-    count, size_px = len(dataset.train.classes), dataset.train.uint8.shape[-1]
+    count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
     labels = torch.arange(count).repeat(samples_per_class)
     pixels = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=100, seed=seed)
     judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
-    return pixels, labels, judge(pixels, labels, dataset, **judging)
+    return pixels, labels, recognise(pixels, labels, dataset, **judging)
 
 
 def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:

@@ -29,9 +29,10 @@ def train(
 ) -> nn.Module:
     """Trains `network` in place with SGD on hard labels and returns the network to judge.
 
-    `fetch(index)` gives the images (n, C, H, W) of some indices. `warm_up`: the rate rises linearly over the first
-    half of the epochs and then falls as a cosine (else it is constant). `ema_decay`: the returned network is the
-    moving average, updated once an epoch (None: the trained network itself). Everything random follows from `seed`.
+    `fetch(index)` gives the images (n, C, H, W) of some indices, where the network is; labels and indices are on the
+    CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
+    constant). `ema_decay`: the returned network is the moving average, updated once an epoch (None: the trained network
+    itself). Everything random follows from `seed`.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
     schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
@@ -42,7 +43,7 @@ def train(
             rng = generator(seed, "epoch", epoch)
             for index in torch.randperm(len(labels), generator=rng).split(batch):
                 images = augment(fetch(index), draw(strategy, count=len(index), generator=rng))
-                loss = cross_entropy(network(images), labels[index])
+                loss = cross_entropy(network(images), labels[index].to(images.device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -66,5 +67,5 @@ def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tens
     """The share of images, in [0, 1], whose class the network names."""
     network.eval()
     parts = torch.arange(len(labels)).split(batch)
-    right = sum(int((network(fetch(index)).argmax(1) == labels[index]).sum()) for index in parts)
-    return right / len(labels)
+    predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])
+    return int((predicted.cpu() == labels).sum()) / len(labels)

@@ -176,6 +176,7 @@ def test_every_wrong_key_is_named_at_once(values):
         ({"spaces.glad.layer": 8}, ["spaces.glad.layer = 8: must be below 8", "gan.widths"]),
         ({"gan.widths": [8, 8, 8]}, ["gan.widths has 3 entries", "16 px", "size_px = 32"]),
         ({"gan.discriminator_widths": [8, 8]}, ["gan.discriminator_widths has 2 entries; needed are 3"]),
+        ({"grid.space": ["pixel", "glad"], "more.space": []}, ["grid.space has glad: put glad in more.space"]),
         ({"distill.dc.ld3m.learning_rates": {"c": 1.0}}, ["distill.dc.ld3m.learning_rates has c;"]),
         (
             {"spaces.ld3m.learn": "z_T", "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0}},
@@ -195,6 +196,11 @@ def test_values_that_do_not_fit_each_other_are_refused(overrides, named):
     with pytest.raises(ValueError) as refused:
         load_params(overrides)
     assert all(part in str(refused.value) for part in ["params.yaml", *named])
+
+
+@pytest.mark.parametrize("changes", [{"gan.widths": [8, 8, 8]}, {"gan.discriminator_widths": [8, 8]}])
+def test_without_glad_the_gan_need_not_fit(changes):
+    assert load_params({"more.space": []} | changes).more.space == ()
 
 
 def test_the_epochs_are_those_that_matching_reads():

@@ -29,7 +29,7 @@ def dataset() -> Dataset:
 def trained(dataset: Dataset):
     prior = build_prior(
         channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
-        unet_widths=(32, 32), conditioning_width=16, seed=0,
+        unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
     )  # fmt: skip
     images = fit_autoencoder(prior, dataset.train, steps=30, continuous_steps=10, batch=16, learning_rate=5e-3, seed=0)
     noise = fit_denoiser(
@@ -52,7 +52,7 @@ def test_both_losses_fall_the_latents_have_unit_variance_and_a_second_run_gives_
 def test_the_reconstruction_error_is_the_formula(dataset):
     prior = build_prior(
         channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
-        unet_widths=(32, 32), conditioning_width=16, seed=0,
+        unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
     ).frozen()  # fmt: skip
     real = dataset.validation.pixels()
     drawn = reconstruct(prior, real, batch=5)

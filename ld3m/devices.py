@@ -1,0 +1,14 @@
+"""Where the numbers are computed: the CPU, or the first CUDA device."""
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" is CUDA where there is one. ValueError where CUDA is asked for and is not there."""
+    if name not in DEVICES:
+        raise ValueError(f"device = {name!r}: must be one of {', '.join(DEVICES)}; set device in params.yaml")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch sees no CUDA device: set device to auto or cpu in params.yaml")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

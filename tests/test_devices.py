@@ -1,0 +1,216 @@
+"""The CPU and CUDA give the same numbers up to rounding, and bfloat16 nearly the same gradient."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
+
+from ld3m import paths
+from ld3m.data import Dataset, Normalization
+from ld3m.devices import choose_device
+from ld3m.diffusion import load_prior
+from ld3m.distill import distill
+from ld3m.evaluate import judge_all
+from ld3m.experts import open_experts, train_experts
+from ld3m.gan import build_generator
+from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.networks import build, flat_parameters
+from ld3m.synthetic import start_glad, start_ld3m, start_pixels
+from ld3m.train_gan import fit_gan
+from ld3m.train_prior import fit_autoencoder, fit_denoiser, reconstruct
+
+DSA = "color_crop_cutout_flip_scale_rotate"
+LABELS = torch.arange(CLASSES).repeat_interleave(2)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def new_network(device, *, seed, name="convnet"):
+    width = {"convnet": 8, "alexnet": 8, "resnet18": 8, "vit": 32}[name]
+    return build(name, channels=1, size_px=SIZE_PX, classes=CLASSES, width=width, seed=seed, device=device)
+
+
+def ld3m_codes(dataset, prior, **changes):
+    given = dict(start="real", learn="auto", steps=3, guidance=3.0, skip="x0", eta=0.0, clamp="none", noise="stored")
+    given |= dict(encoder_input="pixels", render_batch=4, seed=0) | changes
+    return start_ld3m(dataset.train.pixels(torch.arange(6)), LABELS, prior=prior, normalization=NORMALIZATION, **given)
+
+
+def space(name, dataset, device):
+    if name == "pixel":
+        pixels = dataset.train.pixels(torch.arange(6))
+        return start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="real", seed=0)
+    if name == "glad":
+        gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
+        return start_glad(
+            LABELS,
+            gan=gan.frozen().to(device),
+            normalization=NORMALIZATION,
+            layer=1,
+            mean_w="auto",
+            render_batch=4,
+            seed=0,
+        )
+    return ld3m_codes(dataset, make_prior().frozen().to(device), skip=name)
+
+
+def objective(name, dataset, device, folder):
+    shared = dict(strategy=DSA, seed=0)
+    if name in DISTANCES:
+        return ClassMatching(
+            distance=DISTANCES[name],
+            split=dataset.train,
+            normalization=NORMALIZATION,
+            new_network=partial(new_network, device),
+            real_batch=4,
+            threads=1,
+            **shared,
+        )
+    schedule = dict(count=1, epochs=2, batch=8, learning_rate=0.05, processes=1)
+    train_experts(folder / device, dataset, new_network=partial(new_network, device), **schedule, **shared)
+    network = new_network(device, seed=0)
+    return TrajectoryMatching(
+        experts=open_experts(folder / device, count=1, last_epoch=2, parameters=len(flat_parameters(network))),
+        network=network,
+        student_lr=torch.tensor(0.05, device=device, requires_grad=True),
+        student_steps=3,
+        student_batch=4,
+        expert_epochs=1,
+        max_start_epoch=2,
+        first_order=False,
+        **shared,
+    )
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["dc", "dm", "mtt"])
+@pytest.mark.parametrize("space_name", ["pixel", "glad", "x0", "mean", "none"])
+def test_distilling_on_cuda_is_that_on_the_cpu(dataset: Dataset, tmp_path, name, space_name):
+    found = {}
+    for device in ("cpu", "cuda"):
+        placed = dataset.to(device)
+        made, matched = space(space_name, placed, device), objective(name, placed, device, tmp_path)
+        run = distill(
+            made,
+            matched,
+            iterations=3,
+            learning_rates=dict.fromkeys(made.learnables, 1e-3) | dict.fromkeys(matched.learnables, 1e-5),
+            momentum=0.5,
+            validate=lambda images: [0.5],
+            validations=0,
+            checkpoint=tmp_path / f"{device}.safetensors",
+            checkpoint_minutes=0,
+            configuration={},
+        )
+        assert run.best["images"].device.type == device
+        found[device] = run
+    for key, tensor in found["cpu"].best.items():
+        assert relative_difference(found["cuda"].best[key].cpu().double(), tensor.double()) < 1e-3, key
+    for ours, theirs in zip(found["cuda"].history, found["cpu"].history, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-2)
+
+
+@needs_cuda
+def test_a_run_that_was_killed_goes_on_on_cuda(dataset, tmp_path):
+    def start(iterations, callback=lambda step: None):
+        placed = dataset.to("cuda")
+        made = space("x0", placed, "cuda")
+        return distill(
+            made,
+            objective("dm", placed, "cuda", tmp_path),
+            iterations=iterations,
+            learning_rates={"z": 1e-3, "c": 1e-3},
+            momentum=0.5,
+            validate=lambda images: [float(images.mean())],
+            validations=1,
+            checkpoint=tmp_path / "state.safetensors",
+            checkpoint_minutes=0,
+            configuration={},
+            callback=callback,
+        )
+
+    def stop(step):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(4, stop)
+    resumed = start(4)
+    assert len(resumed.history) == 4 and resumed.best["images"].is_cuda
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["convnet", "alexnet", "resnet18", "vit"])
+def test_judging_on_cuda(dataset, name):
+    recipe = dict(epochs=3, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
+    for processes in (1, 2):
+        placed = dataset.to("cuda")
+        images = NORMALIZATION.to_images(placed.train.pixels())
+        scores = [
+            judge_all(
+                images.__getitem__,
+                placed.train.labels,
+                placed.test,
+                normalization=NORMALIZATION,
+                networks={name: partial(new_network, "cuda", name=name)},
+                recipes={name: recipe},
+                strategy=DSA,
+                seeds=range(2),
+                seed=0,
+                processes=processes,
+            )[name]
+            for _ in range(2)
+        ]
+        assert scores[0] == scores[1]
+
+
+@needs_cuda
+def test_the_priors_train_on_cuda(dataset):
+    placed = dataset.to("cuda")
+    prior = make_prior().to("cuda")
+    fit_autoencoder(prior, placed.train, steps=3, continuous_steps=1, batch=4, learning_rate=1e-3, seed=0)
+    given = dict(steps=3, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
+    losses = fit_denoiser(prior.in_precision("bfloat16"), placed.train, **given)
+    assert len(losses) == 3 and reconstruct(prior, placed.test.pixels()).isfinite().all()
+    gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0).to("cuda")
+    given = dict(discriminator_widths=(8, 8), steps=3, batch=4, learning_rate=1e-3, r1=1.0, r1_every=2, ema_decay=0.9)
+    assert len(fit_gan(gan, placed.train, strategy=DSA, seed=0, **given)) == 3
+
+
+@pytest.mark.parametrize("skip", ["x0", "mean"])
+def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip):
+    """The embedded prior, on the first device there is."""
+    device = choose_device("auto")
+    prior = load_prior(paths.prior_folder("mnist5k")).to(device)
+    draw = torch.Generator().manual_seed(0)
+    pixels, weight = (torch.rand(4, 3, 32, 32, generator=draw).to(device) * 2 - 1 for _ in range(2))
+    given = dict(start="real", learn="auto", steps=5, guidance=3.0, skip=skip, eta=0.0, clamp="none", noise="stored")
+    given |= dict(encoder_input="pixels", render_batch=4, seed=0, normalization=Normalization((0.4,) * 3, (0.3,) * 3))
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        made = start_ld3m(pixels, torch.arange(4), prior=prior.in_precision(precision), **given)
+        images = made.render()
+        assert images.dtype == torch.float32
+        images.backward(weight)
+        gradients[precision] = {name: tensor.grad for name, tensor in made.learnables.items()}
+    for name, exact in gradients["float32"].items():
+        rounded = gradients["bfloat16"][name]
+        assert not torch.equal(rounded, exact)
+        assert torch.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.99, name
+        assert rounded.norm().item() == pytest.approx(exact.norm().item(), rel=0.02), name
+
+
+def test_the_device_is_chosen(monkeypatch):
+    for there, auto in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto") == auto and choose_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no CUDA device.*params.yaml"):
+        choose_device("cuda")
+    with pytest.raises(ValueError, match="must be one of auto, cpu, cuda"):
+        choose_device("tpu")
