@@ -1,0 +1,520 @@
+"""What distilling costs at the size of the paper: one iteration with random weights of the size of `cin256-v2`.
+
+    python -m benchmarks.full_size --device cuda --minutes 8 --out benchmarks/full_size_cuda.csv
+    python -m benchmarks.full_size --device cpu --proof --out benchmarks/full_size_cpu.csv
+    python -m benchmarks.full_size --device cpu --smoke --minutes 2 --out smoke.csv      # everything tiny
+
+The cost: ten classes, LD3M's skip `x0` with guidance 3, ConvNet of width 128, 256 real images (random ones) of a class,
+in fp32 (PyTorch's default: on CUDA its convolutions are in TF32) and in bf16 (autocast around the U-Net and the decoder
+alone). Rows are written as soon as they are measured, those in the file already are left out, and the whole ends before
+`--minutes` are over: call it again for the rest. Where memory runs out the row says so, and half as many images are
+rendered at once. The paper reports 574 minutes and 29.4 GB for 20 steps on an A100-40GB; `--proof` is what a CPU shows:
+one iteration of every objective at 128 px, with gradients, and memory that is flat in the number of steps.
+"""
+
+import argparse
+import csv
+import ctypes
+import gc
+import platform
+import resource
+import signal
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ld3m.compvis import KINDS, Kind, build
+from ld3m.data import Normalization, Split
+from ld3m.diffusion import Prior
+from ld3m.experts import Experts
+from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.networks import build as build_network
+from ld3m.networks import flat_parameters
+from ld3m.seeds import derive
+from ld3m.storage import write_tensors
+from ld3m.synthetic import LD3MCodes, start_ld3m
+
+NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+RENDER_PIXELS = 20 * 128**2  # at most so many go through the U-Net at once
+SLOW_S = 10.0  # iterations that take longer are timed once
+FIELDS = (
+    *("size_px", "steps", "ipc", "objective", "precision", "compiled", "render_batch", "ms_per_iteration"),
+    *("peak_gib", "hours_for_10000_iterations", "device", "torch"),
+    *("reserved_gib", "timed_iterations", "tflop", "tflop_per_s", "matmul_tflop_per_s", "note"),
+)
+PROOF_FIELDS = (
+    *("objective", "size_px", "ipc", "classes", "steps", "real_batch", "render_batch", "seconds", "peak_gib"),
+    *("loss", "grad_norm_z", "grad_norm_c", "finite_and_non_zero", "device", "torch"),
+)
+
+
+class TimeUp(BaseException):
+    """The minutes are over. No Exception: whatever is being measured must not catch it."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: as in the paper, or tiny."""
+
+    kind: Kind
+    sizes_px: tuple[int, ...]
+    steps: tuple[int, ...]  # the first is measured first
+    ipc: tuple[int, ...]
+    classes: int
+    real_batch: int  # images a class
+    network_width: int
+
+
+PAPER = Scale(KINDS["cin256-v2"], (128, 256), (20, 10), (1, 10), classes=10, real_batch=256, network_width=128)
+SMOKE = Scale(
+    replace(KINDS["cin256-v2"], unet_widths=(64, 64, 96, 128), autoencoder_widths=(32, 32, 32), codebook=16, classes=4),
+    *((32, 64), (3, 2), (1, 2)),
+    classes=3,
+    real_batch=4,
+    network_width=8,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row is about."""
+
+    size_px: int
+    steps: int
+    ipc: int
+    objective: str
+    precision: str
+    compiled: bool
+
+    @property
+    def work(self) -> float:
+        """Proportional to the arithmetic of the U-Net."""
+        return self.size_px**2 * self.steps * self.ipc
+
+
+def cases(scale: Scale) -> list[Case]:
+    """All, the most valuable first: one image a class, in bf16, before fp32, before more images, before compiling."""
+    eager = [
+        Case(size_px, steps, ipc, objective, precision, False)
+        for ipc in scale.ipc
+        for precision in ("bf16", "fp32")
+        for size_px in scale.sizes_px
+        for steps in scale.steps
+        for objective in ("dm", "dc")
+    ]
+    compiled = [Case(size_px, steps, 1, "dm", "bf16", True) for size_px in scale.sizes_px for steps in scale.steps]
+    return eager + compiled
+
+
+def prepare(weights: Prior, *, precision: str, compiled: bool, device: torch.device) -> Prior:
+    """A copy of the prior on the device."""
+    prior = deepcopy(weights).to(device)
+    if precision == "bf16":
+        for part in (prior.unet, prior.autoencoder.decoder):  # once, what autocast would do at every use
+            for module in part.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(torch.bfloat16)
+        prior = prior.in_precision("bfloat16")
+    return replace(prior, unet=torch.compile(prior.unet, dynamic=False)) if compiled else prior
+
+
+def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:
+    """As many random images of every class as a batch takes."""
+    count = scale.classes * scale.real_batch
+    draw = torch.Generator(device).manual_seed(derive(0, "benchmark", size_px))
+    uint8 = torch.randint(256, (count, 3, size_px, size_px), dtype=torch.uint8, device=device, generator=draw)
+    labels = torch.arange(scale.classes).repeat_interleave(scale.real_batch)
+    return Split(uint8, labels, tuple(map(str, range(scale.classes))))
+
+
+def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int) -> LD3MCodes:
+    """The codes of the first images of every class."""
+    index = torch.cat([split.of_class(label)[:ipc] for label in range(len(split.classes))])
+    return start_ld3m(
+        split.pixels(index),
+        split.labels[index],
+        prior=prior,
+        normalization=NORMALIZATION,
+        start="real",
+        learn="auto",
+        steps=steps,
+        guidance=3.0,
+        skip="x0",
+        eta=0.0,
+        clamp="soft",
+        noise="stored",
+        encoder_input="pixels",
+        render_batch=render_batch,
+        seed=0,
+    )
+
+
+def class_matching(
+    objective: str, split: Split, scale: Scale, wrap: Callable[[Callable], Callable] = lambda f: f
+) -> ClassMatching:
+    return ClassMatching(
+        distance=wrap(DISTANCES[objective]),
+        split=split,
+        normalization=NORMALIZATION,
+        new_network=partial(
+            build_network,
+            "convnet",
+            channels=3,
+            size_px=split.uint8.shape[-1],
+            classes=scale.classes,
+            width=scale.network_width,
+            device=split.device,
+        ),
+        real_batch=scale.real_batch,
+        strategy=STRATEGY,
+        threads=1,
+        seed=0,
+    )
+
+
+def iterate(codes: LD3MCodes, objective: Any, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """One iteration, as `ld3m.distill` does it; returns the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    images = codes.render(step=step)
+    loss, grad_images = objective(images.detach(), codes.labels, step=step)
+    images.backward(grad_images)
+    optimizer.step()
+    return loss
+
+
+# measuring
+
+
+@dataclass
+class Machine:
+    """A device, its memory, and its clock."""
+
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        cpu = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+        return f"{cpu[0].split(':')[1].strip() if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        self.wait()
+        began = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def reset_peak(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif Path("/proc/self/clear_refs").exists():
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept for later
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is in use now
+
+    def peak_gib(self) -> float:
+        """Since `reset_peak`: memory of tensors on CUDA, resident memory of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        if peak := [line for line in _lines("/proc/self/status") if line.startswith("VmHWM")]:
+            return int(peak[0].split()[1]) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes, since the process began
+
+    def reserved_gib(self) -> float | str:
+        return torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else ""
+
+    def matmul_tflop_per_s(self, side: int) -> float:
+        """The rate of a bf16 product of two square matrices: what the device can do at best."""
+        a, b = (torch.randn(side, side, device=self.device).bfloat16() for _ in range(2))
+        for _ in range(3):
+            a @ b
+        return 2 * side**3 / statistics.median(self.seconds(lambda: a @ b) for _ in range(10)) / 1e12
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeUp inside the block when it takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeUp
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def measure(
+    case: Case, split: Split, prior: Prior, scale: Scale, machine: Machine, *, render_batch: int, deadline: float
+) -> dict[str, Any]:
+    """Milliseconds and peak memory of an iteration, the median after a first one in which the arithmetic is counted."""
+    machine.reset_peak()
+    codes = start(split, prior, ipc=case.ipc, steps=case.steps, render_batch=render_batch)
+    objective = class_matching(case.objective, split, scale)
+    optimizer = torch.optim.SGD(list(codes.learnables.values()), lr=1e-6, momentum=0.5)
+    flop = 0
+    if case.compiled:  # counting does not see into compiled code
+        iterate(codes, objective, optimizer, 0)  # compiles
+        first = machine.seconds(lambda: iterate(codes, objective, optimizer, 0))
+    else:
+        counts = [FlopCounterMode(display=False)]
+
+        def counted(distance: Callable) -> Callable:
+            """Counting does not see into other threads, so the classes are counted there."""
+
+            def call(*arguments: Any) -> Tensor:
+                counts.append(FlopCounterMode(display=False))
+                with counts[-1]:
+                    return distance(*arguments)
+
+            return call
+
+        counting = class_matching(case.objective, split, scale, counted)
+        with counts[0]:
+            first = machine.seconds(lambda: iterate(codes, counting, optimizer, 0))
+        flop = sum(count.get_total_flops() for count in counts)
+    times = []
+    wanted = 5 if first < SLOW_S / 5 else 3 if first < SLOW_S else 1
+    while len(times) < wanted and time.monotonic() + 1.5 * first < deadline:
+        times.append(machine.seconds(lambda: iterate(codes, objective, optimizer, 1 + len(times))))
+    seconds = statistics.median(times or [first])
+    return {
+        "ms_per_iteration": 1000 * seconds,
+        "peak_gib": machine.peak_gib(),
+        "hours_for_10000_iterations": seconds * 10000 / 3600,
+        "reserved_gib": machine.reserved_gib(),
+        "timed_iterations": len(times),
+        "tflop": flop / 1e12,
+        "tflop_per_s": flop / 1e12 / seconds,
+        "note": "" if times else "the first iteration, no time for another",
+    }
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "cannot allocate memory")
+    return any(text.lower() in str(error).lower() for text in texts) or isinstance(error, MemoryError)
+
+
+# the table
+
+
+@dataclass
+class Table:
+    """A CSV file that grows by a row at a time."""
+
+    file: Path
+    fields: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as opened:
+            return list(csv.DictReader(opened))
+
+    def add(self, row: dict[str, Any]) -> None:
+        is_new = not self.file.exists()
+        with self.file.open("a", newline="") as opened:
+            writer = csv.DictWriter(opened, self.fields, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+        print(" ".join(f"{key} {value}" for key, value in self.rows()[-1].items() if value), flush=True)
+
+    def of(self, **values: Any) -> list[dict[str, str]]:
+        wanted = {key: str(value) for key, value in values.items()}
+        return [row for row in self.rows() if wanted.items() <= row.items()]
+
+
+def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> None:
+    """Measures the cases that the table lacks, as far as the time goes."""
+    weights: Prior | None = None
+    prepared: tuple[Any, Prior | None] = (None, None)
+    split: Split | None = None
+    same = {"device": machine.name, "torch": torch.__version__}
+    rate = None
+    for case in cases(scale):
+        done = table.of(**asdict(case), **same)
+        if any(row["ms_per_iteration"] or "memory" not in row["note"] for row in done):
+            continue
+        render_batch = max(1, min(RENDER_PIXELS // case.size_px**2, scale.classes * case.ipc))
+        render_batch = min([render_batch, *(int(row["render_batch"]) // 2 for row in done)])
+        if render_batch < 1:
+            continue
+        known = [row for row in table.of(precision=case.precision, **same) if row["ms_per_iteration"]]
+        per_work = [float(row["ms_per_iteration"]) / 1000 / Case(*_case(row)).work for row in known]
+        if 2.2 * min(per_work, default=0) * case.work > deadline - time.monotonic():
+            print(f"left out, too long for the time that is left: {case}", flush=True)
+            continue
+        if rate is None:
+            rate = machine.matmul_tflop_per_s(8192 if machine.device.type == "cuda" else 1024)
+            weights = build(scale.kind, seed=0)
+            print(f"{machine.name}: {rate:.3g} TFLOP/s in a bf16 product of large matrices", flush=True)
+        if split is None or split.uint8.shape[-1] != case.size_px:
+            split = None
+            split = random_split(scale, case.size_px, machine.device)
+        if prepared[0] != (case.precision, case.compiled):
+            prepared = (None, None)
+            machine.reset_peak()
+            options = dict(precision=case.precision, compiled=case.compiled)
+            prepared = ((case.precision, case.compiled), prepare(weights, **options, device=machine.device))
+        while render_batch:
+            shared = asdict(case) | same | {"render_batch": render_batch, "matmul_tflop_per_s": rate}
+            try:
+                row = measure(case, split, prepared[1], scale, machine, render_batch=render_batch, deadline=deadline)
+            except Exception as error:  # whatever goes wrong in one case, the others are worth having
+                is_memory = is_out_of_memory(error)
+                if not is_memory:
+                    traceback.print_exc()
+                row = {"note": "out of memory" if is_memory else f"{type(error).__name__}: {str(error)[:200]!r}"}
+            if case.compiled and "ms_per_iteration" in row:
+                eager = table.of(**asdict(replace(case, compiled=False)), render_batch=render_batch, **same)
+                if eager and eager[-1]["tflop"]:
+                    row["tflop"] = float(eager[-1]["tflop"])
+                    row["tflop_per_s"] = row["tflop"] / row["ms_per_iteration"] * 1000
+            table.add(shared | row)
+            render_batch = render_batch // 2 if row["note"] == "out of memory" else 0
+
+
+def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, bool]:
+    numbers = (int(row[key]) for key in ("size_px", "steps", "ipc"))
+    return *numbers, row["objective"], row["precision"], row["compiled"] == "True"
+
+
+def roofline(table: Table) -> None:
+    """Prints how much of the rate of one large matrix product the iterations reach."""
+    for row in table.rows():
+        if row["ms_per_iteration"] and float(row["tflop"]):
+            share = float(row["tflop_per_s"]) / float(row["matmul_tflop_per_s"])
+            print(
+                f"roofline: {row['size_px']} px, {row['steps']} steps, IPC {row['ipc']}, {row['objective']}, "
+                f"{row['precision']}{', compiled' if row['compiled'] == 'True' else ''}: {row['tflop']} TFLOP in "
+                f"{float(row['ms_per_iteration']) / 1000:.3g} s = {row['tflop_per_s']} TFLOP/s, {100 * share:.0f} % of "
+                f"the {row['matmul_tflop_per_s']} TFLOP/s of a bf16 product"
+            )
+
+
+# the proof
+
+
+def proof(scale: Scale, machine: Machine, table: Table, *, classes: int, steps: tuple[int, ...]) -> None:
+    """One iteration of every objective at the smaller size and the first of `steps`, then MTT at the other `steps`:
+    of the objectives it needs the least memory itself, so that what the reverse process needs is seen."""
+    scale = replace(scale, classes=classes)
+    size_px = scale.sizes_px[0]
+    prior, split = build(scale.kind, seed=0).to(machine.device), random_split(scale, size_px, machine.device)
+    same = {"device": machine.name, "torch": torch.__version__}
+    todo = [(objective, steps[0]) for objective in ("dm", "dc", "mtt")] + [("mtt", count) for count in steps[1:]]
+    for name, count in todo:
+        if table.of(objective=name, steps=count, classes=classes, **same):
+            continue
+        machine.reset_peak()
+        codes = start(split, prior, ipc=1, steps=count, render_batch=1)
+        with tempfile.TemporaryDirectory() as folder:
+            objective = (
+                trajectory_matching(Path(folder), scale, size_px, machine.device)
+                if name == "mtt"
+                else class_matching(name, split, scale)
+            )
+            optimizer = torch.optim.SGD(list(codes.learnables.values()), lr=0.0)
+            losses: list[float] = []
+            seconds = machine.seconds(lambda: losses.append(iterate(codes, objective, optimizer, 0)))  # noqa: B023
+        norms = {name: codes.learnables[name].grad.norm().item() for name in ("z", "c")}
+        table.add(
+            {
+                "objective": name,
+                "size_px": size_px,
+                "ipc": 1,
+                "classes": classes,
+                "steps": count,
+                "real_batch": "" if name == "mtt" else scale.real_batch,
+                "render_batch": 1,
+                "seconds": seconds,
+                "peak_gib": machine.peak_gib(),
+                "loss": losses[0],
+                "grad_norm_z": norms["z"],
+                "grad_norm_c": norms["c"],
+                "finite_and_non_zero": all(0 < norm < float("inf") for norm in norms.values()),
+                **same,
+            }
+        )
+
+
+def trajectory_matching(folder: Path, scale: Scale, size_px: int, device: torch.device) -> TrajectoryMatching:
+    """MTT with ten student steps towards an expert that random steps of about a training's size made."""
+    network = build_network(
+        "convnet", channels=3, size_px=size_px, classes=scale.classes, width=scale.network_width, seed=0
+    ).to(device)
+    begin = flat_parameters(network).cpu()
+    draw = torch.Generator().manual_seed(0)
+    snapshots = torch.stack([begin + 0.01 * k * torch.randn(begin.shape, generator=draw) for k in range(3)])
+    file = folder / "expert-0000.safetensors"
+    write_tensors(file, {"snapshots": snapshots}, {"expert": 0})
+    return TrajectoryMatching(
+        experts=Experts((file,)),
+        network=network,
+        student_lr=torch.tensor(0.01, device=device, requires_grad=True),
+        student_steps=10,
+        expert_epochs=2,
+        max_start_epoch=1,
+        student_batch=None,
+        strategy=STRATEGY,
+        first_order=False,
+        seed=0,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a CSV file, which is added to")
+    parser.add_argument("--minutes", type=float, default=8, help="of the whole program (not with --proof)")
+    parser.add_argument("--smoke", action="store_true", help="everything tiny")
+    parser.add_argument("--proof", action="store_true", help="one iteration of every objective")
+    parser.add_argument("--classes", type=int, default=10, help="of the proof")
+    given = parser.parse_args(arguments)
+    scale = SMOKE if given.smoke else PAPER
+    machine = Machine(torch.device(given.device))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.proof:
+        table = Table(given.out, PROOF_FIELDS)
+        proof(scale, machine, table, classes=min(given.classes, scale.classes), steps=(5, 20))
+        return
+    table = Table(given.out, FIELDS)
+    deadline = began + 60 * given.minutes - min(10, 6 * given.minutes)
+    try:
+        with time_limit(deadline - time.monotonic()):
+            cost(scale, machine, table, deadline=deadline)
+    except TimeUp:
+        print("the time is up; call again to go on", flush=True)
+    roofline(table)
+
+
+if __name__ == "__main__":
+    main()
