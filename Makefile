@@ -31,7 +31,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 # Brings the embedded data and priors out of store/ where they are not there yet.
 embedded: $(INSTALLED)
-	@test -d store || { echo 'store/ is missing: `git checkout -- store` restores it' >&2; exit 1; }
+	@test -d store && test -z "$$(git ls-files --deleted store)" || { \
+	  echo 'store/ is missing or lacks files that Git has: `git checkout -- store` restores them' >&2; exit 1; }
 	@test -d data/mnist5k || $(PY) -m dvc pull data.dvc
 	@test -d runs/mnist5k/prior || $(PY) -m dvc pull --allow-missing prior
 	@test -d runs/mnist5k/gan || $(PY) -m dvc pull --allow-missing gan
@@ -62,6 +63,6 @@ lint: $(INSTALLED) ## check the code and the notebooks with ruff
 strip: $(INSTALLED) ## remove outputs from the notebooks, as they are committed
 	@$(PY) -m nbstripout notebooks/*.ipynb
 
-clean: ## remove caches; results, downloads and the environment stay
-	@rm -rf .pytest_cache .ruff_cache .hypothesis ld3m.egg-info
+clean: ## remove caches, decoded images too; results, downloads and the environment stay
+	@rm -rf cache .pytest_cache .ruff_cache .hypothesis ld3m.egg-info
 	@find . -name .venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -3,16 +3,16 @@
 import contextlib
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ld3m import paths
-from ld3m.config import Params
 from ld3m.distill import distill
 from ld3m.experiment import Experiment
 from ld3m.parallel import end_workers, fan_out
+from ld3m.progress import forget_peak, peak_gib
+from ld3m.schema import Params
 
 
 def ablate(settings: dict[str, tuple[Params, str, str]], *, processes: int) -> list[dict[str, Any]]:
@@ -33,7 +33,8 @@ def _quietly(**task: Any) -> dict[str, Any]:
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
     """Distils one image per class and judges it: `accuracy` (architecture to one number a seed, on test images, in
-    [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process.
+    [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process
+    (None where the system cannot tell a setting from those before it).
 
     The set of the last iteration is judged. `ablations.select_on_test` of the parameters, the released code's
     selection, judges the set at every check instead and keeps each architecture's best mean on the test images.
@@ -44,7 +45,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
     budget = params.budget(objective, space)
     checks = params.distill.validations if params.ablations.select_on_test else 0
     matched = experiment.objective(objective)
-    _forget_peak()
+    forgotten = forget_peak()  # of the setting that this process ran before
     run = distill(
         synthetic,
         matched,
@@ -57,7 +58,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         checkpoint_minutes=math.inf,
         configuration={},
     )
-    peak_mib = _peak_mib()
+    peak_mib = 1024 * peak_gib() if forgotten else None
     scores = [experiment.test(images, synthetic.labels) for images in candidates]
     norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
     return {
@@ -68,17 +69,3 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         "seconds_per_iteration": run.seconds / budget.iterations,
         "peak_mib": peak_mib,
     }
-
-
-def _forget_peak() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib() -> float | None:
-    """The largest resident memory since `_forget_peak`; Linux alone tells."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024

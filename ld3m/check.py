@@ -6,12 +6,16 @@ python -m ld3m.check
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ld3m import paths
-from ld3m.config import Params, ablation_settings, load_params
+from ld3m.config import ablation_settings, load_params
 from ld3m.data import initial_indices
+from ld3m.diffusion import load_prior
 from ld3m.experiment import Experiment
+from ld3m.gan import load_generator
 from ld3m.networks import flat_parameters
+from ld3m.schema import Params
 from ld3m.storage import require_space
 
 SPARE_BYTES = 200 * 2**20  # executed notebooks, tables, figures, distilled sets
@@ -23,14 +27,14 @@ def check(params: Params) -> list[str]:
     experiment = Experiment(params)
     train = experiment.dataset.train
     counts = " + ".join(str(len(split)) for split in (train, experiment.dataset.validation, experiment.dataset.test))
-    shape = " x ".join(map(str, train.uint8.shape[1:]))
+    shape = " x ".join(map(str, train.shape))
     lines = [f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {shape}"]
     for ipc in params.grid.ipc:
         initial_indices(train, ipc=ipc, seed=params.seed)
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
-    lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), _prior)}")
-    lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), _gan)}")
+    lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), load_prior, _prior)}")
+    lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), load_generator, _gan)}")
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
     weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
     needed = snapshots * weights.nbytes
@@ -48,13 +52,28 @@ def _gan(experiment: Experiment) -> str:
     return f"{experiment.gan.layers} layers, {experiment.gan.classes} classes"
 
 
-def _trained(experiment: Experiment, stage: str, folder: Path, describe: Callable[[Experiment], str]) -> str:
+def _trained(
+    experiment: Experiment,
+    stage: str,
+    folder: Path,
+    load: Callable[[Path], Any],
+    describe: Callable[[Experiment], str],
+) -> str:
+    """What is in the folder of a stage, or that the stage will fill it; files that cannot be read are an error."""
     again = f"the stage `{stage}` trains it first, about {TRAINING_MINUTES[stage]} minutes for the committed profile"
     if not folder.exists():
         return f"none for {experiment.params.dataset} yet: {again}"
     try:
+        load(folder)
+    except (ValueError, OSError) as problem:
+        raise ValueError(
+            f"{folder} is broken ({problem.__cause__ or problem}). The embedded one comes back with "
+            f"`dvc checkout -f {stage}` (where that finds no cache, `git checkout -- store && dvc pull -f {stage}`); "
+            f"for one of your own delete {folder}, and the stage `{stage}` trains it again"
+        ) from problem
+    try:
         return describe(experiment)
-    except ValueError as problem:  # the parameters changed since, or the files are broken
+    except ValueError as problem:  # the parameters changed since
         return f"of no use with these parameters ({problem}): {again}"
 
 

@@ -178,7 +178,8 @@ def _resume(
             tensor.copy_(tensors[f"learnable.{name}"])
             if f"momentum.{name}" in tensors:
                 optimizer.state[tensor]["momentum_buffer"] = tensors[f"momentum.{name}"].to(tensor)
-    best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
+    device = next(iter(learnables.values())).device
+    best = {name.removeprefix("best."): t.to(device) for name, t in tensors.items() if name.startswith("best.")}
     return Distilled(best, metadata["history"], metadata["validation"], metadata["seconds"])
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ld3m import data, paths
 from ld3m.artefact import read_artefact, write_artefact
-from ld3m.config import Params
 from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, load_prior, unconditional, with_random_unet
 from ld3m.distill import Distilled, Objective, Synthetic, distill
@@ -25,6 +24,7 @@ from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
 from ld3m.progress import peak_gib, progress
 from ld3m.sampler import sample
+from ld3m.schema import Params
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_json, write_tensors
 from ld3m.synthetic import shifted, start_glad, start_ld3m, start_pixels
@@ -44,7 +44,8 @@ class Experiment:
 
     @cached_property
     def prior(self) -> Prior:
-        prior = load_prior(paths.prior_folder(self.params.dataset))
+        prior = load_prior(paths.prior_folder(self.params.dataset)).to(self.params.on_device)
+        prior = prior.in_precision(self.params.spaces.ld3m.precision)
         given = self.params.data
         prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         if self.params.spaces.ld3m.prior == "unconditional":
@@ -55,14 +56,19 @@ class Experiment:
 
     @cached_property
     def gan(self) -> Generator:
-        gan = load_generator(paths.gan_folder(self.params.dataset))
+        gan = load_generator(paths.gan_folder(self.params.dataset)).to(self.params.on_device)
         given = self.params.data
         gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         return gan
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
-        return partial(build, classes=len(self.dataset.train.classes), **self.params.network_arguments(architecture))
+        return partial(
+            build,
+            classes=len(self.dataset.train.classes),
+            device=self.params.on_device,
+            **self.params.network_arguments(architecture),
+        )
 
     def recipe(self, architecture: str) -> dict[str, Any]:
         """The keyword arguments of `training.train` with which an architecture is judged."""
@@ -92,7 +98,7 @@ class Experiment:
             return start_pixels(pixels, labels, **shared, **given)
         if space == "glad":
             return start_glad(labels, gan=self.gan, **shared, **given)
-        del given["prior"]
+        del given["prior"], given["precision"]  # of `self.prior`
         if given.pop("normalization") == "shifted":
             shared["normalization"] = shifted(self.dataset.normalization)
         return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
@@ -108,7 +114,7 @@ class Experiment:
                 normalization=self.dataset.normalization,
                 new_network=new_network,
                 real_batch=given.real_batch,
-                threads=self.params.processes,
+                threads=self.params.processes if self.params.on_device == "cpu" else 1,
                 **shared,
             )
         network = new_network(seed=0)
@@ -121,7 +127,7 @@ class Experiment:
         return TrajectoryMatching(
             experts=experts,
             network=network,
-            student_lr=torch.tensor(given.student_lr, requires_grad=True),
+            student_lr=torch.tensor(given.student_lr, device=self.params.on_device, requires_grad=True),
             student_steps=given.student_steps,
             student_batch=given.student_batch,
             expert_epochs=given.expert_epochs,
@@ -184,7 +190,7 @@ class Experiment:
             members = train.of_class(label)
             with torch.no_grad():
                 z = torch.cat([self.prior.encode(train.pixels(part)) for part in members.split(250)])
-            chosen.append(members[CORESETS[name](z.flatten(1), ipc)])
+            chosen.append(members[CORESETS[name](z.flatten(1).cpu(), ipc)])
         return torch.cat(chosen)
 
     def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
@@ -193,7 +199,7 @@ class Experiment:
         target = paths.distilled_folder(self.params.place(space), cell)
         tensors = synthetic.tensors()
         require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
-        budget = self.params.budget(objective, space)
+        budget = self.params.budget(objective, space, ipc)
         run = distill(
             synthetic,
             self.objective(objective),
@@ -247,7 +253,7 @@ class Experiment:
         if objective == "none":
             return self.control(space, ipc)
         tensors, _ = read_artefact(paths.distilled_folder(self.params.place(space), f"{objective}-{space}-{ipc}"))
-        return tensors["images"], tensors["labels"]
+        return tensors["images"].to(self.params.on_device), tensors["labels"]
 
     def write_scores(
         self, accuracies: dict[str, list[float]], objective: str, space: str, ipc: int, images: Tensor | None
@@ -364,8 +370,8 @@ class Experiment:
             "augmentation": params.data.augmentation,
             "network": architecture,
             "network_size": params.networks[architecture].model_dump(),
-            "iterations": params.budget(objective, space).iterations,
-            "learning_rates": params.budget(objective, space).learning_rates,
+            "iterations": params.budget(objective, space, ipc).iterations,
+            "learning_rates": params.budget(objective, space, ipc).learning_rates,
             "momentum": params.distill.momentum,
             "validations": params.distill.validations,
             "validation_seeds": params.distill.validation_seeds,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ld3m import figures, paths
 from ld3m.artefact import read_artefact
-from ld3m.config import Params
 from ld3m.data import Split
 from ld3m.evaluate import real_images
 from ld3m.experiment import Experiment
 from ld3m.sampler import timesteps
+from ld3m.schema import Params
 from ld3m.seeds import derive
 from ld3m.synthetic import LD3MCodes
 from ld3m.tables import NAMES, cells
@@ -48,11 +48,12 @@ def follow(choice: widgets.Dropdown, draw: Callable[[Experiment, Cell], Figure],
 
 
 def images(experiment: Experiment, cell: Cell) -> Figure:
-    """The real images a set started from and what they became, one column a class, at most three images a class."""
-    pixels, start = _pixels(experiment, cell), experiment.initial(cell[2])[0]
+    """What a set started from in its space and what that became, one column a class, at most three images a class."""
+    pixels = _pixels(experiment, cell)
+    start = experiment.dataset.normalization.to_pixels(experiment.synthetic(*cell[1:]).render().detach())
     rows = {}
     for k in range(min(cell[2], SHOWN_PER_CLASS)):
-        rows |= {f"real start {k + 1}": start[k :: cell[2]], f"distilled {k + 1}": pixels[k :: cell[2]]}
+        rows |= {f"start {k + 1}": start[k :: cell[2]], f"distilled {k + 1}": pixels[k :: cell[2]]}
     return figures.image_rows(rows, columns=_classes(experiment))
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -86,14 +87,17 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
                 place,
                 xerr=[[100 * (mean - low)], [100 * (high - mean)]],
                 fmt="o",
-                ms=4,
+                ms=3,
+                capsize=2,
                 color=colour,
             )
         axis.set(
             title=judge,
             yticks=range(len(sets)),
             yticklabels=sets,
-            xlim=(0, 100),
+            xlim=(0, 103),
+            xticks=(0, 25, 50, 75, 100),
+            xticklabels=("0", "", "50", "", "100"),
             ylim=(len(sets) - 0.5, -0.5),
         )
     figure.supxlabel("test accuracy, % (mean and 95 % interval)", fontsize=9)
@@ -112,7 +116,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
             colour = SPACE_COLOURS[NAMES[space]]
             column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=colour, label=NAMES[space])
             checks = validation[(validation.objective == objective) & (validation.space == space)]
-            column[1].plot(checks.iteration, 100 * checks.accuracy, "o-", ms=3, color=colour)
+            column[1].plot(checks.iteration, 100 * checks.accuracy, "o:", ms=4, color=colour)
             for name in learnables:
                 if run[name].notna().any():
                     label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
@@ -120,9 +124,13 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
                     column[2].plot(run.step, smooth, DASHES.get(name, "-"), color=colour, label=label)
         column[0].set(title=NAMES[objective], yscale="log")
         column[2].set(yscale="log", xlabel="iteration")
-        column[2].legend(fontsize=6, ncols=2)
+        column[2].legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+        for axis, ticks in ((column[0], (1, 2, 3, 5, 7)), (column[2], (1, 3))):
+            axis.yaxis.set_major_locator(LogLocator(subs=ticks))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].legend(fontsize=7)
-    labels = ["matching loss (mean of 5)", "validation accuracy, %", "gradient norm (mean of 5)"]
+    labels = ["matching loss (mean of 5)", "validation accuracy, %\n(checked at the dots)", "gradient norm (mean of 5)"]
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     figure.tight_layout()
@@ -147,17 +155,18 @@ def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
 
 def gradient_norms(norms: pd.DataFrame) -> Figure:
     """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation:
-    the mean over networks, with bars from the smallest to the largest.
+    the mean over networks, with bars from the smallest to the largest where there are several.
 
     Columns: skip, learned ("z" or "z_T"), steps, network, norm.
     """
     frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
     grid = sns.relplot(
         frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
-        errorbar=("pi", 100), err_style="bars", height=2.9, aspect=1.15,
+        errorbar=("pi", 100) if norms.network.nunique() > 1 else None, err_style="bars", height=2.9, aspect=1.15,
     )  # fmt: skip
     grid.set(xscale="log", yscale="log", xlabel="number of steps T", ylabel="gradient norm of what is learned")
-    grid.set_titles("learned: {col_name}")
+    for axis, learned in zip(grid.axes.flat, grid.col_names, strict=True):
+        axis.set_title({"z": "learned: $z$", "z_T": "learned: $z_T$"}[learned])
     for axis in grid.axes.flat:
         axis.set_xticks(sorted(norms.steps.unique()), map(str, sorted(norms.steps.unique())))
         axis.minorticks_off()

@@ -38,7 +38,7 @@ ABLATION_COSTS = {
     "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
-    "gradient_norms", "ablations", "ablation_costs",
+    "gan", "gradient_norms", "ablations", "ablation_costs",
 }  # fmt: skip
 
 
@@ -314,14 +314,15 @@ def _prior(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     blocks: list[Table | Picture] = list(
         _charts(figures, "prior", "real images, reconstructions, guided samples", alt, "photo")
     )
-    if "prior" in found:
-        frame = pd.DataFrame(
-            [(name.replace("_", " "), _number(value)) for name, value in found["prior"].iloc[0].items()],
-            columns=["Measure", "Value"],
-        )
-        caption = "recognised: share of the guided samples whose class a network trained on real images names"
-        blocks.append(Table("prior", caption, frame))
-    return Section("prior", "The prior behind LD3M", (), tuple(blocks))
+    for name, prior in {"prior": "LD3M's diffusion model: guided", "gan": "GLaD's GAN:"}.items():
+        if name in found:
+            frame = pd.DataFrame(
+                [(measure.replace("_", " "), _number(value)) for measure, value in found[name].iloc[0].items()],
+                columns=["Measure", "Value"],
+            )
+            caption = f"{prior} samples; recognised is the share whose class a network trained on real images names"
+            blocks.append(Table(name, caption, frame))
+    return Section("prior", "The priors behind LD3M and GLaD", (), tuple(blocks))
 
 
 def _others(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:

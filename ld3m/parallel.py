@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import reusable_executor
+from joblib.externals.loky import get_reusable_executor, reusable_executor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from ld3m.progress import progress
@@ -14,6 +14,8 @@ from ld3m.progress import progress
 
 def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, processes: int, label: str) -> list[Any]:
     """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each."""
+    if processes == 1:
+        return [_on_one_thread(function, tasks[k]) for k in progress(len(tasks), label=label)]
     with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
         results = Parallel(return_as="generator")(delayed(_on_one_thread)(function, task) for task in tasks)
         return [next(results) for _ in progress(len(tasks), label=label)]
@@ -21,13 +23,20 @@ def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, proces
 
 def end_workers() -> None:
     """Ends the processes that `fan_out` leaves for its next call: they would hold up a Jupyter kernel's exit."""
-    if reusable_executor._executor is not None:
-        reusable_executor._executor.terminate(kill_workers=True)
-    for tracker in (
-        loky_tracker,
-        multiprocessing_tracker,
-    ):  # they ignore the signal by which a kernel ends its children
-        tracker._resource_tracker._stop()
+    if getattr(reusable_executor, "_executor", None) is None:
+        return
+    executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` also removes its shared files
+    getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
+    _stop_trackers()
+
+
+def _stop_trackers() -> None:
+    """Stops the two processes that look after shared memory, which ignore the signal by which a kernel ends its
+    children. There is no public way: where a version of joblib or Python has another one, they end with the kernel."""
+    for module in (loky_tracker, multiprocessing_tracker):
+        tracker = getattr(module, "_resource_tracker", None)
+        if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
+            tracker._stop()
 
 
 def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:

@@ -5,20 +5,45 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
-MEASURED_ITERATIONS = 5  # timed before the first log line says what the whole will cost
+MEASURED_ITERATIONS = 5  # timed, after the first, before a log line says what the whole will cost
+
+
+def forget_peak() -> bool:
+    """Lets `peak_gib` start anew from now on; False where the system (any but Linux) cannot."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_gib() -> float:
-    """The largest resident memory of this process so far, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    """The largest resident memory of this process, in GiB, so far or since `forget_peak`; of the CUDA device's memory,
+    that of its tensors, where the process uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str] = lambda: "") -> Iterator[int]:
-    """Yields start .. total-1 and reports; `status` is asked for a few words (a loss, say) whenever it reports."""
+    """Yields start .. total-1 and reports; `status` is asked for a few words (a loss, say) whenever it reports.
+
+    The log times the iterations after the first, which does more than the others: it validates what a run starts from,
+    and starts processes.
+    """
     if "DVC_STAGE" not in os.environ:  # the bar shows the cost of what is left as it goes
         with tqdm(range(start, total), desc=label, initial=start, total=total) as bar:
             for step in bar:
@@ -26,17 +51,19 @@ def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str
                 bar.set_postfix_str(status(), refresh=False)
         return
     every = max(1, (total - start) // 20)
-    began = time.perf_counter()
     for step in range(start, total):
         yield step
-        done = step + 1 - start
-        seconds = (time.perf_counter() - began) / done
-        if done == MEASURED_ITERATIONS:
+        timed = step - start
+        if timed == 0:
+            began = time.perf_counter()
+        seconds = (time.perf_counter() - began) / max(1, timed)
+        if timed == MEASURED_ITERATIONS:
             print(
                 f"{label}: {total - start} iterations at {seconds:.3f} s: {seconds * (total - start) / 60:.1f} min, "
                 f"{peak_gib():.1f} GiB peak so far",
                 flush=True,
             )
-        if done % every == 0 or step + 1 == total:
+        if (timed + 1) % every == 0 or step + 1 == total:
             left = seconds * (total - step - 1)
-            print(f"{label} {step + 1}/{total} {status()} ({seconds:.3f} s each, {left:.0f} s left)", flush=True)
+            measured = f" ({seconds:.3f} s each, {left:.0f} s left)" if timed >= MEASURED_ITERATIONS else ""
+            print(f"{label} {step + 1}/{total} {status()}{measured}".rstrip(), flush=True)

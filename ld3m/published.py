@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from ld3m.config import Params
+from ld3m.schema import Params
 from ld3m.tables import NAMES, UNSEEN
 
 SUBSETS = ("All", "A", "B", "C", "D", "E")  # of ImageNet, ten classes each; All is the mean over the five
@@ -124,7 +124,9 @@ def settings(params: Params) -> pd.DataFrame:
         (
             "Iteration reported",
             "best on test data, for every judge anew",
-            "best on validation data, one for all judges",
+            "the start or the end, whichever is better on validation data, one for all judges"
+            if params.distill.validations == 1
+            else f"best of {params.distill.validations + 1} on validation data, one for all judges",
         ),
         ("Noise of the reverse process", "redrawn in every pass", "drawn once, stored with the set"),
         ("Start of the pixel baseline", "noise", params.spaces.pixel.start),

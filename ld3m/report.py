@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ld3m import figures, paths, published
 from ld3m.artefact import read_artefact
-from ld3m.config import Params
 from ld3m.data import Normalization
+from ld3m.schema import Params
 from ld3m.storage import read_tensors, write_bytes
 from ld3m.tables import (
     COLUMNS,
@@ -61,11 +61,9 @@ def write_tables(params: Params, *, folder: Path) -> str:
         "gradient_norms",
         _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm.agg(["mean", "min", "max"]).reset_index(),
     )
-    _write_csv(
-        folder,
-        "prior",
-        pd.DataFrame([json.loads((paths.prior_check_folder(params.dataset) / "check.json").read_text())]),
-    )
+    _write_csv(folder, "prior", _check(paths.prior_check_folder(params.dataset)))
+    if "glad" in params.grid.space:  # the report's, see `Params.with_more`
+        _write_csv(folder, "gan", _check(paths.gan_check_folder(params.dataset)))
     write_bytes(folder / "main.md", markdown.encode())
     write_bytes(folder / "main.tex", _latex(table, note))
     _write_comparison(params, summary, changes, folder)
@@ -125,6 +123,11 @@ def _latex(table: pd.DataFrame, caption: str) -> bytes:
 
 def _gradient_norms(params: Params) -> pd.DataFrame:
     return pd.DataFrame(json.loads(paths.gradient_norms_file(params.dataset).read_text()))
+
+
+def _check(folder: Path) -> pd.DataFrame:
+    """What a prior was measured to be, in one row."""
+    return pd.DataFrame([json.loads((folder / "check.json").read_text())])
 
 
 def _sheet(params: Params, cell: tuple[str, str, int], folder: Path) -> Path:

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from ld3m import paths
-from ld3m.config import Params
 from ld3m.metrics import interval
+from ld3m.schema import Params
 
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high"]

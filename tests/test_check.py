@@ -1,6 +1,12 @@
 """What is wrong is said before any long work, and says what to change."""
 
 import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +62,75 @@ def test_the_embedded_gan_is_good_enough():
     assert record["samples"] >= 500 and record["recognised"] >= 0.95 and record["spread"] > 0.5
     weights = paths.gan_folder("mnist5k") / "weights.safetensors"
     assert weights.stat().st_size < 2.5e6
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """A copy of the embedded prior and GAN, to be broken."""
+    folders = {"prior": paths.prior_folder("mnist5k"), "gan": paths.gan_folder("mnist5k")}
+    for folder in folders.values():
+        shutil.copytree(folder, tmp_path / folder.relative_to(paths.ROOT))
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    return {stage: tmp_path / "runs/mnist5k" / stage for stage in folders}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def overwrite_start(file):
+    file.write_bytes(b"\xff" * 100 + file.read_bytes()[100:])
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite_start, Path.unlink])
+@pytest.mark.parametrize(
+    "stage, part", [("prior", "unet/diffusion_pytorch_model.safetensors"), ("gan", "weights.safetensors")]
+)
+def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, part, damage):
+    damage(trained[stage] / part)
+    with pytest.raises(ValueError, match=f"dvc checkout -f {stage}.*git checkout -- store.*delete .*{stage}"):
+        check(load_params())
+
+
+@pytest.mark.parametrize("part", ["unet", "vqvae", "scheduler", "class_embedder"])
+def test_a_prior_without_a_part_is_an_error(trained, part):
+    shutil.rmtree(trained["prior"] / part)
+    with pytest.raises(ValueError, match=f"{part} missing.*dvc checkout -f prior"):
+        check(load_params())
+
+
+def test_the_command_fails_where_the_prior_is_broken(trained, monkeypatch):
+    cut(trained["prior"] / "unet/diffusion_pytorch_model.safetensors")
+    monkeypatch.delitem(sys.modules, "ld3m.check")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("ld3m.check", run_name="__main__")
+    assert "dvc checkout -f prior" in str(end.value.code)
+
+
+def embedded(folder):
+    """`make embedded` in a folder, with an environment that is there already and does nothing."""
+    environment = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull}
+    command = ["make", "embedded", "VENV=venv"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_store_without_its_files_is_noticed_before_anything_is_pulled(tmp_path):
+    shutil.copy(paths.ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml", "store/a", "store/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in ("data", "prior", "gan"):
+        (tmp_path / ("data/mnist5k" if name == "data" else f"runs/mnist5k/{name}")).mkdir(parents=True)
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/.installed").touch()
+    for command in (["init", "-q"], ["add", "store"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert embedded(tmp_path).returncode == 0
+    (tmp_path / "store/b").unlink()
+    for _ in range(2):
+        done = embedded(tmp_path)
+        assert done.returncode and "git checkout -- store" in done.stderr
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
 def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_path):

@@ -3,13 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES, SIZE_PX
 
 from ld3m import explore, figures, paths
 from ld3m.config import load_params
-from ld3m.data import Split
+from ld3m.data import Normalization, Split
 
 GRID = {"grid.objective": ["dm"], "grid.space": ["pixel", "ld3m"], "grid.ipc": [1, 2]}
 
@@ -74,6 +75,29 @@ def test_a_set_of_other_parameters_is_not_restored(params, monkeypatch):
     monkeypatch.setattr(explore, "read_artefact", lambda folder: ({}, metadata))
     with pytest.raises(ValueError, match="dm-ld3m-1 was distilled with other values of spaces.ld3m"):
         explore.restored(SimpleNamespace(params=params), ("dm", "ld3m", 1))
+
+
+@pytest.mark.parametrize("space", ["pixel", "glad", "ld3m"])
+def test_the_images_stand_below_what_their_space_starts_from(monkeypatch, space):
+    start = {name: torch.full((2 * CLASSES, 1, 4, 4), float(k)) for k, name in enumerate(("pixel", "glad", "ld3m"))}
+    learned, normalization, shown = torch.rand(2 * CLASSES, 1, 4, 4), Normalization((0.4,), (0.3,)), {}
+    experiment = SimpleNamespace(
+        dataset=SimpleNamespace(normalization=normalization, train=SimpleNamespace(classes=("a", "b", "c"))),
+        synthetic=lambda name, ipc: SimpleNamespace(render=lambda: start[name] if ipc == 2 else None),
+        images_of=lambda *cell: (learned, None),
+    )
+    monkeypatch.setattr(figures, "image_rows", lambda rows, columns: shown.update(rows))
+    explore.images(experiment, ("dm", space, 2))
+    assert list(shown) == ["start 1", "distilled 1", "start 2", "distilled 2"]
+    assert shown["start 2"].equal(normalization.to_pixels(start[space])[1::2])
+    assert shown["distilled 2"].equal(normalization.to_pixels(learned)[1::2])
+
+
+def test_gradient_norms_of_one_network_have_no_bars():
+    rows = [("x0", "z", steps, k, steps + k) for steps in (5, 10) for k in range(2)]
+    norms = pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
+    bars = [len(figures.gradient_norms(part).axes[0].containers) for part in (norms, norms[norms.network == 0])]
+    assert bars == [1, 0]
 
 
 def test_a_space_without_a_reverse_process_says_so():

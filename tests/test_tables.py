@@ -210,6 +210,23 @@ def test_tables_are_written_with_the_same_bytes(params):
     assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
 
 
+def test_what_the_gan_was_measured_to_be_stands_in_the_tables_with_glad_alone(params):
+    both = load_params(GRID | {"more.control": []}).with_more()
+    for objective, space, ipc in cells(both):
+        if space == "glad":
+            cell = f"{objective}-{space}-{ipc}"
+            for architecture in both.grid.architecture:
+                scores = {"accuracy": accuracies(objective, space, ipc, architecture)}
+                write_json(paths.scores_folder(both.place(space), cell) / f"{architecture}.json", scores)
+            cost = {"iterations": 20, "seconds": 5.0, "peak_mib": 700.0}
+            write_json(paths.cost_file(both.place(space), cell), cost)
+    with pytest.raises(FileNotFoundError, match="gan-check"):
+        report.write_tables(both, folder=paths.TABLES)
+    write_json(paths.gan_check_folder(DATASET) / "check.json", {"recognised": 0.966, "samples": 500})
+    report.write_tables(both, folder=paths.TABLES)
+    assert pd.read_csv(paths.TABLES / "gan.csv").to_dict("records") == [{"recognised": 0.966, "samples": 500}]
+
+
 def test_the_tables_hold_the_numbers(params):
     markdown = report.write_tables(params, folder=paths.TABLES)
     scores = pd.read_csv(paths.TABLES / "scores.csv")
@@ -254,6 +271,13 @@ def test_ours_stand_beside_the_papers(params):
         assert line in markdown
     assert r"45.9 $\pm$ 1.0" in latex
     settings = pd.read_csv(paths.TABLES / "settings.csv", index_col="setting").ours
+    assert settings["Iteration reported"].startswith("the start or the end, whichever is better on validation data")
+    assert (
+        published.settings(load_params({"distill.validations": 5}))
+        .set_index("setting")
+        .ours["Iteration reported"]
+        .startswith("best of 6 on validation data")
+    )
     assert settings["Images per class"] == "1, 10" and settings["Networks a judge (n)"] == "3"
 
 
