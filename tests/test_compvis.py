@@ -400,9 +400,11 @@ def test_a_set_is_rendered_and_learned(pair):
     assert (gradients["c"].norm() > 0) == (kind.classes > 0)
 
 
-def test_guidance_is_nothing_to_a_prior_without_classes(monkeypatch):
+def test_guidance_is_nothing_to_a_prior_without_classes():
     prior = build(SMALL["ffhq-ldm-vq-4"], seed=0)
     guided, plain = (render(prior, guidance=guidance) for guidance in (3.0, 1.0))
-    assert torch.equal(guided[0], plain[0]) and torch.equal(guided[1]["z"], plain[1]["z"])
+    assert torch.equal(guided[0], plain[0])
+    # Not equal: on two threads oneDNN sums the gradient of so small a convolution in an order of its own.
+    torch.testing.assert_close(guided[1]["z"], plain[1]["z"])
     options = dict(size_px=32, steps=2, guidance=3.0, render_batch=2, seed=0)
     assert torch.equal(*(sample(prior, torch.tensor(labels), **options) for labels in ([0, 1], [4, 4])))
