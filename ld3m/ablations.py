@@ -1,7 +1,5 @@
 """One change at a time: for every setting of an ablation a set is distilled, judged on test images and measured."""
 
-import contextlib
-import io
 import math
 from typing import Any
 
@@ -21,14 +19,9 @@ def ablate(settings: dict[str, tuple[Params, str, str]], *, processes: int) -> l
     Settings run side by side, one thread each.
     """
     tasks = [dict(zip(("params", "objective", "space"), setting, strict=True)) for setting in settings.values()]
-    records = fan_out(_quietly, tasks, processes=processes, label="settings")
+    records = fan_out(measure, tasks, processes=processes, label="settings")
     end_workers()
     return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
-
-
-def _quietly(**task: Any) -> dict[str, Any]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return measure(**task)
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
@@ -54,12 +47,13 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         momentum=params.distill.momentum,
         validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
         validations=checks,
-        checkpoint=paths.checkpoint_file(params.dataset, "ablation"),
+        checkpoint=paths.checkpoint_file(params.dataset, "ablation", 0),
         checkpoint_minutes=math.inf,
         configuration={},
     )
     peak_mib = 1024 * peak_gib() if forgotten else None
-    scores = [experiment.test(images, synthetic.labels) for images in candidates]
+    sets = [experiment.judged(images, synthetic.labels, plain=False) for images in candidates]
+    scores = experiment.judge(sets, experiment.dataset.test)
     norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
     return {
         "objective": objective,

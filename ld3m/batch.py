@@ -41,27 +41,28 @@ class Job:
 
 def jobs(params: Params) -> list[Job]:
     """A job for everything that the grid, `more` and the ablations ask for, in the order in which they should start."""
-    params = params.with_more()
-    name, grid = params.dataset, params.grid
+    name, found = params.dataset, cells(params, more=True)
     prior, gan, trajectories = paths.prior_folder(name), paths.gan_folder(name), paths.trajectories_folder(name)
     made = [Job("prior", paths.prior_check_folder(name) / "images.safetensors", (), _notebook("00_prior"))]
-    if "glad" in grid.space:
+    if any(space == "glad" for _, space, _ in found):
         made.append(Job("gan", paths.gan_check_folder(name) / "images.safetensors", (), _notebook("00_gan")))
-    if "mtt" in grid.objective:
+    if any(objective == "mtt" for objective, _, _ in found):
         made.append(Job("trajectories", trajectories, (), _notebook("01_trajectories")))
     needs = {"pixel": (), "random_real": (), "full_data": (), "glad": (gan,), "mtt": (trajectories,)}
     judged = []
-    for objective, space, ipc in cells(params):
-        cell, place = f"{objective}-{space}-{ipc}", params.place(space)
-        given = {"objective": objective, "space": space, "ipc": ipc}
-        needed = needs.get(space, (prior,)) + needs.get(objective, ())
-        if objective != "none":
-            distilled = paths.distilled_folder(place, cell)
-            made.append(Job(f"distill-{cell}", distilled, needed, _notebook("02_distill", **given)))
-            needed = (distilled,)
-        judged.append(
-            Job(f"evaluate-{cell}", paths.scores_folder(place, cell), needed, _notebook("03_evaluate", **given))
-        )
+    for cell in found:
+        given, title = dict(zip(("objective", "space", "ipc"), cell, strict=True)), "-".join(map(str, cell))
+        for more in (False, True):
+            if not (runs := params.runs(*cell, more=more)) or (not more and not params.in_grid(*cell)):
+                continue
+            place, label = params.place(*cell, runs[0]), f"{'more-' if more else ''}{title}"
+            needed = needs.get(cell[1], (prior,)) + needs.get(cell[0], ())
+            if cell[0] != "none":
+                distilled = paths.distilled_folder(place, title, runs[-1])
+                made.append(Job(f"distill-{label}", distilled, needed, _notebook("02_distill", **given, more=more)))
+                needed = (distilled,)
+            scores = paths.scores_folder(place, title)
+            judged.append(Job(f"evaluate-{label}", scores, needed, _notebook("03_evaluate", **given, more=more)))
     norms = Job("gradient-norms", paths.gradient_norms_file(name), (prior,), _notebook("04_gradient_norms"))
     return [*made, *judged, norms, *_ablation_jobs(params)]
 

@@ -18,6 +18,8 @@ from ruamel.yaml.error import YAMLError
 from ld3m.paths import PARAMS, PROFILES
 from ld3m.schema import Params
 
+REPLACED = ("learning_rates", "settings", "cells", "controls")  # a profile replaces these whole
+
 
 def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
     """The validated parameters; `overrides` are dotted keys, e.g. {"distill.momentum": 0.9}."""
@@ -102,9 +104,9 @@ def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> 
     for key, value in overlay.items():
         if key not in values and under not in ("datasets", "networks"):
             raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
-        if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in ("learning_rates", "settings"):
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in REPLACED:
             _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
-        else:
+        elif key not in values or values[key] != value:  # what is equal keeps its comments
             values[key] = value
 
 

@@ -1,6 +1,7 @@
 """Judges a set of images: networks of every architecture are trained on it from scratch and tested on real images."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,13 @@ def judge(
     normalization: Normalization,
     new_network: Callable[..., nn.Module],
     recipe: dict[str, Any],
-    strategy: str,
     seed: int,
 ) -> float:
     """The accuracy, in [0, 1], on `real` of one network trained on the images `fetch(index)` with `labels`.
 
-    `recipe` holds the keyword arguments of `training.train` but strategy and seed.
+    `recipe` holds the keyword arguments of `training.train` but the seed.
     """
-    network = train(new_network(seed=seed), fetch, labels, strategy=strategy, seed=seed, **recipe)
+    network = train(new_network(seed=seed), fetch, labels, seed=seed, **recipe)
     return accuracy(network, partial(real_images, real, normalization), real.labels)
 
 
@@ -36,37 +36,48 @@ def real_images(split: Split, normalization: Normalization, index: Tensor) -> Te
     return normalization.to_images(split.pixels(index))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A set of images, and the networks that judge it: of every architecture in `recipes` the `seeds` of a stream.
+
+    A recipe has the keyword arguments of `training.train` but the seed.
+    """
+
+    fetch: Callable[[Tensor], Tensor]
+    labels: Tensor
+    recipes: dict[str, dict[str, Any]]
+    seeds: range
+    seed: int
+
+
 def judge_all(
-    fetch: Callable[[Tensor], Tensor],
-    labels: Tensor,
+    sets: list[Judged],
     real: Split,
     *,
     normalization: Normalization,
     networks: dict[str, Callable[..., nn.Module]],
-    recipes: dict[str, dict[str, Any]],
-    strategy: str,
-    seeds: range,
-    seed: int,
     processes: int,
-) -> dict[str, list[float]]:
-    """Accuracies of the networks `seeds` of every architecture: {architecture: [accuracy, ...]}.
+) -> list[dict[str, list[float]]]:
+    """For every set the accuracies of its networks: {architecture: [accuracy, ...]}.
 
-    The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so
-    that sets can be compared seed by seed.
+    The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so that
+    sets of the same `seed` can be compared network by network.
     """
-    shared = dict(fetch=fetch, labels=labels, real=real, normalization=normalization, strategy=strategy)
-    keys = [(architecture, k) for architecture in networks for k in seeds]
+    keys = [(n, architecture, k) for n, given in enumerate(sets) for architecture in given.recipes for k in given.seeds]
     tasks = [
-        shared
-        | {
+        {
+            "fetch": sets[n].fetch,
+            "labels": sets[n].labels,
+            "real": real,
+            "normalization": normalization,
             "new_network": networks[architecture],
-            "recipe": recipes[architecture],
-            "seed": derive(seed, "judge", architecture, k),
+            "recipe": sets[n].recipes[architecture],
+            "seed": derive(sets[n].seed, "judge", architecture, k),
         }
-        for architecture, k in keys
+        for n, architecture, k in keys
     ]
-    scores = fan_out(judge, tasks, processes=processes, label="networks")
-    return {
-        architecture: [score for (name, _), score in zip(keys, scores, strict=True) if name == architecture]
-        for architecture in networks
-    }
+    scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in sets]
+    found = fan_out(judge, tasks, processes=processes, label="networks")
+    for (n, architecture, _), score in zip(keys, found, strict=True):
+        scores[n][architecture].append(score)
+    return scores

@@ -1,6 +1,5 @@
 """From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,17 +15,18 @@ from ld3m.artefact import read_artefact, write_artefact
 from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, load_prior, unconditional, with_random_unet
 from ld3m.distill import Distilled, Objective, Synthetic, distill
-from ld3m.evaluate import judge_all, real_images
+from ld3m.evaluate import Judged, judge_all, real_images
 from ld3m.experts import open_experts
 from ld3m.gan import Generator, load_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.metrics import PLAIN
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
 from ld3m.progress import peak_gib, progress
 from ld3m.sampler import sample
 from ld3m.schema import Params
 from ld3m.seeds import derive
-from ld3m.storage import new_folder, require_space, write_json, write_tensors
+from ld3m.storage import require_space, write_json
 from ld3m.synthetic import shifted, start_glad, start_ld3m, start_pixels
 
 CARD_NETWORKS = 3  # at least, for the score on the card of a set
@@ -34,9 +34,18 @@ CARD_NETWORKS = 3  # at least, for the score on the card of a set
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that the cells of one params.yaml share; each part is loaded when it is first asked for."""
+    """Everything that the cells of one params.yaml share; each part is loaded when it is first asked for.
+
+    Of a cell there may be several runs: from other real images, with other noise, batches, networks and judges. The
+    data set, the prior and the experts are the same for all.
+    """
 
     params: Params
+    run: int = 0
+
+    @property
+    def seed(self) -> int:
+        return derive(self.params.seed, "run", self.run)
 
     @cached_property
     def dataset(self) -> data.Dataset:
@@ -67,32 +76,31 @@ class Experiment:
             build,
             classes=len(self.dataset.train.classes),
             device=self.params.on_device,
-            **self.params.network_arguments(architecture),
+            **self.network_arguments(architecture),
         )
 
-    def recipe(self, architecture: str) -> dict[str, Any]:
-        """The keyword arguments of `training.train` with which an architecture is judged."""
-        given = self.params.evaluate.recipe
-        return {
-            "epochs": given.epochs[architecture],
-            "batch": given.batch,
-            "learning_rate": given.learning_rates[architecture],
-            "momentum": given.momentum,
-            "weight_decay": given.weight_decay,
-            "warm_up": True,
-            "ema_decay": given.ema_decay,
-        }
+    def network_arguments(self, architecture: str) -> dict[str, Any]:
+        """Those of `networks.build` but the classes and the seed; `PLAIN` is the distilling architecture."""
+        return self.params.network_arguments(self.params.distill.network if architecture == PLAIN else architecture)
+
+    def recipes(self, ipc: int, *, plain: bool) -> dict[str, dict[str, Any]]:
+        """How every architecture of the grid, and `PLAIN` if so, judges sets of `ipc` images a class (0: all real
+        images): the keyword arguments of `training.train` but the seed."""
+        recipes = {name: self.params.recipe(name, ipc) for name in self.params.grid.architecture}
+        if plain:
+            recipes[PLAIN] = self.params.recipe(self.params.distill.network, ipc) | {"strategy": "none"}
+        return recipes
 
     def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
         """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
         train = self.dataset.train
-        index = data.initial_indices(train, ipc=ipc, seed=self.params.seed)
+        index = data.initial_indices(train, ipc=ipc, seed=self.seed)
         return train.pixels(index), train.labels[index]
 
     def synthetic(self, space: str, ipc: int, **changes: Any) -> Synthetic:
         """The synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say)."""
         pixels, labels = self.initial(ipc)
-        shared = dict(normalization=self.dataset.normalization, seed=self.params.seed)
+        shared = dict(normalization=self.dataset.normalization, seed=self.seed)
         given = getattr(self.params.spaces, space).model_dump() | changes
         if space == "pixel":
             return start_pixels(pixels, labels, **shared, **given)
@@ -106,7 +114,7 @@ class Experiment:
     def objective(self, name: str) -> Objective:
         given = getattr(self.params.objectives, name)
         new_network = self.new_network(self.params.distill.network)
-        shared = dict(strategy=self.params.data.augmentation, seed=derive(self.params.seed, name))
+        shared = dict(strategy=self.params.data.augmentation, seed=derive(self.seed, name))
         if name in DISTANCES:
             return ClassMatching(
                 distance=DISTANCES[name],
@@ -139,24 +147,32 @@ class Experiment:
     def validate(self, images: Tensor, labels: Tensor, *, seeds: range | None = None) -> list[float]:
         """Validation accuracies, in [0, 1], of networks of the distilling architecture trained on the images."""
         given = self.params.distill
+        recipes = {given.network: self.params.recipe(given.network, self._ipc(labels))}
         seeds = seeds or range(given.validation_seeds)
-        return self._judge(images.__getitem__, labels, self.dataset.validation, (given.network,), seeds, {})[
-            given.network
-        ]
+        judged = Judged(images.__getitem__, labels, recipes, seeds, self.seed)
+        return self.judge([judged], self.dataset.validation)[0][given.network]
 
-    def test(self, images: Tensor | None, labels: Tensor) -> dict[str, list[float]]:
-        """Test accuracies of every architecture trained on the images, or on the full training split (None)."""
-        given = self.params.evaluate
-        if images is None:
-            fetch = partial(real_images, self.dataset.train, self.dataset.normalization)
-            changes = given.full_data.model_dump()
-        else:
-            fetch, changes = images.__getitem__, {}
-        scores = self._judge(
-            fetch, labels, self.dataset.test, self.params.grid.architecture, range(given.seeds), changes
+    def judged(self, images: Tensor | None, labels: Tensor, *, plain: bool) -> Judged:
+        """The images, or the full training split (None), with the networks that judge them (`PLAIN` too if so)."""
+        ipc = 0 if images is None else self._ipc(labels)
+        real = partial(real_images, self.dataset.train, self.dataset.normalization)
+        fetch = real if images is None else images.__getitem__
+        seeds = range(self.params.networks_a_set(self.run))
+        return Judged(fetch, labels, self.recipes(ipc, plain=plain), seeds, self.seed)
+
+    def judge(self, sets: list[Judged], real: data.Split) -> list[dict[str, list[float]]]:
+        """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
+        return judge_all(
+            sets,
+            real,
+            normalization=self.dataset.normalization,
+            networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
+            processes=self.params.processes,
         )
-        end_workers()
-        return scores
+
+    def _ipc(self, labels: Tensor) -> int:
+        """Images a class, of a set with unlike numbers about."""
+        return max(1, round(len(labels) / len(self.dataset.train.classes)))
 
     def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
@@ -179,7 +195,7 @@ class Experiment:
             steps=given.steps,
             guidance=given.guidance,
             render_batch=given.render_batch,
-            seed=self.params.seed,
+            seed=self.seed,
         )
         return to_images(samples), labels
 
@@ -193,14 +209,18 @@ class Experiment:
             chosen.append(members[CORESETS[name](z.flatten(1).cpu(), ipc)])
         return torch.cat(chosen)
 
-    def distill(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
-        """Runs the loop for one cell, from its checkpoint where an interrupted run left one."""
-        cell = f"{objective}-{space}-{ipc}"
-        target = paths.distilled_folder(self.params.place(space), cell)
+    def distill(self, objective: str, space: str, ipc: int) -> Path:
+        """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder."""
+        synthetic = self.synthetic(space, ipc)
+        return self._write(self._run(synthetic, objective, space, ipc), synthetic, objective, space, ipc)
+
+    def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
+        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
+        target = paths.distilled_folder(place, cell, self.run)
         tensors = synthetic.tensors()
         require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
         budget = self.params.budget(objective, space, ipc)
-        run = distill(
+        return distill(
             synthetic,
             self.objective(objective),
             iterations=budget.iterations,
@@ -208,17 +228,16 @@ class Experiment:
             momentum=self.params.distill.momentum,
             validate=partial(self.validate, labels=synthetic.labels),
             validations=self.params.distill.validations,
-            checkpoint=paths.checkpoint_file(self.params.place(space), cell),
+            checkpoint=paths.checkpoint_file(place, cell, self.run),
             checkpoint_minutes=self.params.distill.checkpoint_minutes,
             configuration=self.configuration(objective, space, ipc)
             | {"normalization": vars(self.dataset.normalization)},
         )
-        return run
 
-    def write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
+    def _write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
         """Writes the artefact of a finished run, and beside it what the run cost; returns the artefact's folder."""
-        cell, iterations = f"{objective}-{space}-{ipc}", len(run.history)
-        folder = paths.distilled_folder(self.params.place(space), cell)
+        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
+        folder, iterations = paths.distilled_folder(place, cell, self.run), len(run.history)
         cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
         if space == "ld3m":
             cost["denoising steps, each run twice forward and once backward"] = (
@@ -234,7 +253,7 @@ class Experiment:
             labels=synthetic.labels,
             classes=self.dataset.train.classes,
             normalization=self.dataset.normalization,
-            name=f"{self.params.dataset} {cell}",
+            name=f"{self.params.dataset} {cell} run {self.run}",
             record={
                 "configuration": self.configuration(objective, space, ipc),
                 "history": run.history,
@@ -244,78 +263,17 @@ class Experiment:
             },
         )
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
-        write_json(paths.cost_file(self.params.place(space), cell), measured)
-        paths.checkpoint_file(self.params.place(space), cell).unlink(missing_ok=True)
+        write_json(paths.cost_file(place, cell, self.run), measured)
+        paths.checkpoint_file(place, cell, self.run).unlink(missing_ok=True)
         return folder
 
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
         if objective == "none":
             return self.control(space, ipc)
-        tensors, _ = read_artefact(paths.distilled_folder(self.params.place(space), f"{objective}-{space}-{ipc}"))
+        place = self.params.place(objective, space, ipc, self.run)
+        tensors, _ = read_artefact(paths.distilled_folder(place, f"{objective}-{space}-{ipc}", self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]
-
-    def write_scores(
-        self, accuracies: dict[str, list[float]], objective: str, space: str, ipc: int, images: Tensor | None
-    ) -> Path:
-        """Writes one JSON file an architecture, and the images of a control (those of a cell are in its artefact)."""
-        cell = f"{objective}-{space}-{ipc}"
-        folder = paths.scores_folder(self.params.place(space), cell)
-        return self._write_scores(folder, cell, accuracies, images if objective == "none" else None)
-
-    def write_judged(self, accuracies: dict[str, list[float]], name: str, images: Tensor) -> Path:
-        """Writes what `write_scores` writes for a set that no stage made."""
-        folder = paths.judged_folder(self.params.dataset, name)
-        return self._write_scores(folder, name, accuracies, images)
-
-    def _write_scores(self, folder: Path, cell: str, accuracies: dict[str, list[float]], images: Tensor | None) -> Path:
-        with new_folder(folder) as partial_folder:
-            for architecture, values in accuracies.items():
-                record = {"cell": cell, "architecture": architecture, "accuracy": values}
-                write_json(partial_folder / f"{architecture}.json", record | {"judging": self.judging(architecture)})
-            if images is not None:
-                pixels = self.dataset.normalization.to_pixels(images)
-                metadata = {"classes": list(self.dataset.train.classes)}
-                write_tensors(partial_folder / "images.safetensors", {"pixels": pixels}, metadata)
-        return folder
-
-    def judging(self, architecture: str) -> dict[str, Any]:
-        """Plain values that two scores must share to be compared."""
-        return {
-            "data_sha256": self.dataset.fingerprint,
-            "network": self.params.network_arguments(architecture),
-            "recipe": self.recipe(architecture),
-            "augmentation": self.params.data.augmentation,
-            "seed": self.params.seed,
-        }
-
-    def read_scores(self, objective: str, space: str, ipc: int) -> dict[str, list[float]]:
-        """What `write_scores` wrote; FileNotFoundError or ValueError where it is not there or was judged otherwise."""
-        cell = f"{objective}-{space}-{ipc}"
-        given = f"-r objective {objective} -r space {space} -p ipc {ipc}"
-        again = f"python -m papermill notebooks/03_evaluate.ipynb evaluated.ipynb {given}"
-        accuracies = {}
-        for architecture in self.params.grid.architecture:
-            file = paths.scores_folder(self.params.place(space), cell) / f"{architecture}.json"
-            if not file.is_file():
-                raise FileNotFoundError(f"{cell} has no scores of {architecture}: {again}")
-            record = json.loads(file.read_text())
-            if record.get("judging") != self.judging(architecture):
-                raise ValueError(f"{cell} was judged with other parameters or data: {again}")
-            accuracies[architecture] = record["accuracy"]
-        return accuracies
-
-    def comparable(self, labels: Tensor) -> dict[str, dict[str, list[float]]]:
-        """The scores to lay beside those of a set with `labels` (N,), as far as they are there; says what is not."""
-        counts = set(torch.bincount(labels).tolist())
-        wanted = {"full_data": 0} | ({"random_real": counts.pop()} if len(counts) == 1 else {})
-        found = {}
-        for control, ipc in wanted.items():
-            try:
-                found[control] = self.read_scores("none", control, ipc)
-            except (FileNotFoundError, ValueError) as problem:
-                print(problem)
-        return found
 
     def gradient_norms(self) -> pd.DataFrame:
         """Norm of the DM gradient of what is learned, at iteration 0: columns skip, learned, steps, network, norm."""
@@ -335,28 +293,6 @@ class Experiment:
                 rows.append((skip, learn, steps, network, grad.norm().item()))
         return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
 
-    def _judge(
-        self,
-        fetch: Callable[[Tensor], Tensor],
-        labels: Tensor,
-        real: data.Split,
-        architectures: tuple[str, ...],
-        seeds: range,
-        recipe_changes: dict[str, Any],
-    ) -> dict[str, list[float]]:
-        return judge_all(
-            fetch,
-            labels,
-            real,
-            normalization=self.dataset.normalization,
-            networks={name: self.new_network(name) for name in architectures},
-            recipes={name: self.recipe(name) | recipe_changes for name in architectures},
-            strategy=self.params.data.augmentation,
-            seeds=seeds,
-            seed=self.params.seed,
-            processes=self.params.processes,
-        )
-
     def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
         """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
         params, architecture = self.params, self.params.distill.network
@@ -365,7 +301,8 @@ class Experiment:
             "objective": objective,
             "space": space,
             "ipc": ipc,
-            "seed": params.seed,
+            "seed": self.seed,
+            "run": self.run,
             "dataset": params.dataset,
             "augmentation": params.data.augmentation,
             "network": architecture,
@@ -375,7 +312,7 @@ class Experiment:
             "momentum": params.distill.momentum,
             "validations": params.distill.validations,
             "validation_seeds": params.distill.validation_seeds,
-            "validation_recipe": self.recipe(architecture),
+            "validation_recipe": params.recipe(architecture, ipc),
             "objective_parameters": getattr(params.objectives, objective).model_dump(),
             "trajectories": params.trajectories.model_dump() if objective == "mtt" else None,
             "space_parameters": getattr(params.spaces, space).model_dump(),

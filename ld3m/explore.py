@@ -3,6 +3,7 @@ network trained on them confuses. Every figure takes the experiment and a cell, 
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import ipywidgets as widgets
 import torch
@@ -19,10 +20,9 @@ from ld3m.sampler import timesteps
 from ld3m.schema import Params
 from ld3m.seeds import derive
 from ld3m.synthetic import LD3MCodes
-from ld3m.tables import NAMES, cells
+from ld3m.tables import NAMES, Cell, cells
 from ld3m.training import train
 
-Cell = tuple[str, str, int]  # objective, space, images per class
 SHOWN_PER_CLASS = 3
 
 
@@ -30,8 +30,8 @@ def chooser(params: Params) -> widgets.Dropdown:
     """A menu of the distilled cells that are on disk; an LD3M cell is chosen first where there is one."""
     found = {
         f"{NAMES[objective]} {NAMES[space]}, IPC {ipc}": (objective, space, ipc)
-        for objective, space, ipc in cells(params.with_more())
-        if objective != "none" and paths.distilled_folder(params.place(space), f"{objective}-{space}-{ipc}").exists()
+        for objective, space, ipc in cells(params, more=True)
+        if objective != "none" and _folder(params, (objective, space, ipc)).exists()
     }
     if not found:
         raise FileNotFoundError(
@@ -91,9 +91,8 @@ def confused(experiment: Experiment, cell: Cell) -> Figure:
         experiment.new_network(given.distill.network)(seed=seed),
         set_images.__getitem__,
         labels,
-        strategy=given.data.augmentation,
         seed=seed,
-        **experiment.recipe(given.distill.network),
+        **given.recipe(given.distill.network, cell[2]),
     )
     fetch = partial(real_images, validation, experiment.dataset.normalization)
     counts = confusion(network, fetch, validation.labels)
@@ -103,7 +102,7 @@ def confused(experiment: Experiment, cell: Cell) -> Figure:
 def restored(experiment: Experiment, cell: Cell) -> LD3MCodes:
     """The codes of an LD3M cell as they were kept; they render the images of its artefact."""
     name = "{}-{}-{}".format(*cell)
-    tensors, metadata = read_artefact(paths.distilled_folder(experiment.params.place(cell[1]), name))
+    tensors, metadata = read_artefact(_folder(experiment.params, cell))
     if metadata["configuration"]["space_parameters"] != experiment.params.spaces.ld3m.model_dump():
         raise ValueError(f"{name} was distilled with other values of spaces.ld3m: `dvc repro distill@{name}`")
     codes = experiment.synthetic("ld3m", cell[2])
@@ -127,6 +126,11 @@ def confusion(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Ten
     logits = torch.cat([network(fetch(index)) for index in parts])  # (N, K)
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def _folder(params: Params, cell: Cell) -> Path:
+    """Of run 0 of a distilled cell."""
+    return paths.distilled_folder(params.place(*cell, 0), "-".join(map(str, cell)), 0)
 
 
 def _pixels(experiment: Experiment, cell: Cell) -> Tensor:

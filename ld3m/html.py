@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ld3m import paths
 from ld3m.published import comparison_table
 from ld3m.storage import write_bytes
-from ld3m.tables import CHANGES, NAMES, UNSEEN, paper_style
+from ld3m.tables import NAMES, UNSEEN, paper_style
 
 ABLATIONS = {
     "steps": ("Number of steps T", ""),
@@ -38,7 +38,7 @@ ABLATION_COSTS = {
     "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
-    "gan", "gradient_norms", "ablations", "ablation_costs",
+    "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics",
 }  # fmt: skip
 
 
@@ -90,6 +90,7 @@ class Section:
     title: str
     text: tuple[str, ...]
     blocks: tuple[Table | Picture, ...]
+    findings: tuple[str, ...] = ()  # sentences; what is between ** in one is marked
 
 
 def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> Path:
@@ -103,9 +104,9 @@ def render(tables: Path, figures: Path) -> str:
     found = {  # "none" and its like are words here
         file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in sorted(tables.glob("*.csv"))
     }
-    makers = (_results, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs, _prior, _others)
-    sections = [section for maker in makers if (section := maker(found, figures)) and section.blocks]
-    note, verdicts = _prose(tables / "main.md")
+    makers = (_results, _runs, _metrics, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs)
+    makers += (_prior, _others)
+    sections = [section for maker in makers if (section := maker(found, tables, figures)) and section.blocks]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -113,21 +114,76 @@ def render(tables: Path, figures: Path) -> str:
     environment.tests["table"] = lambda block: isinstance(block, Table)
     dataset = found["main"].dataset.iloc[0] if "main" in found else ""
     return environment.get_template("html.j2").render(
-        sections=sections, dataset=dataset, note=note, verdicts=verdicts, strong=_strong
+        sections=sections, dataset=dataset, strong=_strong
     )
 
 
-def _results(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _results(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     blocks: list[Table | Picture] = []
     if "main" in found:
         caption = "Test accuracy, percent: controls first, then objective by space, the full data last"
         blocks.append(Table("main", caption, paper_style(found["main"]).astype(str), headers=2))
     if "differences" in found:
-        blocks.append(_differences(found["differences"]))
-    return Section("results", "Results", (), tuple(blocks))
+        blocks.append(_differences("differences", found["differences"], "networks on one set"))
+    note, verdicts = _prose(tables / "main.md")
+    return Section("results", "Results of one run", note, tuple(blocks), verdicts)
 
 
-def _differences(changes: pd.DataFrame) -> Table:
+def _runs(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
+    if "runs" not in found:
+        return None
+    caption = "Test accuracy, percent: one network an architecture on the set of every run"
+    blocks = [Table("runs", caption, paper_style(found["runs"]).astype(str), headers=2)]
+    if "runs_differences" in found:
+        blocks.append(_differences("runs-differences", found["runs_differences"], "runs"))
+    if "spread" in found:
+        blocks.append(_spread(found["spread"]))
+    note, verdicts = _prose(tables / "runs.md")
+    text = "These intervals hold for distilling anew, those above for the one set that was distilled."
+    return Section("runs", "Several distillation runs", (*note, text), tuple(blocks), verdicts)
+
+
+def _spread(spread: pd.DataFrame) -> Table:
+    shown = spread[spread.architecture.isin([spread.architecture.iloc[0], UNSEEN])]
+    names = shown.objective.map({"all": "All distilled sets"}).fillna(
+        (shown.objective.map(NAMES) + " " + shown.space.map(NAMES)).str.removeprefix("- ")
+    )
+    frame = pd.DataFrame({"Set": names, "Judge": shown.architecture.map(NAMES)})
+    labels = {"net_sd": "Networks on one set", "run_sd": "Runs beyond that", "total_sd": "Both together"}
+    for column, label in labels.items():
+        frame[label] = (100 * shown[column]).map("{:.1f}".format)
+    caption = (
+        "Where the spread is: standard deviations in points of accuracy, of networks on the set of run 0, and of one "
+        "network a run; what the second has beyond the first is that of runs"
+    )
+    return Table("spread", caption, frame.astype(str), headers=2)
+
+
+def _metrics(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
+    if "metrics" not in found:
+        return None
+    metrics = found["metrics"]
+    shown = metrics[metrics.architecture.isin([metrics.architecture.iloc[0], "mean"])]
+    frame = pd.DataFrame(
+        {
+            "IPC": shown.ipc.astype(str),
+            "Set": (shown.objective.map(NAMES) + " " + shown.space.map(NAMES)).str.removeprefix("- "),
+            "Judge": shown.architecture.map(NAMES | {"mean": "mean of all"}),
+        }
+    )
+    for column in ("accuracy", "random_real", "full_data", "IOR", "HLR", "LRS", "plain IOR", "ARS"):
+        label = {"accuracy": "Accuracy", "random_real": "Random real", "full_data": "Full data"}.get(column, column)
+        frame[label] = ["–" if pd.isna(value) else f"{value:.3f}" for value in shown[column]]
+    text = (
+        "Fractions, as in DD-Ranking: IOR is what a set gains over as many random real images (higher is better), HLR "
+        "what it loses against all real data (lower is better), LRS maps the mean of IOR and -HLR onto [0, 1], ARS that "
+        "of IOR with and without augmentation.",
+    )
+    caption = "Run 0: the scores beside the accuracies they are made of"
+    return Section("metrics", "Beyond accuracy", text, (Table("metrics", caption, frame, headers=3),))
+
+
+def _differences(name: str, changes: pd.DataFrame, over: str) -> Table:
     shown = changes[changes.architecture == UNSEEN]
     frame = pd.DataFrame(
         {
@@ -138,17 +194,16 @@ def _differences(changes: pd.DataFrame) -> Table:
             "95 % interval": [
                 f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in zip(shown.ci_low, shown.ci_high, strict=True)
             ],
+            "p": shown.p.map("{:.3f}".format),
             "n": shown.n.astype(str),
         }
     )
-    for column in [name for name in changes.columns if name not in CHANGES]:
-        frame[column] = [_number(value) for value in shown[column]]
     intervals = tuple(zip(shown["mean"], shown.ci_low, shown.ci_high, strict=True))
-    caption = "Paired differences of the unseen mean, in points; an interval clear of zero decides"
-    return Table("differences", caption, frame, headers=3, intervals=intervals)
+    caption = f"Differences of the unseen mean, in points, paired over n {over}; an interval clear of zero decides"
+    return Table(name, caption, frame, headers=3, intervals=intervals)
 
 
-def _paper(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _paper(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     blocks = []
     if "comparison" in found:
         frame = comparison_table(found["comparison"].fillna({"minus": ""}))
@@ -175,7 +230,7 @@ def _paper(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("paper", "Beside the paper", text, tuple(blocks))
 
 
-def _images(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _images(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     if "main" not in found:
         return None
     cells = found["main"][["objective", "space", "ipc"]].drop_duplicates()
@@ -196,19 +251,19 @@ def _charts(figures: Path, pattern: str, caption: str, alt: str, kind: str = "ch
     return tuple(picture for file, words in named if (picture := _picture(file, words, alt, kind)))
 
 
-def _accuracy(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _accuracy(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     alt = "Dot plot, one panel a network, one row a set; the numbers are those of the table of results"
     charts = _charts(figures, "accuracy", "test accuracy with 95 % intervals", alt)
     return Section("accuracy", "Accuracy by architecture", (), charts)
 
 
-def _curves(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _curves(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     alt = "Line plots over iterations, a column an objective: matching loss, validation accuracy, gradient norms"
     charts = _charts(figures, "curves", "loss, validation accuracy and gradient norms over iterations", alt)
     return Section("curves", "Learning curves", (), charts)
 
 
-def _gradients(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _gradients(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     alt = "Line plots of gradient norm against number of steps, one panel for z and one for z_T, a line a skip"
     caption = "gradient norm of what is learned, at iteration 0, against the number of steps"
     blocks: list[Table | Picture] = list(_charts(figures, "gradient-norms", caption, alt))
@@ -225,7 +280,7 @@ def _gradients(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("gradients", "Gradient norms", (), tuple(blocks))
 
 
-def _steps(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _steps(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     if "ablations" not in found or not (found["ablations"].ablation == "steps").any():
         return None
     alt = "Two line plots against the number of steps: test accuracy of every network, and seconds an iteration"
@@ -237,7 +292,7 @@ def _steps(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("steps", "The trade-off of steps", text, (*charts, _ablation(found, "steps")))
 
 
-def _ablations(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _ablations(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     if "ablations" not in found:
         return None
     blocks = [_ablation(found, name) for name in found["ablations"].ablation.unique() if name != "steps"]
@@ -277,7 +332,7 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
     return Table(f"ablation-{name}", caption, pd.DataFrame(rows).fillna("–").astype(str), len(keys))
 
 
-def _costs(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _costs(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     if "costs" not in found:
         return None
     costs = found["costs"]
@@ -309,7 +364,7 @@ def _costs(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("costs", "Cost", (), tuple(blocks))
 
 
-def _prior(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _prior(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     alt = "Rows of images, a column a class: real validation images, their reconstructions, guided samples"
     blocks: list[Table | Picture] = list(
         _charts(figures, "prior", "real images, reconstructions, guided samples", alt, "photo")
@@ -325,7 +380,7 @@ def _prior(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
     return Section("prior", "The priors behind LD3M and GLaD", (), tuple(blocks))
 
 
-def _others(found: dict[str, pd.DataFrame], figures: Path) -> Section | None:
+def _others(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     blocks = [
         Table(name, f"{name}.csv", frame.map(_number)) for name, frame in found.items() if name not in SHOWN_ELSEWHERE
     ]
@@ -345,11 +400,12 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _prose(file: Path) -> tuple[str, list[str]]:
-    """The note and the sentences under the table of main.md."""
+def _prose(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The note, one paragraph, and the sentences under the table of main.md or runs.md."""
     lines = file.read_text().splitlines() if file.is_file() else []
     note = [line for line in lines if line and line[0] not in "|-"]
-    return " ".join(note), [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    sentences = tuple(line.removeprefix("- ") for line in lines if line.startswith("- "))
+    return (" ".join(note),) if note else (), sentences
 
 
 def _strong(sentence: str) -> list[tuple[bool, str]]:

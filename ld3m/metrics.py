@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
+from scipy.special import stdtr, stdtrit  # Student's t and its quantile; scipy.stats takes a second to import
 
-Accuracies = dict[str, list[float]]  # {architecture: one accuracy a seed}
+Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
+PLAIN = "plain"  # in the place of an architecture: the one that distils, trained without augmentation
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -17,6 +18,15 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
     half = stdtrit(len(values) - 1, 0.975) * error
     return mean, mean - half, mean + half
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Of Student's two-sided t test that the mean is zero, over independent values; of differences, the paired test."""
+    values = np.asarray(values, dtype=float)
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    if error == 0:
+        return 1.0 if values.mean() == 0 else 0.0
+    return 2 * stdtr(len(values) - 1, -abs(values.mean()) / error)
 
 
 def hard_label_recovery(*, real: float, synthetic: float) -> float:
@@ -40,16 +50,18 @@ def augmentation_robust_score(*, augmented: float, plain: float, weight: float =
 
 
 def compare(
-    accuracies: Accuracies, *, random_real: Accuracies | None = None, full_data: Accuracies | None = None
+    accuracies: Accuracies, *, seen: str, random_real: Accuracies | None = None, full_data: Accuracies | None = None
 ) -> pd.DataFrame:
-    """One row an architecture and one for their mean: accuracy, and HLR, IOR and LRS as far as the others are given.
+    """One row an architecture and one for their mean: accuracy; HLR, IOR, LRS and ARS as far as the others are given.
 
     `random_real` and `full_data` are the accuracies of as many random real images and of all real data. Differences
-    are paired by seed; every mean has the low and high end of its 95 % interval.
+    are paired by network; every mean has the low and high end of its 95 % interval. ARS is that of `seen`, the
+    architecture that `PLAIN` stands for.
     """
     others = {"random_real": random_real, "full_data": full_data}
+    judges = [architecture for architecture in accuracies if architecture != PLAIN]
     rows = []
-    for architecture in [*accuracies, *(["mean"] if len(accuracies) > 1 else [])]:
+    for architecture in [*judges, *(["mean"] if len(judges) > 1 else [])]:
         synthetic = _seeds(accuracies, architecture)
         row = {"architecture": architecture, "n": len(synthetic)} | _with_interval("accuracy", synthetic)
         values = {name: _seeds(given, architecture) for name, given in others.items() if given is not None}
@@ -68,6 +80,10 @@ def compare(
             row |= _with_interval("HLR", [hard_label_recovery(real=b, synthetic=a) for a, b in pairs])
         if len(values) == 2:
             row["LRS"] = label_robust_score(hlr=row["HLR"], ior=row["IOR"])
+        if architecture == seen and PLAIN in accuracies and random_real is not None:
+            plain = np.mean(accuracies[PLAIN]), np.mean(random_real[PLAIN])
+            row["plain IOR"] = improvement_over_random(synthetic=plain[0], random_real=plain[1])
+            row["ARS"] = augmentation_robust_score(augmented=row["IOR"], plain=row["plain IOR"])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -75,7 +91,8 @@ def compare(
 def _seeds(accuracies: Accuracies, architecture: str) -> list[float]:
     """The accuracies of one architecture, or the mean over architectures of every seed."""
     if architecture == "mean":
-        return [sum(values) / len(values) for values in zip(*accuracies.values(), strict=True)]
+        judges = [values for name, values in accuracies.items() if name != PLAIN]
+        return [sum(values) / len(values) for values in zip(*judges, strict=True)]
     return accuracies[architecture]
 
 

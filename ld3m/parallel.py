@@ -1,5 +1,7 @@
 """Fan-out of independent tasks over processes, one thread each, so that results do not depend on how many there are."""
 
+import contextlib
+import io
 from collections.abc import Callable
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
@@ -13,11 +15,14 @@ from ld3m.progress import progress
 
 
 def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, processes: int, label: str) -> list[Any]:
-    """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each."""
+    """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each.
+
+    What the functions print is lost where there are several processes: their lines would mix.
+    """
     if processes == 1:
         return [_on_one_thread(function, tasks[k]) for k in progress(len(tasks), label=label)]
     with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-        results = Parallel(return_as="generator")(delayed(_on_one_thread)(function, task) for task in tasks)
+        results = Parallel(return_as="generator")(delayed(_quietly)(function, task) for task in tasks)
         return [next(results) for _ in progress(len(tasks), label=label)]
 
 
@@ -37,6 +42,11 @@ def _stop_trackers() -> None:
         tracker = getattr(module, "_resource_tracker", None)
         if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
             tracker._stop()
+
+
+def _quietly(function: Callable[..., Any], task: dict[str, Any]) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return _on_one_thread(function, task)
 
 
 def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:

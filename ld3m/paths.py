@@ -34,9 +34,9 @@ def trajectories_folder(dataset: str) -> Path:
     return ROOT / "runs" / dataset / "trajectories"
 
 
-def distilled_folder(dataset: str, cell: str) -> Path:
+def distilled_folder(dataset: str, cell: str, run: int) -> Path:
     """`cell` is <objective>-<space>-<ipc>."""
-    return ROOT / "runs" / dataset / "distilled" / cell
+    return ROOT / "runs" / dataset / "distilled" / cell / f"run-{run}"
 
 
 def scores_folder(dataset: str, cell: str) -> Path:
@@ -50,13 +50,13 @@ def judged_folder(dataset: str, name: str) -> Path:
     return ROOT / "runs" / dataset / "judged" / name
 
 
-def cost_file(dataset: str, cell: str) -> Path:
+def cost_file(dataset: str, cell: str, run: int) -> Path:
     """Seconds and memory differ from run to run, so they are not part of the distilled set."""
-    return ROOT / "runs" / dataset / "costs" / f"{cell}.json"
+    return ROOT / "runs" / dataset / "costs" / cell / f"run-{run}.json"
 
 
-def checkpoint_file(dataset: str, cell: str) -> Path:
-    return CHECKPOINTS / dataset / f"{cell}.safetensors"
+def checkpoint_file(dataset: str, cell: str, run: int) -> Path:
+    return CHECKPOINTS / dataset / f"{cell}-run-{run}.safetensors"
 
 
 def gradient_norms_file(dataset: str) -> Path:

@@ -20,53 +20,74 @@ from ld3m.tables import (
     COLUMNS,
     NAMES,
     UNSEEN,
+    Cell,
     cells,
     differences,
     paper_style,
     read_ablations,
     read_costs,
+    read_metrics,
+    read_runs,
     read_scores,
+    spread,
     summarise,
     verdicts,
     with_unseen_mean,
 )
 
 
-def write_tables(params: Params, *, folder: Path) -> str:
-    """Writes the tables of the grid's cells as csv, those that are read as md and tex too; returns main.md."""
-    scores = with_unseen_mean(read_scores(params), params.distill.network)
+def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
+    """Writes the tables of the grid's cells, or with `more` of the report's, as csv, those that are read as md and tex
+    too; returns main.md."""
+    seen, found = params.distill.network, cells(params, more=more)
+    scores = with_unseen_mean(read_scores(params, found), seen)
     summary, changes = summarise(scores), differences(scores)
-    table = paper_style(summary)
     note = (
         f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = "
-        f"{params.evaluate.seeds} evaluation seeds of one distilled set. {NAMES[params.distill.network]} is the "
-        "architecture used to distil; the unseen mean is over the others."
+        f"{params.evaluate.seeds} networks trained on one distilled set. {NAMES[seen]} is the architecture used to "
+        "distil; the unseen mean is over the others."
     )
-    markdown = "\n".join(
-        [
-            table.to_markdown(index=False, disable_numparse=True),
-            "",
-            note,
-            "",
-            *verdicts(changes, params.distill.network),
-            "",
-        ]
-    )
+    markdown = _write_main(folder, "main", summary, note, verdicts(changes, seen, paired_by="networks"))
     _write_csv(folder, "scores", summary[summary.architecture != UNSEEN][COLUMNS])
-    _write_csv(folder, "main", summary)
     _write_csv(folder, "differences", changes)
-    _write_csv(folder, "costs", read_costs(params))
-    _write_csv(
-        folder,
-        "gradient_norms",
-        _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm.agg(["mean", "min", "max"]).reset_index(),
-    )
+    _write_csv(folder, "costs", read_costs(params, found))
+    norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
+    _write_csv(folder, "gradient_norms", norms.agg(["mean", "min", "max"]).reset_index())
     _write_csv(folder, "prior", _check(paths.prior_check_folder(params.dataset)))
-    if "glad" in params.grid.space:  # the report's, see `Params.with_more`
+    if any(space == "glad" for _, space, _ in found):
         _write_csv(folder, "gan", _check(paths.gan_check_folder(params.dataset)))
-    write_bytes(folder / "main.md", markdown.encode())
-    write_bytes(folder / "main.tex", _latex(table, note))
+    if more:
+        _write_csv(folder, "metrics", read_metrics(params, found))
+        _write_runs(params, folder)
     _write_comparison(params, summary, changes, folder)
+    return markdown
+
+
+def _write_runs(params: Params, folder: Path) -> None:
+    """What several distillation runs say: their mean and interval, paired differences, and where the spread is."""
+    seen, runs = params.distill.network, with_unseen_mean(read_runs(params), params.distill.network)
+    if runs.empty:
+        return
+    one_each = runs[runs.seed == 0]
+    summary, changes = summarise(one_each), differences(one_each)
+    counts = " to ".join(map(str, sorted({summary.n.min(), summary.n.max()})))
+    note = (
+        f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = {counts} "
+        "distillation runs, each from other real images, with other noise and batches, and judged by one network of "
+        "each architecture. What several networks or runs would differ by is in spread.csv."
+    )
+    _write_main(folder, "runs", summary, note, verdicts(changes, seen, paired_by="runs"))
+    _write_csv(folder, "runs_differences", changes)
+    _write_csv(folder, "spread", spread(runs))
+
+
+def _write_main(folder: Path, name: str, summary: pd.DataFrame, note: str, sentences: list[str]) -> str:
+    """A paper-style table as csv, tex and md, with a note and sentences under it; returns the md."""
+    table = paper_style(summary)
+    markdown = "\n".join([table.to_markdown(index=False, disable_numparse=True), "", note, "", *sentences, ""])
+    _write_csv(folder, name, summary)
+    write_bytes(folder / f"{name}.md", markdown.encode())
+    write_bytes(folder / f"{name}.tex", _latex(table, note))
     return markdown
 
 
@@ -80,14 +101,15 @@ def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
     ).rename(columns=NAMES)
 
 
-def write_figures(params: Params, *, tables: Path, folder: Path) -> list[Path]:
+def write_figures(params: Params, *, tables: Path, folder: Path, more: bool = False) -> list[Path]:
     """Writes a figure for everything there is to see and returns the files, in reading order."""
-    summary = summarise(with_unseen_mean(read_scores(params), params.distill.network))
-    history, validation = _records(params, "history"), _records(params, "validation")
+    found = cells(params, more=more)
+    summary = summarise(with_unseen_mean(read_scores(params, found), params.distill.network))
+    history, validation = _records(params, found, "history"), _records(params, found, "validation")
     drawn = {"prior": _prior(params)}
-    for ipc in params.grid.ipc:
+    for ipc in _ipcs(found):
         drawn |= {
-            f"distilled-ipc{ipc}": _distilled(params, ipc),
+            f"distilled-ipc{ipc}": _distilled(params, found, ipc),
             f"accuracy-ipc{ipc}": figures.accuracy_by_architecture(summary, ipc=ipc),
             f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
         }
@@ -96,7 +118,12 @@ def write_figures(params: Params, *, tables: Path, folder: Path) -> list[Path]:
     if ablations.exists() and costs.exists():
         drawn["steps"] = figures.accuracy_against_steps(pd.read_csv(ablations), pd.read_csv(costs))
     files = [figures.save(figure, name, folder) for name, figure in drawn.items()]
-    return files + [_sheet(params, cell, folder) for cell in cells(params) if cell[2]]
+    return files + [_sheet(params, cell, folder) for cell in found if cell[2]]
+
+
+def _ipcs(found: list[Cell]) -> list[int]:
+    """Images per class that some cells are distilled at, ascending."""
+    return sorted({ipc for objective, _, ipc in found if objective != "none"})
 
 
 def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFrame, folder: Path) -> None:
@@ -112,7 +139,8 @@ def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFra
     markdown = table.to_markdown(index=False, disable_numparse=True)
     _write_csv(folder, "paper", published.printed())
     _write_csv(folder, "comparison", frame)
-    _write_csv(folder, "settings", published.settings(params))
+    ipcs = sorted(set(summary.ipc[summary.objective != "none"]))
+    _write_csv(folder, "settings", published.settings(params, ipcs=ipcs))
     write_bytes(folder / "comparison.md", f"{markdown}\n\n{note}\n".encode())
     write_bytes(folder / "comparison.tex", _latex(table, note))
 
@@ -130,7 +158,7 @@ def _check(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([json.loads((folder / "check.json").read_text())])
 
 
-def _sheet(params: Params, cell: tuple[str, str, int], folder: Path) -> Path:
+def _sheet(params: Params, cell: Cell, folder: Path) -> Path:
     pixels, classes = _pixels(params, *cell)
     return figures.save_sheet(pixels, "set-{}-{}-{}".format(*cell), columns=len(classes), folder=folder)
 
@@ -144,10 +172,10 @@ def _prior(params: Params) -> Figure:
     return figures.prior_check(**shown, classes=tuple(metadata["classes"]))
 
 
-def _distilled(params: Params, ipc: int) -> Figure:
+def _distilled(params: Params, found: list[Cell], ipc: int) -> Figure:
     """One row a cell or control: the first image of every class."""
     rows, classes = {}, None
-    for objective, space, cell_ipc in cells(params):
+    for objective, space, cell_ipc in found:
         if cell_ipc == ipc:
             name = f"{NAMES[objective]} {NAMES[space]}".removeprefix("- ")
             pixels, classes = _pixels(params, objective, space, ipc)
@@ -159,24 +187,26 @@ def _pixels(params: Params, objective: str, space: str, ipc: int) -> tuple[Tenso
     """Pixels (N, C, H, W) of a cell or a control, and the class names."""
     cell = f"{objective}-{space}-{ipc}"
     if objective == "none":
-        tensors, metadata = read_tensors(paths.scores_folder(params.place(space), cell) / "images.safetensors")
+        folder = paths.scores_folder(params.place(objective, space, ipc, 0), cell)
+        tensors, metadata = read_tensors(folder / "images.safetensors")
         return tensors["pixels"], metadata["classes"]
-    tensors, metadata = read_artefact(paths.distilled_folder(params.place(space), cell))
+    tensors, metadata = _artefact(params, (objective, space, ipc))
     return Normalization(**metadata["normalization"]).to_pixels(tensors["images"]), metadata["classes"]
 
 
-def _records(params: Params, key: str) -> pd.DataFrame:
+def _records(params: Params, found: list[Cell], key: str) -> pd.DataFrame:
     """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
     frames = [
-        pd.DataFrame(_metadata(params, cell)[key]).assign(objective=cell[0], space=cell[1], ipc=cell[2])
-        for cell in cells(params)
+        pd.DataFrame(_artefact(params, cell)[1][key]).assign(objective=cell[0], space=cell[1], ipc=cell[2])
+        for cell in found
         if cell[0] != "none"
     ]
     return pd.concat(frames, ignore_index=True)
 
 
-def _metadata(params: Params, cell: tuple[str, str, int]) -> dict[str, Any]:
-    return read_artefact(paths.distilled_folder(params.place(cell[1]), "{}-{}-{}".format(*cell)))[1]
+def _artefact(params: Params, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of run 0 of a distilled cell."""
+    return read_artefact(paths.distilled_folder(params.place(*cell, 0), "-".join(map(str, cell)), 0))
 
 
 def with_table(readme: str, table: str) -> str:

@@ -252,18 +252,20 @@ class Recipe(Model):
     ema_decay: Share | None
 
 
-class FullDataRecipe(Model):
-    """What differs from `recipe` where all real images are trained on; an epoch is many steps there, not one."""
+class RecipeChanges(Model):
+    """What replaces values of `recipe` for larger sets, whose epochs take longer and may be fewer."""
 
-    epochs: Count
-    batch: Count
-    ema_decay: Share | None
+    epochs: dict[Architecture, Count] | None = None
+    batch: Count | None = None
+    ema_decay: Share | None = None  # null: none
 
 
 class EvaluateParams(Model):
+    """`changes` has the keys full_data, where all real images are trained on, and ipc_10 and the like."""
+
     seeds: Annotated[int, Field(ge=2)]
     recipe: Recipe
-    full_data: FullDataRecipe
+    changes: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeChanges]
 
 
 class GradientNormParams(Model):
@@ -291,11 +293,35 @@ class Grid(Model):
     architecture: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
 
 
-class MoreParams(Model):
-    """What the report adds to the main table, with the objectives, IPCs and architectures of the grid."""
+class MoreCell(Model):
+    """`runs` sets, all that is random drawn anew for each. The grid has the first of its cells: for these one more at
+    least is added."""
 
-    space: Annotated[tuple[Space, ...], Distinct]
-    control: Annotated[tuple[Control, ...], Distinct]
+    objective: Objective
+    space: Space
+    ipc: Count
+    runs: Count
+
+
+class MoreControl(Model):
+    control: Control
+    ipc: Count
+    runs: Count
+
+
+class MoreParams(Model):
+    """What the report adds to the main table. `seeds`: networks an architecture on the sets of runs after run 0."""
+
+    seeds: Count
+    cells: dict[str, MoreCell]  # <objective>-<space>-<ipc>
+    controls: dict[str, MoreControl]  # <control>-<ipc>
+
+
+def _cell(entry: MoreCell | MoreControl) -> tuple[str, str, int]:
+    """(objective, space, ipc), of a control ("none", its name, ipc)."""
+    if isinstance(entry, MoreControl):
+        return "none", entry.control, entry.ipc
+    return entry.objective, entry.space, entry.ipc
 
 
 class Params(Model):
@@ -323,11 +349,13 @@ class Params(Model):
             raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
         if "glad" in self.grid.space:
             raise ValueError(
-                "grid.space has glad: put glad in more.space, so that the main table need not wait for its GAN"
+                "grid.space has glad: put its cells in more.cells, so that the main table need not wait for its GAN"
             )
-        for key in ("space", "control"):
-            if both := set(getattr(self.grid, key)) & set(getattr(self.more, key)):
-                raise ValueError(f"more.{key} has {', '.join(sorted(both))}, which grid.{key} has already")
+        for kind, entries in (("cells", self.more.cells), ("controls", self.more.controls)):
+            for key, entry in entries.items():
+                cell = _cell(entry)
+                if key != "-".join(map(str, cell)).removeprefix("none-"):
+                    raise ValueError(f"more.{kind}.{key} is the entry of {'-'.join(map(str, cell))}: name it so")
         if "baseline" not in self.ablations.settings:
             raise ValueError(
                 "ablations.settings.baseline is missing: it has the numbers of settings that change nothing"
@@ -340,6 +368,9 @@ class Params(Model):
             for key in ("epochs", "learning_rates"):
                 if name not in getattr(self.evaluate.recipe, key):
                     raise ValueError(f"evaluate.recipe.{key}.{name} is missing")
+            for key, changes in self.evaluate.changes.items():
+                if changes.epochs is not None and name not in changes.epochs:
+                    raise ValueError(f"evaluate.changes.{key}.epochs.{name} is missing")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
         if self.trajectories.epochs != needed:
             raise ValueError(
@@ -357,13 +388,13 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
-        if "glad" in self.more.space:
+        if any(cell.space == "glad" for cell in self.more.cells.values()):
             side = 4 * 2 ** (len(self.gan.widths) - 1)
             if side != self.data.size_px:
                 raise ValueError(
                     f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those "
                     f"of datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each "
-                    "doubling; or take glad out of more.space"
+                    "doubling; or take the cells of glad out of more.cells"
                 )
             if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
                 raise ValueError(
@@ -398,18 +429,31 @@ class Params(Model):
         """What `device` stands for on this machine."""
         return choose_device(self.device)
 
-    def place(self, space: str) -> str:
-        """The folder under runs/ for cells of a space or a control. Those of `more` lie apart: DVC depends on folders,
-        and the main table shall not wait for them."""
-        return f"{self.dataset}/more" if space in (*self.more.space, *self.more.control) else self.dataset
+    def in_grid(self, objective: str, space: str, ipc: int) -> bool:
+        """Whether the main table has a cell, or a control (objective "none", its name as space)."""
+        if objective == "none":
+            return space == "full_data" or space in self.grid.control and ipc in self.grid.ipc
+        return objective in self.grid.objective and space in self.grid.space and ipc in self.grid.ipc
 
-    def with_more(self) -> "Params":
-        """The same parameters with a grid that has what `more` adds."""
-        both = {
-            key: tuple(name for name in get_args(names) if name in (*getattr(self.grid, key), *getattr(self.more, key)))
-            for key, names in {"space": Space, "control": Control}.items()
-        }
-        return self.model_copy(update={"grid": self.grid.model_copy(update=both)})
+    def place(self, objective: str, space: str, ipc: int, run: int) -> str:
+        """The folder under runs/ for a run of a cell. Those of `more` lie apart: DVC depends on folders, and the main
+        table shall not wait for them."""
+        return self.dataset if run == 0 and self.in_grid(objective, space, ipc) else f"{self.dataset}/more"
+
+    def runs(self, objective: str, space: str, ipc: int, *, more: bool) -> range:
+        """The runs of a cell: with `more` those that it adds (none for many a cell), else the grid's, which is run 0."""
+        if not more:
+            return range(1)
+        entry = {_cell(entry): entry for entry in (*self.more.cells.values(), *self.more.controls.values())}
+        cell = (objective, space, ipc)
+        if cell not in entry:
+            return range(0)
+        first = 1 if self.in_grid(*cell) else 0
+        return range(first, max(first + 1, entry[cell].runs))
+
+    def networks_a_set(self, run: int) -> int:
+        """How many networks of an architecture judge the set of a run."""
+        return self.evaluate.seeds if run == 0 else self.more.seeds
 
     def dataset_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_dataset`."""
@@ -421,6 +465,16 @@ class Params(Model):
         """The arguments of `networks.build` but the number of classes and the seed."""
         size = {"channels": self.data.channels, "size_px": self.data.size_px}
         return {"name": architecture} | size | self.networks[architecture].model_dump()
+
+    def recipe(self, architecture: str, ipc: int) -> dict[str, Any]:
+        """The arguments of `training.train`, but the data and the seed, with which an architecture is judged on sets of
+        `ipc` images a class; 0 stands for all real images."""
+        recipe = self.evaluate.recipe.model_dump()
+        changes = self.evaluate.changes.get(f"ipc_{ipc}" if ipc else "full_data")
+        if changes:
+            recipe |= changes.model_dump(exclude_unset=True)
+        chosen = {"epochs": recipe["epochs"][architecture], "learning_rate": recipe.pop("learning_rates")[architecture]}
+        return recipe | chosen | {"warm_up": True, "strategy": self.data.augmentation}
 
     def trajectories_arguments(self) -> dict[str, Any]:
         """The arguments of `experts.train_experts` but the data and the network."""

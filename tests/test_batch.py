@@ -70,14 +70,18 @@ def test_there_is_a_job_for_every_stage_before_the_tables():
     names = {each.name for each in jobs(params)}
     assert {"prior", "gan", "trajectories", "gradient-norms", "evaluate-none-full_data-0"} <= names
     for objective in params.grid.objective:
-        for space in (*params.grid.space, *params.more.space):
+        for space in params.grid.space:
             assert {f"distill-{objective}-{space}-1", f"evaluate-{objective}-{space}-1"} <= names
-    for control in (*params.grid.control, *params.more.control):
+    for key in params.more.cells:
+        assert {f"distill-more-{key}", f"evaluate-more-{key}"} <= names
+    for control in params.grid.control:
         assert f"evaluate-none-{control}-1" in names
+    assert {f"evaluate-more-none-{key}" for key in params.more.controls} <= names
+    assert "distill-dc-glad-1" not in names  # the grid has none
     assert {f"ablation-{name}" for name in params.ablations.settings} <= names
 
 
 @pytest.mark.parametrize("space, needed", [("pixel", set()), ("ld3m", {"prior"}), ("glad", {"gan"})])
 def test_a_cell_needs_the_prior_of_its_space_alone(space, needed):
-    (made,) = [each for each in jobs(load_params()) if each.name == f"distill-dm-{space}-1"]
+    (made,) = [each for each in jobs(load_params()) if each.name == f"distill-more-dm-{space}-10"]
     assert {need.name for need in made.needs} == needed

@@ -29,10 +29,10 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(params, t
     accuracies = experiment.validate(images, synthetic.labels)  # of fewer networks than the card has
     validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
     run = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
-    monkeypatch.setattr(paths, "distilled_folder", lambda dataset, cell: tmp_path / cell)
+    monkeypatch.setattr(paths, "distilled_folder", lambda dataset, cell, run: tmp_path / cell)
     monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda: params)
-    monkeypatch.chdir(experiment.write(run, synthetic, "dm", "pixel", 1))
+    monkeypatch.chdir(experiment._write(run, synthetic, "dm", "pixel", 1))
     card = open("card.md").read()
     (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     lines = [line for line in recipe.splitlines() if line.strip() and not line.startswith(("import", "from"))]

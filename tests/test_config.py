@@ -12,7 +12,8 @@ from ld3m.config import ablation_settings, apply_profile, load_params, validate
 
 COMMITTED = YAML(typ="safe").load(paths.PARAMS.read_text())
 PARAMS = load_params()
-FREE = ("datasets", "networks", "epochs", "learning_rates")  # mappings whose keys the user names
+# mappings whose keys the user names
+FREE = ("datasets", "networks", "epochs", "learning_rates", "cells", "controls", "changes", "ipc_10", "full_data")
 
 
 def mappings(node, at=""):
@@ -63,12 +64,7 @@ OPTIONAL = {"depth", "norms"}  # of a network: the keys that may be left out
 
 
 def test_the_params_file_holds_exactly_the_values_that_are_read():
-    filled = PARAMS.model_dump(mode="json")
-    for network in filled["networks"].values():
-        for name in OPTIONAL & network.keys():
-            if network[name] is None:
-                del network[name]
-    assert filled == COMMITTED
+    assert PARAMS.model_dump(mode="json", exclude_unset=True) == COMMITTED
 
 
 @pytest.mark.parametrize("key", [key for key in mappings(COMMITTED) if not key.startswith("ablations.settings.")])
@@ -176,7 +172,16 @@ def test_every_wrong_key_is_named_at_once(values):
         ({"spaces.glad.layer": 8}, ["spaces.glad.layer = 8: must be below 8", "gan.widths"]),
         ({"gan.widths": [8, 8, 8]}, ["gan.widths has 3 entries", "16 px", "size_px = 32"]),
         ({"gan.discriminator_widths": [8, 8]}, ["gan.discriminator_widths has 2 entries; needed are 3"]),
-        ({"grid.space": ["pixel", "glad"], "more.space": []}, ["grid.space has glad: put glad in more.space"]),
+        ({"grid.space": ["pixel", "glad"]}, ["grid.space has glad: put its cells in more.cells"]),
+        (
+            {"more.cells": {"dm-ld3m-1": {"objective": "dm", "space": "ld3m", "ipc": 2, "runs": 1}}},
+            ["more.cells.dm-ld3m-1 is the entry of dm-ld3m-2: name it so"],
+        ),
+        (
+            {"more.controls": {"herding": {"control": "herding", "ipc": 1, "runs": 1}}},
+            ["more.controls.herding is the entry of none-herding-1"],
+        ),
+        ({"evaluate.changes": {"ipc_5": {"epochs": {"vit": 3}}}}, ["evaluate.changes.ipc_5.epochs.", "is missing"]),
         ({"distill.dc.ld3m.learning_rates": {"c": 1.0}}, ["distill.dc.ld3m.learning_rates has c;"]),
         (
             {"spaces.ld3m.learn": "z_T", "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0}},
@@ -200,7 +205,30 @@ def test_values_that_do_not_fit_each_other_are_refused(overrides, named):
 
 @pytest.mark.parametrize("changes", [{"gan.widths": [8, 8, 8]}, {"gan.discriminator_widths": [8, 8]}])
 def test_without_glad_the_gan_need_not_fit(changes):
-    assert load_params({"more.space": []} | changes).more.space == ()
+    assert load_params({"more.cells": {}} | changes).more.cells == {}
+
+
+def test_runs_of_a_cell_are_the_grids_first_and_those_of_more():
+    params = load_params({"grid.ipc": [1], "grid.space": ["pixel", "ld3m"], "grid.objective": ["dm", "mtt"]})
+    assert params.runs("dm", "ld3m", 1, more=False) == range(1)
+    added = params.more.cells["dm-ld3m-1"].runs
+    assert params.runs("dm", "ld3m", 1, more=True) == range(1, added)
+    assert params.runs("dm", "glad", 1, more=True) == range(added)
+    assert params.runs("dc", "ld3m", 1, more=True) == range(added)  # this grid has no dc
+    assert len(params.runs("dm", "ld3m", 3, more=True)) == 0
+    wider = load_params({"grid.ipc": [1, 10]})
+    assert wider.runs("dm", "ld3m", 10, more=True) == range(1, 2)  # one more at least
+    assert params.place("dm", "ld3m", 1, 0) == params.dataset != params.place("dm", "ld3m", 1, 1)
+    assert params.place("dm", "glad", 1, 0) == f"{params.dataset}/more"
+    assert params.place("none", "full_data", 0, 0) == params.dataset
+
+
+def test_a_recipe_is_that_of_its_images_per_class():
+    changes = {"ipc_10": {"epochs": {name: 7 for name in PARAMS.networks}, "ema_decay": None}}
+    params = load_params({"evaluate.changes": changes})
+    one, ten = params.recipe("vit", 1), params.recipe("vit", 10)
+    assert ten == one | {"epochs": 7, "ema_decay": None} and one["epochs"] != 7 and one["ema_decay"] is not None
+    assert params.recipe("vit", 0) == one and one["strategy"] == params.data.augmentation
 
 
 def test_the_epochs_are_those_that_matching_reads():

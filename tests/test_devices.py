@@ -11,7 +11,7 @@ from ld3m.data import Dataset, Normalization
 from ld3m.devices import choose_device
 from ld3m.diffusion import load_prior
 from ld3m.distill import distill
-from ld3m.evaluate import judge_all
+from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts, train_experts
 from ld3m.gan import build_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
@@ -148,22 +148,18 @@ def test_a_run_that_was_killed_goes_on_on_cuda(dataset, tmp_path):
 @pytest.mark.parametrize("name", ["convnet", "alexnet", "resnet18", "vit"])
 def test_judging_on_cuda(dataset, name):
     recipe = dict(epochs=3, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
+    recipe |= {"strategy": DSA}
     for processes in (1, 2):
         placed = dataset.to("cuda")
         images = NORMALIZATION.to_images(placed.train.pixels())
         scores = [
             judge_all(
-                images.__getitem__,
-                placed.train.labels,
+                [Judged(images.__getitem__, placed.train.labels, {name: recipe}, range(2), 0)],
                 placed.test,
                 normalization=NORMALIZATION,
                 networks={name: partial(new_network, "cuda", name=name)},
-                recipes={name: recipe},
-                strategy=DSA,
-                seeds=range(2),
-                seed=0,
                 processes=processes,
-            )[name]
+            )
             for _ in range(2)
         ]
         assert scores[0] == scores[1]

@@ -23,7 +23,7 @@ def params(tmp_path, monkeypatch):
 
 def on_disk(params, *names):
     for name in names:
-        paths.distilled_folder(params.dataset, name).mkdir(parents=True)
+        paths.distilled_folder(params.dataset, name, 0).mkdir(parents=True)
 
 
 def test_the_menu_has_the_distilled_cells_and_starts_with_ld3m(params):

@@ -8,13 +8,13 @@ from browser import needs_chromium, open_page
 from PIL import Image
 
 from ld3m import html, paths, published
-from ld3m.tables import CHANGES, COLUMNS, NAMES, UNSEEN
+from ld3m.tables import CELL, CHANGES, COLUMNS, NAMES, UNSEEN
 
 VOID = {"meta", "link", "img", "br", "line", "circle"}
 ARCHITECTURES = ["convnet", "vit", UNSEEN]
 SETS = [("none", "random_real", 1), ("dm", "pixel", 1), ("dm", "ld3m", 1), ("none", "full_data", 0)]
 SECTIONS = [
-    *("results", "paper", "images", "accuracy", "curves", "gradients", "steps", "ablations", "costs", "prior", "more")
+    *("results", "runs", "metrics", "paper", "images", "accuracy", "curves", "gradients", "steps", "ablations", "costs", "prior", "more")
 ]
 
 
@@ -73,6 +73,7 @@ def folders(tmp_path):
     figures.mkdir()
     main = scores([("<toy>", ipc, o, s, a) for o, s, ipc in SETS for a in ARCHITECTURES])
     changes = scores([(1, "dm", "ld3m", minus, a) for minus in ("random_real", "pixel") for a in ARCHITECTURES], seed=3)
+    changes = [(*row, 0.01 * k) for k, row in enumerate(changes)]
     ablations = scores(
         [
             ("<toy>", ablation, setting, "dm", "ld3m", 1, a)
@@ -106,7 +107,28 @@ def folders(tmp_path):
             [("<toy>", "steps", T, 0.5 * T, 0.25, 0.125 * T, 700.0 + T) for T in (2, 10)],
             columns="dataset ablation setting grad_norm_z grad_norm_c seconds_per_iteration peak_mib".split(),
         ),
-        "metrics": pd.DataFrame([("dm", 0.125, float("nan"))], columns=["objective", "hlr", "lrs"]),
+        "metrics": pd.DataFrame(
+            [
+                (1, "dm", "ld3m", "convnet", 0.9, 0.6, 0.95, 0.3, 0.05, 0.75, 0.2, 0.61),
+                (1, "dm", "ld3m", "vit", 0.3, 0.2, 0.5, 0.1, 0.2, 0.44, None, None),
+                (1, "dm", "ld3m", "mean", 0.6, 0.4, 0.72, 0.2, 0.125, 0.6, None, None),
+            ],
+            columns=[
+                *("ipc", "objective", "space", "architecture", "accuracy", "random_real", "full_data"),
+                *("IOR", "HLR", "LRS", "plain IOR", "ARS"),
+            ],
+        ),
+        "runs": pd.DataFrame(main, columns=COLUMNS),
+        "runs_differences": pd.DataFrame(changes, columns=CHANGES),
+        "spread": pd.DataFrame(
+            [
+                (1, "dm", "ld3m", "convnet", 3, 5, 0.02, 0.015, 0.025),
+                (1, "dm", "ld3m", "vit", 3, 5, 0.03, 0.0, 0.02),
+                (0, "all", "all", "convnet", 3, 5, 0.021, 0.016, 0.0264),
+            ],
+            columns=[*CELL, "networks", "runs", "net_sd", "run_sd", "total_sd"],
+        ),
+        "other": pd.DataFrame([("dm", 0.125, float("nan"))], columns=["objective", "a", "b"]),
     }
     frames["comparison"] = published.comparison(frames["main"], frames["differences"])
     for name, frame in frames.items():
@@ -114,6 +136,7 @@ def folders(tmp_path):
     (tables / "main.md").write_text(
         "| a |\n|---|\n| 1 |\n\nThe note.\n\n- DM: **not told apart** & so on.\n- DM: above.\n"
     )
+    (tables / "runs.md").write_text("| a |\n|---|\n| 1 |\n\nOf runs.\n\n- DM: above over runs.\n")
     names = ["accuracy-ipc1", "curves-ipc1", "gradient-norms", "steps", "prior"]
     for name in [*names, *(f"set-{o}-{s}-{ipc}" for o, s, ipc in SETS if ipc)]:
         Image.new("RGB", (1200, 400), (200, 30, 30)).save(figures / f"{name}.png")
@@ -162,7 +185,23 @@ def test_names_from_outside_are_text(folders, document):
 def test_the_note_and_the_verdicts_are_those_of_the_main_table(document):
     assert "The note." in document.text
     assert "not told apart" in document.text and "& so on." in document.text
-    assert [attributes.get("class") for attributes in document.all("li")][-2:] == ["doubt", None]
+    assert [attributes.get("class") for attributes in document.all("li")][-3:] == ["doubt", None, None]
+    assert "Of runs." in document.text and "DM: above over runs." in document.text
+
+
+def test_several_runs_and_their_spread_are_shown(folders, document):
+    runs = pd.read_csv(folders[0] / "runs.csv")
+    frame = document.frame("runs", headers=2)
+    for row in runs.itertuples():
+        name = f"{NAMES[row.objective]} {NAMES[row.space]}".removeprefix("- ")
+        assert frame.loc[(str(row.ipc or "all"), name), NAMES[row.architecture]] == percent(row)
+    assert len(document.frame("runs-differences", headers=3)) == 2
+    assert document.tables["spread"][1:] == [
+        ["DM LD3M", "ConvNet", "2.0", "1.5", "2.5"],
+        ["All distilled sets", "ConvNet", "2.1", "1.6", "2.6"],
+    ]
+    assert document.tables["metrics"][1][3:] == ["0.900", "0.600", "0.950", "0.300", "0.050", "0.750", "0.200", "0.610"]
+    assert document.tables["metrics"][2][2:4] == ["mean of all", "0.600"] and len(document.tables["metrics"]) == 3
 
 
 def test_the_numbers_of_results_are_those_of_the_csv(folders, document):
@@ -177,7 +216,7 @@ def test_the_numbers_of_results_are_those_of_the_csv(folders, document):
     assert len(frame) == len(changes) == 2
     for row in changes.itertuples():
         shown = frame.loc[(str(row.ipc), "DM LD3M", NAMES[row.minus])]
-        assert shown["Points"] == f"{100 * row.mean:+.1f}" and shown["n"] == "3"
+        assert shown["Points"] == f"{100 * row.mean:+.1f}" and shown["n"] == "3" and shown["p"] == f"{row.p:.3f}"
         assert shown["95 % interval"] == f"{100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}"
 
 
@@ -215,7 +254,7 @@ def test_the_numbers_of_ablations_and_costs_are_those_of_the_csv(folders, docume
     assert document.tables["gradient-norms"] == [["Learned", "T", "skip None", "skip x0"], ["z", "5", "1.25", "2.5"]]
     assert ["recognised", "0.95"] in document.tables["prior"]
     assert ["recognised", "0.965"] in document.tables["gan"]
-    assert document.tables["metrics"] == [["objective", "hlr", "lrs"], ["dm", "0.125", "–"]]
+    assert document.tables["other"] == [["objective", "a", "b"], ["dm", "0.125", "–"]]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +262,9 @@ def test_the_numbers_of_ablations_and_costs_are_those_of_the_csv(folders, docume
     [
         ("ablations", "steps", {"steps", "ablations"}),
         ("costs", None, {"costs"}),
-        ("metrics", None, {"more"}),
+        ("metrics", None, {"metrics"}),
+        ("runs", None, {"runs"}),
+        ("other", None, {"more"}),
         ("prior gan", "prior", {"prior"}),
         ("prior", "prior", set()),
         ("gradient_norms", "gradient-norms", {"gradients"}),

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import nbformat
 import pytest
 import torch
 
-from ld3m import config, paths
+from ld3m import config, paths, runs
 from ld3m.artefact import write_images
 from ld3m.experiment import Experiment
 from ld3m.paths import ROOT
@@ -42,8 +43,7 @@ def control_folder(root):
 
 
 def score(experiment, control, ipc):
-    images, labels = experiment.control(control, ipc)
-    experiment.write_scores(experiment.test(images, labels), "none", control, ipc, images)
+    runs.judge_runs(experiment, "none", control, ipc, runs=range(1))
 
 
 def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_path):
@@ -52,31 +52,51 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     pixels, labels = experiment.initial(1)
     write_images(tmp_path / "set", pixels, labels, experiment.dataset.train.classes)
     scope = run(path=str(tmp_path / "set"), name="theirs")
-    beside = scope["judge"].comparable(scope["labels"])
-    assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
+    beside = runs.comparable(scope["judge"], scope["labels"])
+    assert beside["random_real"] == scope["accuracies"] and set(beside) == {"seen", "random_real", "full_data"}
     table = scope["metrics"].compare(scope["accuracies"], **beside)
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
     folder = tmp_path / "runs" / "mnist5k" / "judged" / "theirs"
-    assert {file.name for file in folder.iterdir()} == {"convnet.json", "vit.json", "images.safetensors"}
+    assert {file.name for file in folder.iterdir()} == {"convnet.json", "vit.json", "plain.json", "images.safetensors"}
     record, control = (json.loads((place / "vit.json").read_text()) for place in (folder, control_folder(tmp_path)))
     assert record == control | {"cell": "theirs"}
 
 
 def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(experiment, tmp_path, capsys):
     labels = torch.tensor([0, 1])
-    assert experiment.comparable(labels) == {}
+    nothing = {"seen": "convnet"}
+    assert runs.comparable(experiment, labels) == nothing
     said = capsys.readouterr().out
-    assert "none-random_real-1 has no scores of convnet: python -m papermill notebooks/03_evaluate.ipynb " in said
-    assert " -r objective none -r space random_real -p ipc 1\n" in said and "none-full_data-0 has no" in said
-    accuracies = {name: [0.5, 0.5] for name in ("convnet", "vit")}
-    experiment.write_scores(accuracies, "none", "random_real", 1, None)
-    assert experiment.comparable(labels) == {"random_real": accuracies}
-    assert "random_real" not in experiment.comparable(torch.tensor([0, 0, 1]))  # as many a class, or nothing to compare
+    assert "random_real has no scores of convnet: python -m papermill notebooks/03_evaluate.ipynb " in said
+    assert " -r objective none -r space random_real -p ipc 1\n" in said and "full_data has no" in said
+    scores = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(1))
+    assert runs.comparable(experiment, labels) == nothing | {"random_real": scores[0]}
+    assert "random_real" not in runs.comparable(experiment, torch.tensor([0, 0, 1]))  # as many a class, or nothing
     record = json.loads((control_folder(tmp_path) / "vit.json").read_text())
     record["judging"]["recipe"]["epochs"] += 1
     (control_folder(tmp_path) / "vit.json").write_text(json.dumps(record))
-    assert experiment.comparable(labels) == {}
-    assert "none-random_real-1 was judged with other parameters" in capsys.readouterr().out
+    assert runs.comparable(experiment, labels) == nothing
+    assert "random_real was judged with other parameters" in capsys.readouterr().out
+
+
+def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(experiment):
+    first, second = (replace(experiment, run=run).initial(1)[0] for run in (0, 1))
+    assert not torch.equal(first, second)
+    together = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(2))
+    alone = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(1, 2))
+    assert together[1] == alone[1] and "plain" not in alone[1]
+    assert {name: len(scores) for name, scores in together[0].items()} == {"convnet": 2, "vit": 2, "plain": 2}
+    assert {name: len(scores) for name, scores in alone[1].items()} == {"convnet": 1, "vit": 1}
+
+
+def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_path):
+    params = experiment.params.model_copy(update={"processes": 2})
+    cell = dict(objective="dm", space="pixel", ipc=1)
+    folders = runs.distil_runs(params, **cell, runs=range(1, 3))
+    assert [folder.name for folder in folders] == ["run-1", "run-2"] and "more" in folders[0].parts
+    together = [(folder / "distilled.safetensors").read_bytes() for folder in folders]
+    alone = runs.distil_runs(experiment.params, **cell, runs=range(2, 3))[0]
+    assert (alone / "distilled.safetensors").read_bytes() == together[1] != together[0]
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101])

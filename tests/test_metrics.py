@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from ld3m.metrics import (
+    PLAIN,
     augmentation_robust_score,
     compare,
     hard_label_recovery,
@@ -69,7 +70,7 @@ FULL = {"convnet": [1.0, 1.0], "vit": [0.5, 0.7]}
 
 
 def test_a_comparison_is_paired_by_seed_and_shows_the_parts():
-    table = compare(SET, random_real=RANDOM, full_data=FULL).set_index("architecture")
+    table = compare(SET, seen="convnet", random_real=RANDOM, full_data=FULL).set_index("architecture")
     assert list(table.index) == ["convnet", "vit", "mean"] and (table.n == 2).all()
     half = T_975_DF_1 * 0.1 / 2  # of two values 0.1 apart: standard deviation 0.1 / sqrt(2)
     convnet = table.loc["convnet"]
@@ -86,11 +87,22 @@ def test_a_comparison_is_paired_by_seed_and_shows_the_parts():
 
 
 def test_a_comparison_leaves_out_what_is_not_there():
-    assert {"IOR", "HLR", "LRS"}.isdisjoint(compare(SET).columns)
-    assert "IOR" in compare(SET, random_real=RANDOM) and "LRS" not in compare(SET, random_real=RANDOM)
-    assert list(compare({"vit": [0.1, 0.2]}).architecture) == ["vit"]
+    assert {"IOR", "HLR", "LRS", "ARS"}.isdisjoint(compare(SET, seen="convnet").columns)
+    beside = compare(SET, seen="convnet", random_real=RANDOM)
+    assert "IOR" in beside and "LRS" not in beside and "ARS" not in beside
+    assert list(compare({"vit": [0.1, 0.2]}, seen="convnet").architecture) == ["vit"]
+
+
+def test_the_distilling_network_without_augmentation_gives_ars_and_is_no_judge():
+    plain = {PLAIN: [0.7, 0.6]}
+    table = compare(SET | plain, seen="convnet", random_real=RANDOM | {PLAIN: [0.5, 0.5]}, full_data=FULL)
+    table = table.set_index("architecture")
+    assert list(table.index) == ["convnet", "vit", "mean"] and table.accuracy["mean"] == pytest.approx(0.575)
+    assert table.loc["convnet", "plain IOR"] == pytest.approx(0.15)
+    assert table.ARS["convnet"] == pytest.approx(augmentation_robust_score(augmented=0.25, plain=0.15))
+    assert table.ARS.drop("convnet").isna().all()
 
 
 def test_a_comparison_refuses_other_seeds():
     with pytest.raises(ValueError, match="convnet: 2 seeds, but random_real has 3"):
-        compare(SET, random_real={"convnet": [0.1] * 3, "vit": [0.1] * 3})
+        compare(SET, seen="convnet", random_real={"convnet": [0.1] * 3, "vit": [0.1] * 3})

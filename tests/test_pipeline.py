@@ -110,6 +110,8 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
     assert len(lines) == 1 + 2 * (1 + 1 + 1)  # judges x (cells, control, full data)
     assert len(full["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
+    assert len(full["runs.csv"].decode().splitlines()) == 1 + 3 * (2 + 1)  # LD3M, GLaD and random real images
+    assert {"runs.md", "runs_differences.csv", "spread.csv", "metrics.csv"} < set(full)
     assert len(full["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x (judges and their unseen mean)
     assert "up to date" in dvc(clone, "repro")
     dvc(clone, "repro", "--single-item", "--force", "tables")
@@ -118,7 +120,7 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     assert written(clone / "reports/figures") == figures
     assert (clone / "reports/index.html").read_bytes() == report
     assert written(clone / "reports/full/tables") == full
-    artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/distilled.safetensors"
+    artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
     before = artefact.read_bytes()
     dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
     assert artefact.read_bytes() == before
@@ -166,7 +168,7 @@ def test_a_folder_of_images_is_distilled_and_judged(tmp_path):
                 picture = Image.effect_noise(size, 60).convert(mode)
                 picture.save(tmp_path / "images" / split / name / f"{k}.{'jpg' if mode == 'RGB' else 'png'}")
     dvc(clone, "repro", "evaluate@dm-ld3m-1")
-    pictures = clone / "runs/folder/distilled/dm-ld3m-1/images"
+    pictures = clone / "runs/folder/distilled/dm-ld3m-1/run-0/images"
     assert len(list(pictures.rglob("*.png"))) == 3
     scores = [json.loads(file.read_text()) for file in (clone / "runs/folder/scores/dm-ld3m-1").iterdir()]
     assert len(scores) == 2 and all(0 <= value <= 1 for score in scores for value in score["accuracy"])

@@ -15,7 +15,9 @@ from ld3m.tables import (
     differences,
     paper_style,
     read_costs,
+    read_runs,
     read_scores,
+    spread,
     summarise,
     verdicts,
     with_unseen_mean,
@@ -68,25 +70,30 @@ def params(tmp_path, monkeypatch):
         for architecture in params.grid.architecture:
             file = file_of(cell, architecture)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"accuracy": accuracies(*cell, architecture)}))
+            file.write_text(json.dumps({"accuracy": {"0": accuracies(*cell, architecture)}}))
     stale = file_of(("dc", "pixel", 1), "vit")  # of a former grid: never read
     stale.parent.mkdir(parents=True)
-    stale.write_text(json.dumps({"accuracy": [0.99, 0.99, 0.99]}))
+    stale.write_text(json.dumps({"accuracy": {"0": [0.99, 0.99, 0.99]}}))
     check = paths.prior_check_folder(params.dataset) / "check.json"
     check.parent.mkdir(parents=True)
     check.write_text(json.dumps({"recognised": 0.95, "mean_absolute_error": 0.05}))
     for objective, space, ipc in CELLS:
         if objective != "none":
             cost = {"iterations": 20, "seconds": 5.0 + ipc, "peak_mib": 700.0}
-            write_json(paths.cost_file(DATASET, f"{objective}-{space}-{ipc}"), cost)
+            write_json(paths.cost_file(DATASET, f"{objective}-{space}-{ipc}", 0), cost)
     norms = [{"skip": "x0", "learned": "z", "steps": 5, "network": k, "norm": 2.0 + k} for k in range(2)]
     write_json(paths.gradient_norms_file(DATASET), norms)
     return params
 
 
+def p_of(t):
+    """Two-sided p of Student's t with two degrees of freedom, in closed form."""
+    return 1 - abs(t) / (2 + t * t) ** 0.5
+
+
 @pytest.fixture
 def scores(params):
-    return with_unseen_mean(read_scores(params), "convnet")
+    return with_unseen_mean(read_scores(params, CELLS), "convnet")
 
 
 def test_cells_are_the_controls_the_grid_and_the_full_data(params):
@@ -94,9 +101,9 @@ def test_cells_are_the_controls_the_grid_and_the_full_data(params):
 
 
 def test_scores_are_read_for_every_cell_and_for_no_other(params):
-    read = read_scores(params)
+    read = read_scores(params, cells(params))
     expected = [
-        (params.dataset, cell[2], cell[0], cell[1], architecture, seed, value)
+        (params.dataset, cell[2], cell[0], cell[1], 0, architecture, seed, value)
         for cell in CELLS
         for architecture in ("vit", "convnet", "alexnet")
         for seed, value in enumerate(accuracies(*cell, architecture))
@@ -109,7 +116,7 @@ def test_a_missing_cell_is_named(params, cell, architecture):
     file = file_of(cell, architecture)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
-        read_scores(params)
+        read_scores(params, CELLS)
 
 
 def test_the_unseen_mean_leaves_out_the_architecture_that_distilled(params, scores):
@@ -134,18 +141,18 @@ def test_the_summary_has_its_columns_and_one_row_a_cell_and_architecture(params,
             assert n == 3 and given == pytest.approx([mean, mean - half, mean + half], rel=1e-6)
 
 
-def test_differences_are_paired_by_seed(scores):
+def test_differences_are_paired_by_network(scores):
     changes = differences(scores.sample(frac=1, random_state=0))  # the order of rows says nothing
     assert list(changes.columns) == CHANGES
     assert len(changes) == 2 * 2 * 4 * (2 + 1)  # ipc, objectives, architectures; two spaces minus real, one minus pixel
     by_key = {row[:5]: row[5:] for row in changes.itertuples(index=False)}
     # constant over seeds: no width, however much the seeds differ
-    assert by_key[(1, "dm", "ld3m", "pixel", "vit")] == pytest.approx((3, 0.2, 0.2, 0.2))
-    assert by_key[(1, "mtt", "ld3m", "pixel", UNSEEN)] == pytest.approx((3, -0.1, -0.1, -0.1))
+    assert by_key[(1, "dm", "ld3m", "pixel", "vit")] == pytest.approx((3, 0.2, 0.2, 0.2, 0.0), abs=1e-12)
+    assert by_key[(1, "mtt", "ld3m", "pixel", UNSEEN)] == pytest.approx((3, -0.1, -0.1, -0.1, 0.0), abs=1e-12)
     gaps = [0.00, 0.01, -0.07]
     half = T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
     assert by_key[(10, "mtt", "ld3m", "pixel", "convnet")] == pytest.approx(
-        (3, -0.02, -0.02 - half, -0.02 + half), rel=1e-6
+        (3, -0.02, -0.02 - half, -0.02 + half, p_of(-0.02 / (statistics.stdev(gaps) / 3**0.5))), rel=1e-6
     )
     means = scores.groupby(["ipc", "objective", "space", "architecture"]).accuracy.mean()
     wanted = means[1, "dm", "pixel", "convnet"] - means[1, "none", "random_real", "convnet"]
@@ -156,7 +163,8 @@ def test_differences_are_paired_by_seed(scores):
 def test_a_grid_of_one_space_has_no_differences_between_spaces(scores, space):
     changes = differences(scores[scores.space.isin([space, "random_real"])])
     assert set(changes.minus) == {"random_real"}
-    assert not any("LD3M is" in line or "told apart" in line for line in verdicts(changes, "convnet"))
+    lines = verdicts(changes, "convnet", paired_by="networks")
+    assert not any("LD3M is" in line or "told apart" in line for line in lines)
 
 
 def test_the_table_has_the_layout_of_the_paper(scores):
@@ -185,20 +193,21 @@ def test_the_verdict_follows_the_interval(low, high, verdict):
     rows = [
         change | {"minus": "pixel", "architecture": UNSEEN},
         change | {"minus": "pixel", "architecture": "convnet", "ci_low": 0.3, "ci_high": 0.4},
+        change | {"minus": "herding", "architecture": UNSEEN},  # in the table alone
         change | {"minus": "random_real", "architecture": "convnet"},
         change | {"minus": "random_real", "architecture": UNSEEN},
     ]
     points = f"{100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
     told = "above" if low > 0 else "**not clearly above**"
-    assert verdicts(pd.DataFrame(rows), "convnet") == [
-        f"- DM, IPC 1: {verdict} on the unseen architectures; the difference is {points}, paired over 3 seeds.",
+    assert verdicts(pd.DataFrame(rows), "convnet", paired_by="runs") == [
+        f"- DM, IPC 1: {verdict} on the unseen architectures; the difference is {points}, paired over 3 runs.",
         f"- DM LD3M, IPC 1: {told} random real images on ConvNet, by {points}.",
     ]
 
 
-def test_a_cell_with_another_number_of_seeds_is_refused(params):
-    with pytest.raises(ValueError, match="has 3 seeds, evaluate.seeds is 4"):
-        read_scores(load_params(GRID | {"evaluate.seeds": 4}))
+def test_a_cell_with_another_number_of_networks_is_refused(params):
+    with pytest.raises(ValueError, match="has 3 networks for run 0, params.yaml asks for 4"):
+        read_scores(load_params(GRID | {"evaluate.seeds": 4}), CELLS)
 
 
 def test_tables_are_written_with_the_same_bytes(params):
@@ -210,21 +219,108 @@ def test_tables_are_written_with_the_same_bytes(params):
     assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
 
 
-def test_what_the_gan_was_measured_to_be_stands_in_the_tables_with_glad_alone(params):
-    both = load_params(GRID | {"more.control": []}).with_more()
-    for objective, space, ipc in cells(both):
-        if space == "glad":
-            cell = f"{objective}-{space}-{ipc}"
-            for architecture in both.grid.architecture:
-                scores = {"accuracy": accuracies(objective, space, ipc, architecture)}
-                write_json(paths.scores_folder(both.place(space), cell) / f"{architecture}.json", scores)
-            cost = {"iterations": 20, "seconds": 5.0, "peak_mib": 700.0}
-            write_json(paths.cost_file(both.place(space), cell), cost)
+# What `more` adds: runs of a cell of the grid and of a control, and a cell that the grid has not.
+MORE = GRID | {
+    "more.seeds": 1,
+    "more.cells": {
+        "dm-pixel-1": {"objective": "dm", "space": "pixel", "ipc": 1, "runs": 3},
+        "dm-ld3m-1": {"objective": "dm", "space": "ld3m", "ipc": 1, "runs": 3},
+        "dm-glad-1": {"objective": "dm", "space": "glad", "ipc": 1, "runs": 3},
+    },
+    "more.controls": {"random_real-1": {"control": "random_real", "ipc": 1, "runs": 3}},
+}
+RUN_GAPS = {"pixel": 0.0, "ld3m": 0.2, "glad": 0.15, "random_real": -0.3}
+
+
+def of_run(space, run):
+    """One network's accuracy, the same for every architecture; LD3M is above pixel by 0.20, 0.21, 0.19 in the runs."""
+    return 0.5 + RUN_GAPS[space] + 0.03 * run + (0.0, 0.01, -0.01)[run] * (space == "ld3m")
+
+
+@pytest.fixture
+def with_more(params):
+    """Parameters with `MORE`, and the scores of what it adds."""
+    more = load_params(MORE)
+    for objective, space in (("dm", "pixel"), ("dm", "ld3m"), ("dm", "glad"), ("none", "random_real")):
+        cell = f"{objective}-{space}-1"
+        for architecture in ("vit", "convnet", "alexnet"):
+            runs = more.runs(objective, space, 1, more=True)
+            values = {str(run): [of_run(space, run)] + [0.1, 0.9] * (run == 0) for run in runs}
+            folder = paths.scores_folder(more.place(objective, space, 1, runs[0]), cell)
+            write_json(folder / f"{architecture}.json", {"accuracy": values})
+    write_json(paths.cost_file(f"{DATASET}/more", "dm-glad-1", 0), {"iterations": 9, "seconds": 5.0, "peak_mib": 700.0})
+    for cell in cells(more, more=True):
+        if cell[2]:
+            folder = paths.scores_folder(more.place(*cell, 0), "-".join(map(str, cell)))
+            write_json(folder / "plain.json", {"accuracy": {"0": [0.4, 0.4, 0.4]}})
+    return more
+
+
+def test_the_report_has_the_cells_of_more_in_the_order_of_the_spaces(with_more):
+    assert cells(with_more) == CELLS
+    both = cells(with_more, more=True)
+    assert set(both) - set(CELLS) == {("dm", "glad", 1)}
+    at = both.index(("dm", "glad", 1))
+    assert both[at - 1 : at + 2] == [("dm", "pixel", 1), ("dm", "glad", 1), ("dm", "ld3m", 1)]
+
+
+def test_runs_of_the_grid_and_of_more_are_read_together(with_more):
+    runs = read_runs(with_more)
+    assert set(zip(runs.objective, runs.space, runs.ipc, strict=True)) == {
+        ("dm", "pixel", 1),
+        ("dm", "glad", 1),
+        ("dm", "ld3m", 1),
+        ("none", "random_real", 1),
+    }
+    ld3m = runs[(runs.space == "ld3m") & (runs.architecture == "vit")]
+    assert ld3m[ld3m.run == 0].accuracy.tolist() == accuracies("dm", "ld3m", 1, "vit")  # those of the main table
+    assert ld3m[ld3m.run > 0].accuracy.tolist() == pytest.approx([of_run("ld3m", run) for run in (1, 2)])
+
+
+def test_differences_of_several_runs_are_paired_by_run(with_more):
+    runs = read_runs(with_more)
+    one_each = runs[(runs.seed == 0) & (runs.architecture == "vit")]
+    changes = differences(one_each).set_index(["space", "minus"])
+    assert set(changes.index) == {
+        *((space, "random_real") for space in SPACES),
+        *(("ld3m", other) for other in ("pixel", "glad")),
+    }
+    gaps = [accuracies("dm", "ld3m", 1, "vit")[0] - accuracies("dm", "pixel", 1, "vit")[0], 0.21, 0.19]
+    half = T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
+    row = changes.loc[("ld3m", "pixel")]
+    assert [row.n, row["mean"], row.ci_high - row["mean"]] == pytest.approx([3, statistics.mean(gaps), half], rel=1e-6)
+
+
+def test_the_spread_of_networks_and_of_runs_are_told_apart(with_more):
+    table = spread(read_runs(with_more)).set_index(["objective", "space", "architecture"])
+    row = table.loc[("dm", "ld3m", "vit")]
+    of_networks = accuracies("dm", "ld3m", 1, "vit")
+    one_each = [of_networks[0], of_run("ld3m", 1), of_run("ld3m", 2)]
+    assert [row.networks, row.runs] == [3, 3]
+    assert [row.net_sd, row.total_sd] == pytest.approx([statistics.stdev(of_networks), statistics.stdev(one_each)])
+    assert row.run_sd == pytest.approx((row.total_sd**2 - row.net_sd**2) ** 0.5)
+    glad = table.loc[("dm", "glad", "vit")]  # its networks differ by more than its runs do
+    assert glad.net_sd > glad.total_sd > 0 and glad.run_sd == 0
+    cells_alone = table[(table.index.get_level_values(0) == "dm") & (table.index.get_level_values(2) == "vit")]
+    pooled = table.loc[("all", "all", "vit")]
+    assert pooled.net_sd == pytest.approx((cells_alone.net_sd**2).mean() ** 0.5)
+
+
+def test_the_report_has_tables_of_its_own(with_more):
     with pytest.raises(FileNotFoundError, match="gan-check"):
-        report.write_tables(both, folder=paths.TABLES)
+        report.write_tables(with_more, folder=paths.TABLES, more=True)
     write_json(paths.gan_check_folder(DATASET) / "check.json", {"recognised": 0.966, "samples": 500})
-    report.write_tables(both, folder=paths.TABLES)
+    report.write_tables(with_more, folder=paths.TABLES, more=True)
+    added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
+    assert {file.name for file in paths.TABLES.iterdir()} == TABLES | added | {"gan.csv"}
     assert pd.read_csv(paths.TABLES / "gan.csv").to_dict("records") == [{"recognised": 0.966, "samples": 500}]
+    words = (paths.TABLES / "runs.md").read_text()
+    assert "over n = 3 distillation runs" in words and "paired over 3 runs" in words
+    metrics = pd.read_csv(paths.TABLES / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
+    row = metrics.loc[(1, "dm", "ld3m", "convnet")]
+    assert row.accuracy == pytest.approx(0.62) and row.IOR == pytest.approx(0.62 - row.random_real)
+    assert row.HLR == pytest.approx(row.full_data - 0.62) and 0 < row.LRS < 1 and row["plain IOR"] == 0
+    assert metrics.ARS.notna().sum() == 9  # the distilling network's, of every set but random real images
 
 
 def test_the_tables_hold_the_numbers(params):
@@ -234,7 +330,7 @@ def test_the_tables_hold_the_numbers(params):
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
     assert len(pd.read_csv(paths.TABLES / "differences.csv")) == 48
     assert pd.read_csv(paths.TABLES / "prior.csv").recognised.tolist() == [0.95]
-    for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 evaluation seeds", "ConvNet is the architecture used to distil"):
+    for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distil"):
         assert part in markdown
     assert "- DM, IPC 1: LD3M is above pixel" in markdown and "- DM, IPC 10: LD3M is above pixel" in markdown
     assert "- MTT, IPC 1: **LD3M is below pixel**" in markdown
@@ -244,14 +340,14 @@ def test_the_tables_hold_the_numbers(params):
 
 
 def test_costs_are_read_for_every_cell_that_is_distilled(params):
-    costs = read_costs(params)
+    costs = read_costs(params, CELLS)
     assert list(costs.itertuples(index=False, name=None)) == [
         (DATASET, ipc, objective, space, 20, 5.0 + ipc, 700.0) for objective, space, ipc in CELLS if objective != "none"
     ]
-    file = paths.cost_file(DATASET, "mtt-ld3m-10")
+    file = paths.cost_file(DATASET, "mtt-ld3m-10", 0)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
-        read_costs(params)
+        read_costs(params, CELLS)
 
 
 def test_ours_stand_beside_the_papers(params):
@@ -273,7 +369,7 @@ def test_ours_stand_beside_the_papers(params):
     settings = pd.read_csv(paths.TABLES / "settings.csv", index_col="setting").ours
     assert settings["Iteration reported"].startswith("the start or the end, whichever is better on validation data")
     assert (
-        published.settings(load_params({"distill.validations": 5}))
+        published.settings(load_params({"distill.validations": 5}), ipcs=[1])
         .set_index("setting")
         .ours["Iteration reported"]
         .startswith("best of 6 on validation data")

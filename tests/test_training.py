@@ -8,7 +8,7 @@ from torch import nn
 
 from ld3m import experts, storage
 from ld3m.data import Dataset, Normalization, Split
-from ld3m.evaluate import judge, judge_all
+from ld3m.evaluate import Judged, judge, judge_all
 from ld3m.experts import open_experts, train_experts
 from ld3m.networks import build, flat_parameters, unflatten
 from ld3m.parallel import fan_out
@@ -278,18 +278,15 @@ def test_experts_ask_for_the_space_they_need(tmp_path, monkeypatch):
 
 
 def judged(images, *, processes=1, seeds=2, new_network=NETWORK, seed=0, names=("convnet", "other")):
-    return judge_all(
-        images.__getitem__,
-        LABELS[: len(images)],
+    recipes = {name: RECIPE | {"epochs": 1 + k, "strategy": "color_crop"} for k, name in enumerate(names)}
+    (scores,) = judge_all(
+        [Judged(images.__getitem__, LABELS[: len(images)], recipes, range(seeds), seed)],
         DATASET.test,
         normalization=DATASET.normalization,
         networks={name: partial(new_network, name) if new_network is not NETWORK else NETWORK for name in names},
-        recipes={name: RECIPE | {"epochs": 1 + k} for k, name in enumerate(names)},
-        strategy="color_crop",
-        seeds=range(seeds),
-        seed=seed,
         processes=processes,
     )
+    return scores
 
 
 def test_networks_are_paired_over_sets_and_differ_otherwise():
@@ -329,8 +326,7 @@ def test_scores_are_in_order_and_do_not_depend_on_the_processes():
                 DATASET.test,
                 normalization=DATASET.normalization,
                 new_network=NETWORK,
-                recipe=RECIPE | {"epochs": 1 if name == "convnet" else 2},
-                strategy="color_crop",
+                recipe=RECIPE | {"epochs": 1 if name == "convnet" else 2, "strategy": "color_crop"},
                 seed=seed,
             )
         )
@@ -338,9 +334,27 @@ def test_scores_are_in_order_and_do_not_depend_on_the_processes():
     assert judged(IMAGES[:6], processes=2) == scores
 
 
+def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_networks():
+    one = {"convnet": RECIPE | {"epochs": 1, "strategy": "none"}}
+    two = {"convnet": RECIPE | {"epochs": 2, "strategy": "none"}, "other": RECIPE | {"epochs": 1, "strategy": "none"}}
+    sets = [
+        Judged(IMAGES[:6].__getitem__, LABELS[:6], one, range(2), 0),
+        Judged((-IMAGES[:9]).__getitem__, LABELS[:9], two, range(1), 1),
+    ]
+    shared = dict(
+        normalization=DATASET.normalization, networks={"convnet": NETWORK, "other": NETWORK}, processes=1
+    )
+    together = judge_all(sets, DATASET.test, **shared)
+    assert together == [judge_all([given], DATASET.test, **shared)[0] for given in sets]
+    assert [{name: len(values) for name, values in scores.items()} for scores in together] == [
+        {"convnet": 2},
+        {"convnet": 1, "other": 1},
+    ]
+
+
 def test_a_judge_is_trained_on_the_set_and_tested_on_normalised_real_images():
     """A network whose weights do not move (rate next to 0) is judged by its initialisation."""
-    recipe = RECIPE | {"learning_rate": 1e-12}
+    recipe = RECIPE | {"learning_rate": 1e-12, "strategy": "none"}
     score = judge(
         IMAGES[:3].__getitem__,
         LABELS[:3],
@@ -348,7 +362,6 @@ def test_a_judge_is_trained_on_the_set_and_tested_on_normalised_real_images():
         normalization=DATASET.normalization,
         new_network=NETWORK,
         recipe=recipe,
-        strategy="none",
         seed=5,
     )
     images = DATASET.test.uint8.double() / 255
