@@ -30,15 +30,14 @@ ABLATIONS = {
     "clamp": ("Clamp", "A hard clamp gives saturated pixels no gradient."),
     "defects": (
         "Defects of the released code",
-        "Each defect switched back on alone. Change: the unseen mean minus that of the first row with the same "
-        "objective, space and IPC: what the defect costs (below zero) or flatters (above).",
+        "Each defect switched back on alone: what it costs (a change below zero) or flatters (above).",
     ),
 }
 ABLATION_COSTS = {
     "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
-    "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics",
+    "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics", "ablation_changes",
 }  # fmt: skip
 
 
@@ -113,9 +112,7 @@ def render(tables: Path, figures: Path) -> str:
     )  # fmt: skip
     environment.tests["table"] = lambda block: isinstance(block, Table)
     dataset = found["main"].dataset.iloc[0] if "main" in found else ""
-    return environment.get_template("html.j2").render(
-        sections=sections, dataset=dataset, strong=_strong
-    )
+    return environment.get_template("html.j2").render(sections=sections, dataset=dataset, strong=_strong)
 
 
 def _results(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
@@ -304,21 +301,21 @@ def _ablations(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> S
 
 
 def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
-    """One row a setting, in the order of the csv; columns: every network, then what the setting costs."""
+    """One row a setting, in the order of the csv; columns: every network, the change of the unseen mean against the
+    first setting with the same objective, space and IPC, and what the setting costs."""
     part = found["ablations"].query("ablation == @name").astype({"setting": str})
     keys = ["setting", *(key for key in ("objective", "space", "ipc") if part[key].nunique() > 1)]
     costs = found.get("ablation_costs", pd.DataFrame(columns=["ablation", "setting", *ABLATION_COSTS]))
     costs = costs.query("ablation == @name").astype({"setting": str}).drop_duplicates("setting").set_index("setting")
-    rows, references = [], {}
+    rows = []
+    changes = found.get("ablation_changes", pd.DataFrame(columns=part.columns)).astype({"setting": str})
+    changes = changes[(changes.ablation == name) & (changes.architecture == UNSEEN)].set_index("setting")
     for key, group in part.groupby(keys, sort=False):
         row = {name.capitalize(): NAMES.get(value, value) for name, value in zip(keys, key, strict=True)}
         for score in group.itertuples():
             row[NAMES[score.architecture]] = f"{100 * score.mean:.1f} ± {100 * (score.ci_high - score.mean):.1f}"
-        if name == "defects" and UNSEEN in set(group.architecture):
-            (unseen,) = group.loc[group.architecture == UNSEEN, "mean"]
-            cell = tuple(group[["objective", "space", "ipc"]].iloc[0])
-            row["Change"] = f"{100 * (unseen - references[cell]):+.1f}" if cell in references else "–"
-            references.setdefault(cell, unseen)
+        if len(changes):
+            row["Change of unseen"] = _change(changes.loc[key[0]]) if key[0] in changes.index else "–"
         for column, label in ABLATION_COSTS.items():
             row[label] = _number(float(costs[column].get(key[0], math.nan)))
         rows.append(row)
@@ -330,6 +327,10 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
     ]
     caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}".strip()
     return Table(f"ablation-{name}", caption, pd.DataFrame(rows).fillna("–").astype(str), len(keys))
+
+
+def _change(row: pd.Series) -> str:
+    return f"{100 * row['mean']:+.1f} ± {100 * (row.ci_high - row['mean']):.1f}"
 
 
 def _costs(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:

@@ -143,8 +143,9 @@ def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COSTS)
 
 
-def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Accuracy with its interval over networks, and cost, of every setting of every ablation.
+def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by network,
+    against the first setting of that ablation with the same objective and space; and cost.
 
     A setting that changes nothing has the numbers of the baseline, which is run once.
     """
@@ -153,22 +154,32 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise FileNotFoundError(f"{', '.join(absent)} missing: `dvc repro ablation` makes them")
     records = {name: {r["setting"]: r for r in json.loads(file.read_text())} for name, file in files.items()}
     (baseline,) = records.pop("baseline").values()
-    scores, costs = [], []
+    scores, changes, costs = [], [], []
     for name, found in records.items():
+        first: dict[tuple[str, str], pd.DataFrame] = {}
         for setting in params.ablations.settings[name]:
             record = found.get(setting, baseline)
             cell = (params.dataset, name, setting, record["objective"], record["space"], 1)
             accuracy = pd.DataFrame(record["accuracy"])
             unseen = accuracy.drop(columns=params.distill.network).mean(axis=1)
-            for architecture, values in accuracy.assign(**{UNSEEN: unseen}).items():
+            accuracy = accuracy.assign(**{UNSEEN: unseen})
+            reference = first.setdefault(cell[3:5], accuracy)
+            for architecture, values in accuracy.items():
                 scores.append((*cell, architecture, len(values), *interval(values)))
+                if reference is not accuracy:
+                    change = values - reference[architecture]
+                    changes.append((*cell, architecture, len(values), *interval(change), p_value(change)))
             norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
             measured = (norms[0] if norms[0] is not None else norms[1], norms[2])
             costs.append((*cell[:3], *measured, record["seconds_per_iteration"], record["peak_mib"]))
     keys = ["dataset", "ablation", "setting"]
     columns = [*keys, "objective", "space", "ipc", "architecture", "n", "mean", "ci_low", "ci_high"]
     measures = ["grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]
-    return pd.DataFrame(scores, columns=columns), pd.DataFrame(costs, columns=[*keys, *measures])
+    return (
+        pd.DataFrame(scores, columns=columns),
+        pd.DataFrame(changes, columns=[*columns, "p"]),
+        pd.DataFrame(costs, columns=[*keys, *measures]),
+    )
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:

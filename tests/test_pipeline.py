@@ -171,5 +171,6 @@ def test_a_folder_of_images_is_distilled_and_judged(tmp_path):
     pictures = clone / "runs/folder/distilled/dm-ld3m-1/run-0/images"
     assert len(list(pictures.rglob("*.png"))) == 3
     scores = [json.loads(file.read_text()) for file in (clone / "runs/folder/scores/dm-ld3m-1").iterdir()]
-    assert len(scores) == 2 and all(0 <= value <= 1 for score in scores for value in score["accuracy"])
+    values = [value for score in scores for value in score["accuracy"]["0"]]
+    assert len(scores) == 3 and all(0 <= value <= 1 for value in values)  # two judges, and one without augmentation
     assert len(list((clone / "cache/decoded").glob("images-*.npy"))) == 2  # made by the first stage, read by the others

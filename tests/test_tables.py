@@ -14,6 +14,7 @@ from ld3m.tables import (
     cells,
     differences,
     paper_style,
+    read_ablations,
     read_costs,
     read_runs,
     read_scores,
@@ -388,3 +389,36 @@ def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
     alone = load_params(GRID | {"grid.architecture": ["convnet"]})
     markdown = report.write_tables(alone, folder=paths.TABLES)
     assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "told apart" not in markdown
+
+
+def test_ablations_change_against_the_first_setting_of_their_objective_paired_by_network(params):
+    settings = {
+        "baseline": {"baseline": {}},
+        "defects": {"none": {}, "noise": {"spaces.ld3m.noise": "redrawn"}, "exact": {"objective": "mtt"}},
+    }
+    settings["defects"]["first"] = {"objective": "mtt", "objectives.mtt.first_order": True}
+    given = load_params(
+        GRID | {"ablations.settings": settings, "ablations.architecture": ["convnet", "vit", "alexnet"]}
+    )
+
+    def record(setting, objective, shift, norm):
+        accuracy = {"convnet": [0.8, 0.9], "vit": [0.2 + shift, 0.3 + shift], "alexnet": [0.5, 0.6 + shift]}
+        measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": 0.5, "peak_mib": None}
+        return {"setting": setting, "objective": objective, "space": "ld3m", "accuracy": accuracy} | measured
+
+    write_json(paths.ablation_file(DATASET, "baseline"), [record("baseline", "dm", 0.0, 2.0)])
+    found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
+    write_json(paths.ablation_file(DATASET, "defects"), found)
+    scores, changes, costs = read_ablations(given)
+    by_key = scores.set_index(["setting", "architecture"])["mean"]
+    assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
+    assert by_key["noise", UNSEEN] == pytest.approx((0.15 + 0.5) / 2)
+    rows = changes.set_index(["setting", "architecture"])
+    assert set(rows.index.get_level_values(0)) == {"noise", "first"}
+    unseen = rows.loc[("noise", UNSEEN)]  # -0.05 and -0.10: half of a t interval of two values 0.05 apart
+    assert [unseen["mean"], unseen.ci_high - unseen["mean"]] == pytest.approx([-0.075, 12.7062047 * 0.025])
+    assert rows.loc[("first", "vit"), "mean"] == pytest.approx(0.1)
+    assert costs.grad_norm_z.tolist() == [2.0, 3.0, 4.0, 5.0]
+    paths.ablation_file(DATASET, "defects").unlink()
+    with pytest.raises(FileNotFoundError, match="defects.json missing: `dvc repro ablation`"):
+        read_ablations(given)

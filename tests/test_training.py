@@ -341,9 +341,7 @@ def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_network
         Judged(IMAGES[:6].__getitem__, LABELS[:6], one, range(2), 0),
         Judged((-IMAGES[:9]).__getitem__, LABELS[:9], two, range(1), 1),
     ]
-    shared = dict(
-        normalization=DATASET.normalization, networks={"convnet": NETWORK, "other": NETWORK}, processes=1
-    )
+    shared = dict(normalization=DATASET.normalization, networks={"convnet": NETWORK, "other": NETWORK}, processes=1)
     together = judge_all(sets, DATASET.test, **shared)
     assert together == [judge_all([given], DATASET.test, **shared)[0] for given in sets]
     assert [{name: len(values) for name, values in scores.items()} for scores in together] == [
