@@ -64,7 +64,8 @@ def _try_compiler(device: str) -> None:
 def _source(params: Params, labels: int) -> str:
     """The prior that the stage `prior` links to; one that does not fit is an error."""
     prior, classes = fitting_prior(labels=labels, **params.prior_source_arguments())
-    timesteps(params.spaces.ld3m.steps, total=len(prior.alpha_bar))
+    for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
+        timesteps(steps, total=len(prior.alpha_bar))
     latents = " x ".join(map(str, prior.latent_shape(params.data.size_px)))
     return f"{params.prior.source}: latents {latents}, classes {', '.join(map(str, classes)) or 'none'}"
 

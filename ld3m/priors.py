@@ -259,3 +259,5 @@ def _check_parts(prior: Prior) -> None:
         )
     if more := [key for key in FURTHER if given.get(key) is not None]:
         raise ValueError(f"the denoiser wants more than one vector a class: {', '.join(more)}")
+    if prior.autoencoder.config.get("latents_mean") is not None:
+        raise ValueError("the autoencoder's latents are scaled channel by channel (latents_mean), not by one factor")

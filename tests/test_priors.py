@@ -44,6 +44,7 @@ WEIGHTS = (
 )
 SIZE_PX, SIDE = 32, 8  # of the images and latents of the models below
 SCHEDULE = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # the timesteps are those of `reverse`
+SLOW = pytest.mark.skipif("LD3M_FULL_SIZE" not in os.environ, reason="set LD3M_FULL_SIZE=1: minutes, 8 GB, a compiler")
 
 
 def as_stored(prior):
@@ -241,6 +242,32 @@ def test_a_dit_asked_with_rows_of_its_table_is_the_dit_asked_with_labels(dit_fol
     assert halved.dtype == torch.float32 and relative_difference(halved, expected) < 0.05
 
 
+@SLOW
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_dit_of_full_size(tmp_path, randn, side):
+    """DiT-XL/2-256 and 512 with random weights, in the layout and under the class name of the released ones."""
+    dit = DiTTransformer2DModel(out_channels=8, sample_size=side).eval()
+    table, *others = [block.norm1.emb.class_embedder for block in dit.transformer_blocks]
+    for other in others:
+        other.load_state_dict(table.state_dict())
+    widths = dict(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215
+    )
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    folder = write(tmp_path / "dit", unet=dit, autoencoder=AutoencoderKL(**widths, **blocks, latent_channels=4))
+    config = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
+    prior, labels, z_t = load_prior(folder), torch.tensor([207, 1000]), randn(2, 4, side, side).float()
+    assert prior.latent_shape(8 * side) == (4, side, side) and prior.classes == 1000
+    c = torch.cat([prior.embed(labels[:1]), prior.null(1)]).requires_grad_()
+    with torch.no_grad():
+        expected = dit(z_t, torch.tensor([401, 401]), labels).sample[:, :4]
+    eps = prior.denoise(z_t, 401, c)
+    torch.testing.assert_close(eps.detach(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(eps.square().sum(), c)
+    assert gradient.isfinite().all() and gradient.norm() > 0
+
+
 def test_blocks_with_tables_of_their_own_are_refused(tmp_path):
     with pytest.raises(ValueError, match="label tables of the DiT's blocks differ"):
         load_prior(write(tmp_path / "dit", unet=make_dit(classes=3, share_tables=False)))
@@ -374,9 +401,6 @@ def test_a_random_dit(dit_folder, randn):
     assert torch.equal(drawn.denoise(z, 1, null), made.denoise(z, 1, null)) and not torch.equal(drawn.null(2), null)
 
 
-SLOW = pytest.mark.skipif("LD3M_FULL_SIZE" not in os.environ, reason="set LD3M_FULL_SIZE=1: minutes, a C++ compiler")
-
-
 @pytest.mark.parametrize(
     ("source", "backend"),
     [
@@ -433,6 +457,7 @@ def test_tensors_that_are_missing_or_unknown_are_named(copied):
         (dict(unet=make_unet(num_class_embeds=3), embedding=embeddings()), "more than one vector.*num_class_embeds"),
         (dict(unet=make_unet(in_channels=9), embedding=embeddings()), "takes 9 channels and gives 4, latents have 4"),
         (dict(autoencoder=diffusers.AutoencoderTiny()), "AutoencoderTiny.*must be VQModel or AutoencoderKL"),
+        (dict(autoencoder=make_autoencoder(latents_mean=(0.1,) * 4)), "channel by channel"),
         (dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEuler.*must be a schedule of betas"),
         (dict(scheduler=diffusers.EDMEulerScheduler()), "EDMEuler.*must be a schedule of betas"),
         (
@@ -592,7 +617,8 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, mon
     assert relative_difference(tensors["c"], started) < 0.1
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
     assert json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
-    drawn = Experiment(load_params(overrides | {"spaces.ld3m.prior": "all_random"})).prior
+    drawn = Experiment(load_params(overrides | {"spaces.ld3m.prior": "all_random", "spaces.ld3m.compile": True})).prior
+    assert drawn.unet._compiled_call_impl is not None and whole.unet._compiled_call_impl is None
     assert drawn.classes == 2 and not torch.equal(drawn.embed(torch.tensor([0])), started[:1])
     with pytest.raises(ValueError, match=f"prior.source is None, but .* holds {source}: `dvc repro prior` first"):
         _ = Experiment(load_params(overrides | {"prior.source": None, "prior.classes": None})).prior
