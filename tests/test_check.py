@@ -59,7 +59,7 @@ def test_a_gan_of_other_parameters_is_announced_not_refused():
 
 def test_a_prior_from_elsewhere_is_announced(trained):
     """The embedded one in the part of another's, for two of its classes, in an order of their own."""
-    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"]}
+    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "more.cells": {}}
     line = check(load_params(given | {"prior.classes": [7, 3]}))[2]
     assert line == f"prior   {trained['prior']}: latents 4 x 8 x 8, classes 7, 3"
     for changes, words in [
@@ -67,7 +67,7 @@ def test_a_prior_from_elsewhere_is_announced(trained):
         ({"prior.classes": [7]}, "prior.classes has 1 entries, the data set 2 classes"),
         ({"prior.classes": [7, 10]}, r"classes \[10\] are not the prior's"),
         (
-            {"prior.classes": [7, 3], "datasets.mnist5k.size_px": 36, "more.space": []},
+            {"prior.classes": [7, 3], "datasets.mnist5k.size_px": 36},
             "size_px = 36 .*takes multiples of 8 px",
         ),
         ({"prior.source": "../nowhere/model.ckpt"}, "nowhere/model.ckpt is missing: place the model.ckpt"),
