@@ -67,7 +67,8 @@ def _source(params: Params, labels: int) -> str:
     for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
         timesteps(steps, total=len(prior.alpha_bar))
     latents = " x ".join(map(str, prior.latent_shape(params.data.size_px)))
-    return f"{params.prior.source}: latents {latents}, classes {', '.join(map(str, classes)) or 'none'}"
+    shown = ", ".join(map(str, classes[:10])) + (" ..." if classes[10:] else "")
+    return f"{params.prior.source}: latents {latents}, classes {shown or 'none'}"
 
 
 def _prior(experiment: Experiment) -> str:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -100,9 +100,9 @@ def fitting_prior(
     return prior, chosen
 
 
-def link_prior(folder: Path, *, source: str, **fitting) -> None:
-    """Lets `folder` stand for `fitting_prior(source, ...)`. Nothing is copied; `load_prior` refuses what has changed
-    since."""
+def link_prior(folder: Path, *, source: str, **fitting: Any) -> None:
+    """Lets `folder` stand for `fitting_prior(source, **fitting)`: nothing is copied, and `load_prior` refuses a source
+    that has changed since."""
     prior, chosen = fitting_prior(source, **fitting)
     with new_folder(folder) as partial:
         write_json(partial / LINK, {"source": source, "classes": chosen, "sha256": prior.fingerprint()})
@@ -113,7 +113,7 @@ def linked_source(folder: Path) -> str | None:
     return _read_link(folder)["source"] if (folder / LINK).is_file() else None
 
 
-def _read_link(folder: Path) -> dict:
+def _read_link(folder: Path) -> dict[str, Any]:
     try:
         link = json.loads((folder / LINK).read_text())
         classes = [int(index) for index in link["classes"]]
