@@ -128,7 +128,7 @@ def prepare(weights: Prior, *, precision: str, compiled: bool, device: torch.dev
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.to(torch.bfloat16)
         prior = prior.in_precision("bfloat16")
-    return replace(prior, unet=torch.compile(prior.unet, dynamic=False)) if compiled else prior
+    return prior.compiled() if compiled else prior
 
 
 def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ld3m import paths
 from ld3m.config import ablation_settings, load_params
 from ld3m.data import initial_indices
-from ld3m.diffusion import load_prior
 from ld3m.experiment import Experiment
 from ld3m.gan import load_generator
 from ld3m.networks import flat_parameters
+from ld3m.priors import fitting_prior, load_prior
+from ld3m.sampler import timesteps
 from ld3m.schema import Params
 from ld3m.storage import require_space
 
@@ -33,7 +36,12 @@ def check(params: Params) -> list[str]:
         initial_indices(train, ipc=ipc, seed=params.seed)
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
-    lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), load_prior, _prior)}")
+    if params.spaces.ld3m.compile:
+        _try_compiler(params.on_device)
+    if params.prior.source:
+        lines.append(f"prior   {_source(params, len(train.classes))}")
+    else:
+        lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), load_prior, _prior)}")
     lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), load_generator, _gan)}")
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
     weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
@@ -41,6 +49,26 @@ def check(params: Params) -> list[str]:
     require_space(paths.ROOT, needed + SPARE_BYTES)
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
+
+
+def _try_compiler(device: str) -> None:
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # of the compiler, or that there is none
+        raise ValueError(
+            f"spaces.ld3m.compile is true, but torch cannot compile here ({type(error).__name__}: {error}): set it to "
+            "false in params.yaml, or install a C++ compiler"
+        ) from error
+
+
+def _source(params: Params, labels: int) -> str:
+    """The prior that the stage `prior` links to; one that does not fit is an error."""
+    prior, classes = fitting_prior(labels=labels, **params.prior_source_arguments())
+    for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
+        timesteps(steps, total=len(prior.alpha_bar))
+    latents = " x ".join(map(str, prior.latent_shape(params.data.size_px)))
+    shown = ", ".join(map(str, classes[:10])) + (" ..." if classes[10:] else "")
+    return f"{params.prior.source}: latents {latents}, classes {shown or 'none'}"
 
 
 def _prior(experiment: Experiment) -> str:

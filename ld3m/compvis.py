@@ -3,6 +3,8 @@
     python -m ld3m.compvis model.ckpt FOLDER          once, for `load_prior`: in float32
     python -m ld3m.compvis model.ckpt FOLDER half     half the size
 
+`prior.source` in params.yaml may name either, the file or the folder.
+
 `cin256-v2`, conditional on ImageNet's 1000 classes (`diffusion.with_classes` takes those of a subset), and
 `ffhq-ldm-vq-4`, without classes; the models of CelebA-HQ and of LSUN bedrooms with VQ-f4 are of the second kind too.
 Which one a file holds is seen from its shapes.
@@ -23,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ld3m.diffusion import Prior, cin256_alpha_bar, save_prior
+from ld3m.diffusion import Prior, cin256_alpha_bar, spread_codes
 from ld3m.seeds import forked
 
 Weights = Literal["auto", "ema", "model"]
@@ -64,14 +66,10 @@ def build_full_size(kind: str, *, seed: int) -> Prior:
 
 
 def build(kind: Kind, *, seed: int) -> Prior:
-    """A frozen prior with random weights, float32.
-
-    The codes are standard normal, of about the size of latents: those of an untrained quantiser are next to zero, and
-    the gradient through many steps from there leaves the range of float32.
-    """
+    """A frozen prior with random weights, float32."""
     with forked(seed, "compvis"):
         prior = Prior(*_modules(kind, scale=1.0), cin256_alpha_bar()).frozen()
-        prior.autoencoder.quantize.embedding.weight.normal_()
+        spread_codes(prior.autoencoder)
     return prior
 
 
@@ -336,6 +334,8 @@ def _some(names: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    from ld3m.priors import save_prior  # which itself reads checkpoints
+
     try:
         match sys.argv[1:]:
             case [file, folder]:

@@ -1,48 +1,55 @@
 """The generative prior: a frozen latent diffusion model behind encode, embed, null, denoise, quantize and decode.
 
-On disk it is a diffusers folder: `unet/`, `vqvae/` and `scheduler/` as diffusers writes them, and
-`class_embedder/model.safetensors` with the class embeddings, of which the last row is the null class. A prior without
-classes (a U-Net that takes no conditioning, such as that of FFHQ) has the null class alone, one zero.
+`priors` reads it from disk and writes it there.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ld3m.seeds import forked
-from ld3m.storage import new_folder
 
 if TYPE_CHECKING:
     from diffusers import (
+        AutoencoderKL,
         DDIMScheduler,
+        DiTTransformer2DModel,
+        SchedulerMixin,
         UNet2DConditionModel,
         UNet2DModel,
         VQModel,
     )  # takes 3 s, hence inside the functions
 
-PARTS = ("unet", "vqvae", "scheduler", "class_embedder")
+Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
+
+# How each kind of denoiser is asked: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
+DENOISERS = {
+    "UNet2DConditionModel": lambda unet, z_t, t, c: unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0],
+    # takes no conditioning: times zero, so that the gradient for `c` is zero and not absent
+    "UNet2DModel": lambda unet, z_t, t, c: unet(z_t, t, return_dict=False)[0] + 0 * c[..., None],
+    # adds c to the embedding of t in every block, see `take_label_table`
+    "DiTTransformer2DModel": lambda dit, z_t, t, c: dit(z_t, t.expand(len(z_t)), c[:, 0], return_dict=False)[0],
+}
 
 
 @dataclass(frozen=True)
 class Prior:
-    """A latent diffusion model that predicts noise, class-conditional or not.
+    """A latent diffusion model, class-conditional or not.
 
     Shapes: pixels (B, C, H, W) in [-1, 1]; latents z (B, c, h, w), scaled to about unit variance;
     conditioning (B, 1, D); labels (B,) int64.
     """
 
-    unet: "UNet2DConditionModel | UNet2DModel"
-    autoencoder: "VQModel"
-    embedding: nn.Embedding  # (classes + 1, D)
-    alpha_bar: Tensor  # (1000,) float64 on the CPU: the products of 1 - beta, eq. 1
+    unet: "UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel"  # the denoiser, a transformer too
+    autoencoder: "VQModel | AutoencoderKL"
+    embedding: nn.Embedding  # (classes + 1, D), the last row the null class; without classes that is one number
+    alpha_bar: Tensor  # (T,) float64 on the CPU: the products of 1 - beta, eq. 1
+    prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
     precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
 
     @property
@@ -51,12 +58,22 @@ class Prior:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the U-Net takes a conditioning; where it does not, that is one number (B, 1, 1) without effect."""
+        """Whether the denoiser takes a conditioning; where it does not, that is one number (B, 1, 1) without effect."""
         return self.classes > 0
+
+    @property
+    def has_quantizer(self) -> bool:
+        """Whether latents are those of a codebook (VQModel) or the modes of a posterior (AutoencoderKL)."""
+        return hasattr(self.autoencoder, "quantize")
 
     @property
     def channels(self) -> int:
         return self.autoencoder.config.in_channels
+
+    @property
+    def latent_channels(self) -> int:
+        given = self.autoencoder.config
+        return given.get("vq_embed_dim") or given.latent_channels
 
     @property
     def downsampling(self) -> int:
@@ -65,14 +82,16 @@ class Prior:
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images, or a ValueError where the prior cannot take the size."""
-        unit = self.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size_px < unit or size_px % unit:
+        given = self.unet.config
+        is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
+        unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
+        if size_px < unit or size_px % unit or is_fixed and size_px != unit:
             raise ValueError(
-                f"size_px = {size_px} does not fit this prior, which takes multiples of {unit} px; "
-                "set datasets.<name>.size_px in params.yaml, or choose another prior"
+                f"size_px = {size_px} does not fit this prior, which takes {'' if is_fixed else 'multiples of '}{unit} "
+                "px; set datasets.<name>.size_px in params.yaml, or choose another prior"
             )
         side = size_px // self.downsampling
-        return self.autoencoder.config.latent_channels, side, side
+        return self.latent_channels, side, side
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raises ValueError where the prior and the data set do not fit each other."""
@@ -89,17 +108,22 @@ class Prior:
             )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.autoencoder.encode(pixels).latents * self.autoencoder.config.scaling_factor
+        encoded = self.autoencoder.encode(pixels)
+        z = encoded.latents if self.has_quantizer else encoded.latent_dist.mode()
+        return (z - self._shift) * self.autoencoder.config.scaling_factor
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The nearest codebook entries, with the straight-through gradient (identity)."""
+        """The nearest codebook entries, with the straight-through gradient (identity); without a codebook, `z`."""
+        if not self.has_quantizer:
+            return z
         scale = self.autoencoder.config.scaling_factor
         return self.autoencoder.quantize(z / scale)[0] * scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to pixels, through the quantiser; not clamped."""
+        """Latents to pixels, through the quantiser where there is one; not clamped."""
         with self._autocast(z):
-            return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample.to(z.dtype)
+            unscaled = z / self.autoencoder.config.scaling_factor + self._shift
+            return self.autoencoder.decode(unscaled).sample.to(z.dtype)
 
     def embed(self, labels: Tensor) -> Tensor:
         rows = labels if self.is_conditional else torch.zeros_like(labels)
@@ -110,11 +134,22 @@ class Prior:
 
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
         """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
-        t = torch.as_tensor(t, device=z_t.device)  # a number would be compiled in where the U-Net is compiled
+        # A number would be compiled in where the denoiser is compiled.
+        on_device = torch.as_tensor(t, device=z_t.device)
         with self._autocast(z_t):
-            if not self.is_conditional:  # times zero, so that the gradient for `c` is zero and not absent
-                return self.unet(z_t, t, return_dict=False)[0].to(z_t.dtype) + 0 * c[..., None]
-            return self.unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0].to(z_t.dtype)
+            predicted = DENOISERS[type(self.unet).__name__](self.unet, z_t, on_device, c)
+        predicted = predicted[:, : z_t.shape[1]].to(z_t.dtype)  # further channels are a learned sigma
+        if self.prediction == "epsilon":
+            return predicted
+        a = self.alpha_bar[torch.as_tensor(t).cpu()].view(-1, 1, 1, 1)
+        signal, noise = a.sqrt().to(z_t), (1 - a).sqrt().to(z_t)
+        if self.prediction == "sample":
+            return (z_t - signal * predicted) / noise
+        return signal * predicted + noise * z_t  # of v = signal * eps - noise * x0
+
+    @property
+    def _shift(self) -> float:
+        return self.autoencoder.config.get("shift_factor") or 0.0
 
     def _autocast(self, z: Tensor) -> torch.autocast:
         return torch.autocast(z.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
@@ -131,6 +166,11 @@ class Prior:
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
         """The same prior whose denoiser and decoder compute in that type; what goes in and comes out keeps its own."""
         return replace(self, precision=getattr(torch, precision))
+
+    def compiled(self) -> "Prior":
+        """The same prior whose denoiser torch compiles when it first runs (in place): the same up to rounding."""
+        self.unet.compile(dynamic=False)
+        return self
 
     def frozen(self) -> "Prior":
         """In evaluation mode and without parameter gradients."""
@@ -149,6 +189,8 @@ class Prior:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(self.alpha_bar.cpu().numpy().tobytes())
+        if self.prediction != "epsilon":
+            digest.update(self.prediction.encode())
         return digest.hexdigest()
 
 
@@ -198,7 +240,25 @@ def build_prior(
             attention_head_dim=2,
         )
         embedding = nn.Embedding(classes + 1, conditioning_width)
-    return Prior(unet, autoencoder, embedding, _alpha_bar(_schedule()))
+    return Prior(unet, autoencoder, embedding, cin256_alpha_bar())
+
+
+def take_label_table(dit: "DiTTransformer2DModel") -> nn.Embedding:
+    """Takes the label table (classes + 1, D) out of a DiT, which then wants rows of it as `class_labels`, (B, D).
+
+    In diffusers every block has a table of its own. In a released model they are copies of one; ValueError for tables
+    that differ, where no one vector stands for a class.
+    """
+    table, *others = [block.norm1.emb.class_embedder.embedding_table for block in dit.transformer_blocks]
+    if any(not torch.equal(other.weight, table.weight) for other in others):
+        raise ValueError("the label tables of the DiT's blocks differ: only models whose blocks share one can be used")
+    _remove_label_tables(dit)
+    return table
+
+
+def _remove_label_tables(dit: "DiTTransformer2DModel") -> None:
+    for block in dit.transformer_blocks:
+        block.norm1.emb.class_embedder = nn.Identity()
 
 
 def unconditional(prior: Prior) -> Prior:
@@ -219,64 +279,40 @@ def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
 
 
 def with_random_unet(prior: Prior, *, seed: int) -> Prior:
-    """The prior with trained autoencoder and embeddings and a U-Net of random weights, as in the paper's ablation."""
+    """The prior with a denoiser of random weights, as in the paper's ablation; autoencoder and embeddings stay."""
     with forked(seed, "random unet"):
         unet = type(prior.unet).from_config(prior.unet.config)
+    if hasattr(unet, "transformer_blocks"):
+        _remove_label_tables(unet)
     return replace(prior, unet=unet.to(prior.embedding.weight)).frozen()
 
 
-def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-    """Writes the folder whole or not at all, weights as `dtype`: `load_prior` gives what was stored."""
-    with new_folder(folder) as partial:
-        for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
-            nn.Module.to(deepcopy(module), dtype).save_pretrained(
-                partial / name
-            )  # diffusers' own `to` warns for nothing
-        _schedule().save_pretrained(partial / "scheduler")
-        (partial / "class_embedder").mkdir()
-        weight = prior.embedding.weight.detach().to(dtype).contiguous()
-        save_file({"weight": weight}, partial / "class_embedder/model.safetensors")
+def with_random_weights(prior: Prior, *, seed: int) -> Prior:
+    """`with_random_unet` with autoencoder and embeddings of random weights too."""
+    weight = prior.embedding.weight
+    with forked(seed, "random autoencoder"):
+        autoencoder = type(prior.autoencoder).from_config(prior.autoencoder.config)
+        embedding = nn.Embedding(*weight.shape)
+        if prior.has_quantizer:
+            spread_codes(autoencoder)
+    made = replace(prior, autoencoder=autoencoder.to(weight), embedding=embedding.to(weight))
+    return with_random_unet(made, seed=seed)
 
 
-def load_prior(folder: Path) -> Prior:
-    """The prior in a diffusers folder, frozen, in float32 on the CPU."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
-
-    folder = Path(folder)
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"no prior in {folder}: {', '.join(missing)} missing. The embedded prior comes with `dvc pull prior`; "
-            "`dvc repro -f prior` trains it again"
-        )
-    try:
-        local = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "torch_dtype": torch.float32,
-            "low_cpu_mem_usage": False,
-        }
-        kind = json.loads((folder / "unet/config.json").read_text())["_class_name"]
-        unet_class = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}[kind]
-        unet = unet_class.from_pretrained(folder / "unet", **local)
-        autoencoder = VQModel.from_pretrained(folder / "vqvae", **local)
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        weight = load_file(folder / "class_embedder/model.safetensors")["weight"]
-    except Exception as error:  # diffusers and safetensors raise many kinds for a truncated or foreign file
-        raise ValueError(
-            f"the prior in {folder} cannot be read ({error}); `dvc checkout -f prior` restores it"
-        ) from error
-    embedding = nn.Embedding.from_pretrained(weight.float())
-    return Prior(unet, autoencoder, embedding, _alpha_bar(scheduler)).frozen()
+@torch.no_grad()
+def spread_codes(autoencoder: "VQModel") -> None:
+    """Draws the codes of an untrained quantiser so that scaled latents have unit variance. Its own are next to zero,
+    and the gradient through many steps from there leaves the range of float32."""
+    autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)
 
 
-def cin256_alpha_bar() -> Tensor:
-    """alpha_bar (1000,) float64 of the noise schedule of `cin256-v2`, which CompVis's other VQ-f4 models share."""
-    return _alpha_bar(_schedule())
+def at_once(size_px: int, *, count: int = 250) -> int:
+    """How many images go through a prior at once where no gradient is kept: `count` of 32 px, fewer of larger ones."""
+    return max(1, count * 32**2 // size_px**2)
 
 
-def _schedule() -> "DDIMScheduler":
-    """The noise schedule of `cin256-v2`."""
+def cin256_schedule() -> "DDIMScheduler":
+    """The noise schedule of `cin256-v2`, which CompVis's other VQ-f4 models share."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -291,7 +327,11 @@ def _schedule() -> "DDIMScheduler":
     )
 
 
-def _alpha_bar(scheduler: "DDIMScheduler") -> Tensor:
-    if scheduler.config.prediction_type != "epsilon":
-        raise ValueError(f"prediction_type {scheduler.config.prediction_type!r}: only epsilon is supported")
+def alpha_bar_of(scheduler: "SchedulerMixin") -> Tensor:
+    """The products of 1 - beta, (T,) float64."""
     return torch.cumprod(1 - scheduler.betas.double(), dim=0)
+
+
+def cin256_alpha_bar() -> Tensor:
+    """alpha_bar (1000,) float64 of `cin256_schedule`."""
+    return alpha_bar_of(cin256_schedule())

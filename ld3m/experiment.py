@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ld3m import data, paths
 from ld3m.artefact import read_artefact, write_artefact
 from ld3m.coresets import CORESETS
-from ld3m.diffusion import Prior, load_prior, unconditional, with_random_unet
+from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import Judged, judge_all, real_images
 from ld3m.experts import open_experts
@@ -22,6 +22,7 @@ from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.metrics import PLAIN
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
+from ld3m.priors import linked_source, load_prior
 from ld3m.progress import peak_gib, progress
 from ld3m.sampler import sample
 from ld3m.schema import Params
@@ -53,15 +54,21 @@ class Experiment:
 
     @cached_property
     def prior(self) -> Prior:
-        prior = load_prior(paths.prior_folder(self.params.dataset)).to(self.params.on_device)
-        prior = prior.in_precision(self.params.spaces.ld3m.precision)
-        given = self.params.data
+        folder, wanted = paths.prior_folder(self.params.dataset), self.params.prior.source
+        if (there := linked_source(folder)) != wanted:
+            raise ValueError(
+                f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
+            )
+        given, changes = self.params.data, self.params.spaces.ld3m
+        prior = load_prior(folder).to(self.params.on_device).in_precision(changes.precision)
         prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
-        if self.params.spaces.ld3m.prior == "unconditional":
-            return unconditional(prior)
-        if self.params.spaces.ld3m.prior == "random":
-            return with_random_unet(prior, seed=self.params.seed)
-        return prior
+        if changes.prior == "unconditional":
+            prior = unconditional(prior)
+        if changes.prior == "random":
+            prior = with_random_unet(prior, seed=self.params.seed)
+        if changes.prior == "all_random":
+            prior = with_random_weights(prior, seed=self.params.seed)
+        return prior.compiled() if changes.compile else prior
 
     @cached_property
     def gan(self) -> Generator:
@@ -106,7 +113,7 @@ class Experiment:
             return start_pixels(pixels, labels, **shared, **given)
         if space == "glad":
             return start_glad(labels, gan=self.gan, **shared, **given)
-        del given["prior"], given["precision"]  # of `self.prior`
+        del given["prior"], given["precision"], given["compile"]  # of `self.prior`
         if given.pop("normalization") == "shifted":
             shared["normalization"] = shifted(self.dataset.normalization)
         return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
@@ -205,7 +212,8 @@ class Experiment:
         for label in range(len(train.classes)):
             members = train.of_class(label)
             with torch.no_grad():
-                z = torch.cat([self.prior.encode(train.pixels(part)) for part in members.split(250)])
+                parts = members.split(at_once(train.shape[-1]))
+                z = torch.cat([self.prior.encode(train.pixels(part)) for part in parts])
             chosen.append(members[CORESETS[name](z.flatten(1).cpu(), ipc)])
         return torch.cat(chosen)
 

@@ -107,6 +107,7 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
     ]
     widths = [f"{NAMES[name]} {params.networks[name].width}" for name in grid.architecture]
     epochs = [f"{NAMES[name]} {recipe.epochs[name]}" for name in grid.architecture]
+    unet = "-".join(map(str, params.prior.denoiser.widths))
     rows = [
         ("Data", "ImageNet subsets A to E, 10 classes each", params.dataset),
         ("Resolution", "128 px", f"{given.size_px} px"),
@@ -114,7 +115,7 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
         (
             "Prior of LD3M",
             "cin256-v2, trained on ImageNet at 256 px",
-            f"a U-Net of widths {'-'.join(map(str, params.prior.denoiser.widths))}, trained on the same training split",
+            params.prior.source or f"a U-Net of widths {unet}, trained on the same training split",
         ),
         ("Reverse steps T; guidance", "10; 3.0", f"{ld3m.steps}; {ld3m.guidance}"),
         ("Iterations", "10,000 (GLaD 1,000)", "; ".join(iterations)),

@@ -27,8 +27,8 @@ from ld3m.seeds import generator
 Skip = Literal["x0", "mean", "none"]
 
 
-def timesteps(steps: int, *, total: int = 1000) -> list[int]:
-    """The DDIM timesteps, ascending: 1, 101, ..., 901 for ten steps of a thousand."""
+def timesteps(steps: int, *, total: int) -> list[int]:
+    """The DDIM timesteps, ascending: 1, 101, ..., 901 for ten steps of a thousand in training."""
     if not 1 <= steps < total:
         raise ValueError(f"steps = {steps}: must lie between 1 and {total - 1}; set spaces.ld3m.steps in params.yaml")
     return [i * (total // steps) + 1 for i in range(steps)]
@@ -47,7 +47,7 @@ def skip_weight(skip: Skip, i: int, steps: int) -> float:
 
 def noised(prior: Prior, z: Tensor, eps: Tensor, *, steps: int) -> Tensor:
     """z_T: the latent `z` noised with `eps` to the highest used timestep (eq. 1)."""
-    a = prior.alpha_bar[timesteps(steps)[-1]].item()
+    a = prior.alpha_bar[timesteps(steps, total=len(prior.alpha_bar))[-1]].item()
     return a**0.5 * z + (1 - a) ** 0.5 * eps
 
 
@@ -73,7 +73,7 @@ def reverse(
     `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
     Differentiable in `z_T`, `z` and `c`.
     """
-    ts = timesteps(steps)
+    ts = timesteps(steps, total=len(prior.alpha_bar))
     guidance = guidance if prior.is_conditional else 1
     weights = [skip_weight(skip, i, steps) for i in range(steps)]
     alpha_bar = prior.alpha_bar.tolist()

@@ -119,6 +119,8 @@ class PriorCheck(Model):
 
 
 class PriorParams(Model):
+    source: str | None
+    classes: tuple[Whole, ...] | None
     precision: Precision
     autoencoder: AutoencoderParams
     denoiser: DenoiserParams
@@ -197,7 +199,7 @@ class GladParams(Model):
 
 
 class LD3MParams(Model):
-    prior: Literal["trained", "unconditional", "random"]
+    prior: Literal["trained", "unconditional", "random", "all_random"]
     start: Literal["real", "prior", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
@@ -209,6 +211,7 @@ class LD3MParams(Model):
     encoder_input: Literal["pixels", "images"]
     normalization: Literal["real", "shifted"]
     precision: Precision
+    compile: bool
     render_batch: Count
 
 
@@ -379,11 +382,13 @@ class Params(Model):
             )
         autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
         unit = 2 ** (len(autoencoder.widths) - 1 + len(denoiser.widths) - 1)
-        if self.data.size_px % unit:
+        if self.prior.source is None and self.data.size_px % unit:
             raise ValueError(
                 f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
                 "these prior.autoencoder.widths and prior.denoiser.widths"
             )
+        if self.prior.source is None and self.prior.classes is not None:
+            raise ValueError("prior.classes are those of prior.source: set it to null where a prior is trained")
         if any(width % 8 for width in autoencoder.widths) or any(width % 16 for width in denoiser.widths):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
@@ -495,6 +500,12 @@ class Params(Model):
             "conditioning_width": denoiser.conditioning_width,
             "seed": self.seed,
         }
+
+    def prior_source_arguments(self) -> dict[str, Any]:
+        """The arguments of `priors.fitting_prior` but the number of labels."""
+        given = {"source": self.prior.source, "size_px": self.data.size_px, "channels": self.data.channels}
+        subset = self.data.classes if isinstance(self.data.classes, str) else None
+        return given | {"classes": self.prior.classes, "subset": subset}
 
     def prior_check_arguments(self) -> dict[str, Any]:
         """The arguments of `train_prior.recognised`."""

@@ -78,7 +78,7 @@ def _local_folder(source: str, split: str, *, key: str) -> Path | None:
             f"{key}: {folder} has no split {split!r}: place {_place(split)} there, or change {key}.splits in "
             f"params.yaml; {EMBEDDED}"
         )
-    if _is_path(source, folder):
+    if is_path(source, folder):
         raise FileNotFoundError(f"{key}.source: no folder {folder}: place {_place(split)} there; {EMBEDDED}")
     return None
 
@@ -87,7 +87,7 @@ def _place(split: str) -> str:
     return f"{split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
 
 
-def _is_path(source: str, folder: Path) -> bool:
+def is_path(source: str, folder: Path) -> bool:
     # A missing `data/mnist5k` must not be asked from the hub, where anyone could own the name.
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
     return not is_hub_id or source.startswith("data/") or ("/" in source and folder.parent.is_dir())

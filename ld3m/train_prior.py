@@ -8,7 +8,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data import Dataset, Split
-from ld3m.diffusion import Prior
+from ld3m.diffusion import Prior, at_once
 from ld3m.progress import progress
 from ld3m.recognise import recognise
 from ld3m.sampler import sample
@@ -100,9 +100,10 @@ def fit_denoiser(
 
 
 @torch.no_grad()
-def reconstruct(prior: Prior, pixels: Tensor, *, batch: int = 250) -> Tensor:
+def reconstruct(prior: Prior, pixels: Tensor) -> Tensor:
     """Encoded, quantised and decoded pixels, clamped to [-1, 1]."""
-    return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in pixels.split(batch)])
+    parts = pixels.split(at_once(pixels.shape[-1]))
+    return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in parts])
 
 
 def reconstruction_error(pixels: Tensor, reconstructed: Tensor) -> dict[str, float]:
@@ -131,7 +132,8 @@ def recognised(
     """
     count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
     labels = torch.arange(count).repeat(samples_per_class)
-    pixels = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=100, seed=seed)
+    drawing = dict(steps=steps, guidance=guidance, render_batch=at_once(size_px, count=100), seed=seed)
+    pixels = sample(prior, labels, size_px=size_px, **drawing)
     judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
     return pixels, labels, recognise(pixels, labels, dataset, **judging)
 
@@ -145,8 +147,8 @@ def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _encode_all(prior: Prior, split: Split, *, batch: int = 250) -> Tensor:
-    parts = torch.arange(len(split)).split(batch)
+def _encode_all(prior: Prior, split: Split) -> Tensor:
+    parts = torch.arange(len(split)).split(at_once(split.shape[-1]))
     return torch.cat([prior.encode(split.pixels(index)) for index in parts])
 
 

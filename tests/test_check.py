@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ld3m import paths
 from ld3m.check import check
@@ -36,6 +37,15 @@ def test_what_is_wrong_is_named(overrides, words):
         check(load_params(overrides))
 
 
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    def missing(*arguments):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function: missing)
+    with pytest.raises(ValueError, match="spaces.ld3m.compile is true, .*No working C.. compiler found.* to false"):
+        check(load_params({"spaces.ld3m.compile": True}))
+
+
 def test_a_prior_of_other_parameters_is_announced_not_refused():
     (line,) = [line for line in check(load_params({"datasets.mnist5k.channels": 1})) if line.startswith("prior")]
     assert "1 channels, the prior 3" in line and "trains it first" in line
@@ -45,6 +55,26 @@ def test_a_gan_of_other_parameters_is_announced_not_refused():
     changes = {"datasets.mnist5k.channels": 1, "gan.noise_width": 8}
     (line,) = [line for line in check(load_params(changes)) if line.startswith("gan")]
     assert "channels = 1, the GAN was trained with 3" in line and "trains it first" in line
+
+
+def test_a_prior_from_elsewhere_is_announced(trained):
+    """The embedded one in the part of another's, for two of its classes, in an order of their own."""
+    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "more.cells": {}}
+    line = check(load_params(given | {"prior.classes": [7, 3]}))[2]
+    assert line == f"prior   {trained['prior']}: latents 4 x 8 x 8, classes 7, 3"
+    for changes, words in [
+        ({}, "the data set has 2 classes, .* 10: list in prior.classes in params.yaml"),
+        ({"prior.classes": [7]}, "prior.classes has 1 entries, the data set 2 classes"),
+        ({"prior.classes": [7, 10]}, r"classes \[10\] are not the prior's"),
+        (
+            {"prior.classes": [7, 3], "datasets.mnist5k.size_px": 36},
+            "size_px = 36 .*takes multiples of 8 px",
+        ),
+        ({"prior.source": "../nowhere/model.ckpt"}, "nowhere/model.ckpt is missing: place the model.ckpt"),
+        ({"prior.source": "runs/nowhere"}, "no prior in .*nowhere: unet or transformer, vqvae or vae, scheduler"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=words):
+            check(load_params(given | changes))
 
 
 def test_a_mistyped_profile_is_answered_with_those_there_are(tmp_path):
@@ -92,9 +122,9 @@ def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, 
         check(load_params())
 
 
-@pytest.mark.parametrize("part", ["unet", "vqvae", "scheduler", "class_embedder"])
+@pytest.mark.parametrize("part", ["unet or transformer", "vqvae or vae", "scheduler", "class_embedder"])
 def test_a_prior_without_a_part_is_an_error(trained, part):
-    shutil.rmtree(trained["prior"] / part)
+    shutil.rmtree(trained["prior"] / part.split()[0])
     with pytest.raises(ValueError, match=f"{part} missing.*dvc checkout -f prior"):
         check(load_params())
 

@@ -15,8 +15,9 @@ from conftest import NORMALIZATION, relative_difference
 from ld3m import compvis
 from ld3m.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
 from ld3m.data import Normalization
-from ld3m.diffusion import load_prior, save_prior, with_classes, with_random_unet
+from ld3m.diffusion import with_classes, with_random_unet
 from ld3m.paths import ROOT
+from ld3m.priors import load_prior, save_prior
 from ld3m.sampler import sample
 from ld3m.synthetic import start_ld3m
 

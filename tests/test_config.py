@@ -250,6 +250,7 @@ def test_the_epochs_are_those_that_matching_reads():
         ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
         ({"prior.autoencoder.widths": [24, 50, 64]}, "multiples of 8"),
         ({"prior.autoencoder.continuous_steps": 600}, "continuous_steps must be below"),
+        ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
     ],
 )
 def test_what_would_fail_after_long_work_is_refused_before_it(overrides, words):

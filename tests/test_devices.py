@@ -9,13 +9,13 @@ from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_diffe
 from ld3m import paths
 from ld3m.data import Dataset, Normalization
 from ld3m.devices import choose_device
-from ld3m.diffusion import load_prior
 from ld3m.distill import distill
 from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts, train_experts
 from ld3m.gan import build_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
+from ld3m.priors import load_prior
 from ld3m.synthetic import start_glad, start_ld3m, start_pixels
 from ld3m.train_gan import fit_gan
 from ld3m.train_prior import fit_autoencoder, fit_denoiser, reconstruct
