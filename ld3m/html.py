@@ -37,7 +37,8 @@ ABLATION_COSTS = {
     "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
-    "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics", "ablation_changes",
+    "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics",
+    "ablation_changes",
 }  # fmt: skip
 
 
@@ -173,8 +174,8 @@ def _metrics(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Sec
         frame[label] = ["–" if pd.isna(value) else f"{value:.3f}" for value in shown[column]]
     text = (
         "Fractions, as in DD-Ranking: IOR is what a set gains over as many random real images (higher is better), HLR "
-        "what it loses against all real data (lower is better), LRS maps the mean of IOR and -HLR onto [0, 1], ARS that "
-        "of IOR with and without augmentation.",
+        "what it loses against all real data (lower is better), LRS maps the mean of IOR and -HLR onto [0, 1], ARS "
+        "that of IOR with and without augmentation.",
     )
     caption = "Run 0: the scores beside the accuracies they are made of"
     return Section("metrics", "Beyond accuracy", text, (Table("metrics", caption, frame, headers=3),))

@@ -92,7 +92,7 @@ def _write_main(folder: Path, name: str, summary: pd.DataFrame, note: str, sente
 
 
 def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
-    """Writes ablations.csv, ablation_changes.csv and ablation_costs.csv; returns the mean accuracies, a row a setting."""
+    """Writes ablations.csv, ablation_changes.csv and ablation_costs.csv; returns mean accuracies, one row a setting."""
     ablations, changes, costs = read_ablations(params)
     _write_csv(folder, "ablations", ablations)
     _write_csv(folder, "ablation_changes", changes)

@@ -446,7 +446,7 @@ class Params(Model):
         return self.dataset if run == 0 and self.in_grid(objective, space, ipc) else f"{self.dataset}/more"
 
     def runs(self, objective: str, space: str, ipc: int, *, more: bool) -> range:
-        """The runs of a cell: with `more` those that it adds (none for many a cell), else the grid's, which is run 0."""
+        """The runs of a cell: with `more` those that it adds (often none), else the grid's, which is run 0."""
         if not more:
             return range(1)
         entry = {_cell(entry): entry for entry in (*self.more.cells.values(), *self.more.controls.values())}

@@ -144,8 +144,8 @@ def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
 
 
 def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by network,
-    against the first setting of that ablation with the same objective and space; and cost.
+    """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by
+    network, against the first setting of that ablation with the same objective and space; and cost.
 
     A setting that changes nothing has the numbers of the baseline, which is run once.
     """
