@@ -1,25 +1,45 @@
 """One change at a time: for every setting of an ablation a set is distilled, judged on test images and measured."""
 
-import math
 from typing import Any
 
 from torch import Tensor
 
-from ld3m import paths
+from ld3m.checkpoint import Checkpoint
 from ld3m.distill import distill
 from ld3m.experiment import Experiment
 from ld3m.parallel import end_workers, fan_out
 from ld3m.progress import forget_peak, peak_gib
 from ld3m.schema import Params
 
+# the parameters that a record depends on
+DECISIVE = {"seed", "datasets", "networks", "trajectories", "objectives", "spaces", "distill", "evaluate", "ablations"}
 
-def ablate(settings: dict[str, tuple[Params, str, str]], *, processes: int) -> list[dict[str, Any]]:
+
+def ablation_checkpoint(ablation: str, params: Params, settings: dict[str, tuple[Params, str, str]]) -> Checkpoint:
+    """Where `ablate` keeps the settings of an ablation that are done."""
+    experiment = Experiment(params)
+    given = {
+        name: {"objective": objective, "space": space}
+        | changed.model_dump(include=DECISIVE, exclude={"ablations": {"settings"}})
+        for name, (changed, objective, space) in settings.items()
+    }
+    configuration = {
+        "settings": given,
+        "data_sha256": experiment.dataset.fingerprint,
+        "prior_sha256": experiment.prior.fingerprint(),
+    }
+    return params.checkpoint(f"ablation-{ablation}", configuration)
+
+
+def ablate(
+    settings: dict[str, tuple[Params, str, str]], *, processes: int, checkpoint: Checkpoint
+) -> list[dict[str, Any]]:
     """One record a setting (its parameters, objective and space), in their order: `measure`, and the setting's name.
 
-    Settings run side by side, one thread each.
+    Settings run side by side, one thread each; those that an interrupted call left in `checkpoint` are not run again.
     """
     tasks = [dict(zip(("params", "objective", "space"), setting, strict=True)) for setting in settings.values()]
-    records = fan_out(measure, tasks, processes=processes, label="settings")
+    records = fan_out(measure, tasks, processes=processes, label="settings", checkpoint=checkpoint)
     end_workers()
     return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
 
@@ -47,9 +67,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
         momentum=params.distill.momentum,
         validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
         validations=checks,
-        checkpoint=paths.checkpoint_file(params.dataset, "ablation", 0),
-        checkpoint_minutes=math.inf,
-        configuration={},
+        checkpoint=Checkpoint(),
     )
     peak_mib = 1024 * peak_gib() if forgotten else None
     sets = [experiment.judged(images, synthetic.labels, plain=False) for images in candidates]

@@ -6,7 +6,6 @@ images/<class>/<k>.png   the same images, clamped to [0, 1] and rounded to 8 bit
 card.md                  what it is, where it comes from, and how to train on it
 """
 
-import hashlib
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ld3m.data import Normalization
 from ld3m.metrics import interval
-from ld3m.storage import new_folder, read_tensors, write_tensors
+from ld3m.storage import new_folder, read_tensors, tensors_hash, write_tensors
 
 LIBRARIES = ("torch", "diffusers", "datasets", "safetensors", "numpy")
 RECIPE = """\
@@ -98,15 +97,6 @@ def _fits(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
         return False
     shapes_fit = images.ndim == 4 and labels.shape == images.shape[:1] and channels == {images.shape[1]}
     return shapes_fit and set(labels.tolist()) <= set(classes)
-
-
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:

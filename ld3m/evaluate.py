@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Normalization, Split
 from ld3m.parallel import fan_out
 from ld3m.seeds import derive
@@ -57,11 +58,13 @@ def judge_all(
     normalization: Normalization,
     networks: dict[str, Callable[..., nn.Module]],
     processes: int,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, list[float]]]:
     """For every set the accuracies of its networks: {architecture: [accuracy, ...]}.
 
     The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so that
-    sets of the same `seed` can be compared network by network.
+    sets of the same `seed` can be compared network by network. Those that an interrupted call left in `checkpoint` are
+    not trained again.
     """
     keys = [(n, architecture, k) for n, given in enumerate(sets) for architecture in given.recipes for k in given.seeds]
     tasks = [
@@ -77,7 +80,7 @@ def judge_all(
         for n, architecture, k in keys
     ]
     scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in sets]
-    found = fan_out(judge, tasks, processes=processes, label="networks")
+    found = fan_out(judge, tasks, processes=processes, label="networks", checkpoint=checkpoint)
     for (n, architecture, _), score in zip(keys, found, strict=True):
         scores[n][architecture].append(score)
     return scores

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ld3m import data, paths
 from ld3m.artefact import read_artefact, write_artefact
+from ld3m.checkpoint import Checkpoint
 from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
@@ -167,7 +168,9 @@ class Experiment:
         seeds = range(self.params.networks_a_set(self.run))
         return Judged(fetch, labels, self.recipes(ipc, plain=plain), seeds, self.seed)
 
-    def judge(self, sets: list[Judged], real: data.Split) -> list[dict[str, list[float]]]:
+    def judge(
+        self, sets: list[Judged], real: data.Split, *, checkpoint: Checkpoint | None = None
+    ) -> list[dict[str, list[float]]]:
         """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
         return judge_all(
             sets,
@@ -175,6 +178,7 @@ class Experiment:
             normalization=self.dataset.normalization,
             networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
             processes=self.params.processes,
+            checkpoint=checkpoint,
         )
 
     def _ipc(self, labels: Tensor) -> int:
@@ -220,9 +224,16 @@ class Experiment:
     def distill(self, objective: str, space: str, ipc: int) -> Path:
         """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder."""
         synthetic = self.synthetic(space, ipc)
-        return self._write(self._run(synthetic, objective, space, ipc), synthetic, objective, space, ipc)
+        configuration = self.configuration(objective, space, ipc) | {"normalization": vars(self.dataset.normalization)}
+        place = self.params.place(objective, space, ipc, self.run)
+        checkpoint = self.params.checkpoint(f"{objective}-{space}-{ipc}-run-{self.run}", configuration, place=place)
+        run = self._run(synthetic, objective, space, ipc, checkpoint)
+        with checkpoint:
+            folder = self._write(run, synthetic, objective, space, ipc)
+            checkpoint.remove()
+        return folder
 
-    def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
+    def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int, checkpoint: Checkpoint) -> Distilled:
         cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
         target = paths.distilled_folder(place, cell, self.run)
         tensors = synthetic.tensors()
@@ -236,10 +247,7 @@ class Experiment:
             momentum=self.params.distill.momentum,
             validate=partial(self.validate, labels=synthetic.labels),
             validations=self.params.distill.validations,
-            checkpoint=paths.checkpoint_file(place, cell, self.run),
-            checkpoint_minutes=self.params.distill.checkpoint_minutes,
-            configuration=self.configuration(objective, space, ipc)
-            | {"normalization": vars(self.dataset.normalization)},
+            checkpoint=checkpoint,
         )
 
     def _write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
@@ -272,7 +280,6 @@ class Experiment:
         )
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
         write_json(paths.cost_file(place, cell, self.run), measured)
-        paths.checkpoint_file(place, cell, self.run).unlink(missing_ok=True)
         return folder
 
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
@@ -291,14 +298,18 @@ class Experiment:
             (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
         ]
         rows = []
-        for k in progress(len(settings), label="gradient norms"):
-            learn, skip, steps = settings[k]
-            synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
-            images = synthetic.render()
-            for network in range(given.networks):
-                _, grad_images = objective(images.detach(), synthetic.labels, step=network)
-                (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad_images, retain_graph=True)
-                rows.append((skip, learn, steps, network, grad.norm().item()))
+        configuration = self.configuration("dm", "ld3m", given.images_per_class) | given.model_dump()
+        with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
+            checkpoint.resume(rows.extend)
+            for k in progress(len(settings), label="gradient norms", start=len(rows) // given.networks):
+                with checkpoint.step(lambda: rows):
+                    learn, skip, steps = settings[k]
+                    synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
+                    images = synthetic.render()
+                    for network in range(given.networks):
+                        _, grad = objective(images.detach(), synthetic.labels, step=network)
+                        (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad, retain_graph=True)
+                        rows.append((skip, learn, steps, network, grad.norm().item()))
         return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
 
     def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:

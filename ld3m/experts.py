@@ -3,6 +3,8 @@
 One safetensors file an expert holds `snapshots` (epochs + 1, P), the first of them the initialisation.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.networks import flat_parameters
 from ld3m.parallel import end_workers, fan_out
@@ -48,9 +51,13 @@ def train_experts(
     strategy: str,
     seed: int,
     processes: int,
+    checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
     """Trains experts 0 .. count-1 into `folder` with plain SGD (no momentum, no decay) and returns their records:
-    expert, and the validation accuracy in [0, 1] of its last snapshot. Expert k does not depend on `count`."""
+    expert, and the validation accuracy in [0, 1] of its last snapshot. Expert k does not depend on `count`.
+
+    Finished experts wait in the folder of `checkpoint`, so that an interrupted run goes on with the others.
+    """
     parameters = len(flat_parameters(new_network(seed=0)))
     require_space(folder, 4 * count * (epochs + 1) * parameters)
     shared = dict(
@@ -63,9 +70,13 @@ def train_experts(
         learning_rate=learning_rate,
         strategy=strategy,
     )
+    tasks = [
+        shared | {"folder": checkpoint.folder, "expert": k, "seed": derive(seed, "expert", k)} for k in range(count)
+    ]
+    records = fan_out(_train_expert, tasks, processes=processes, label="experts", checkpoint=checkpoint)
     with new_folder(folder) as partial:
-        tasks = [shared | {"folder": partial, "expert": k, "seed": derive(seed, "expert", k)} for k in range(count)]
-        records = fan_out(_train_expert, tasks, processes=processes, label="experts")
+        for k in range(count):
+            _place(checkpoint.folder / _name(k), partial)
     end_workers()
     return records
 
@@ -102,14 +113,26 @@ def _train_expert(
         after_epoch=lambda trained: snapshots.append(flat_parameters(trained).cpu()),
     )
     stacked = torch.stack(snapshots)
-    write_tensors(folder / f"expert-{expert:04d}.safetensors", {"snapshots": stacked}, {"expert": expert})
+    write_tensors(folder / _name(expert), {"snapshots": stacked}, {"expert": expert})
     fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
     return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels)}
 
 
+def _place(file: Path, folder: Path) -> None:
+    """The file in another folder too, without a copy where the disk can do that."""
+    try:
+        os.link(file, folder / file.name)
+    except OSError:
+        shutil.copy2(file, folder)
+
+
+def _name(expert: int) -> str:
+    return f"expert-{expert:04d}.safetensors"
+
+
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:
     """Experts 0 .. count-1 of a folder, each checked to hold epochs 0 .. last_epoch of a network of that size."""
-    files = tuple(Path(folder) / f"expert-{k:04d}.safetensors" for k in range(count))
+    files = tuple(Path(folder) / _name(k) for k in range(count))
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; `dvc repro trajectories` trains the experts")

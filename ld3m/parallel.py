@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
@@ -11,19 +11,46 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
+from ld3m.checkpoint import Checkpoint
 from ld3m.progress import progress
 
 
-def fan_out(function: Callable[..., Any], tasks: list[dict[str, Any]], *, processes: int, label: str) -> list[Any]:
+def fan_out(
+    function: Callable[..., Any],
+    tasks: list[dict[str, Any]],
+    *,
+    processes: int,
+    label: str,
+    checkpoint: Checkpoint | None = None,
+) -> list[Any]:
     """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each.
 
-    What the functions print is lost where there are several processes: their lines would mix.
+    What the functions print is lost where there are several processes: their lines would mix. Every result (JSON values
+    or tensors) is written to `checkpoint` when it is there; those that an interrupted call left there are taken as they
+    are, and their tasks are not run again.
     """
+    results: dict[int, Any] = {}
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(results.update)
+        arriving = _arriving(function, {k: task for k, task in enumerate(tasks) if k not in results}, processes)
+        for _ in progress(len(tasks), label=label, start=len(results)):
+            k, result = next(arriving)
+            with checkpoint.step(lambda: results, write=True):
+                results[k] = result
+    return [results[k] for k in range(len(tasks))]
+
+
+def _arriving(
+    function: Callable[..., Any], tasks: dict[int, dict[str, Any]], processes: int
+) -> Iterator[tuple[int, Any]]:
+    """Keys and results, whichever is there first."""
+    calls = [(function, k, task) for k, task in tasks.items()]
     if processes == 1:
-        return [_on_one_thread(function, tasks[k]) for k in progress(len(tasks), label=label)]
+        yield from (_on_one_thread(*call) for call in calls)
+        return
     with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-        results = Parallel(return_as="generator")(delayed(_quietly)(function, task) for task in tasks)
-        return [next(results) for _ in progress(len(tasks), label=label)]
+        results = Parallel(return_as="generator_unordered")(delayed(_quietly)(*call) for call in calls)
+    yield from results
 
 
 def end_workers() -> None:
@@ -44,15 +71,15 @@ def _stop_trackers() -> None:
             tracker._stop()
 
 
-def _quietly(function: Callable[..., Any], task: dict[str, Any]) -> Any:
+def _quietly(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return _on_one_thread(function, task)
+        return _on_one_thread(function, k, task)
 
 
-def _on_one_thread(function: Callable[..., Any], task: dict[str, Any]) -> Any:
+def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return function(**task)
+        return k, function(**task)
     finally:
         torch.set_num_threads(threads)

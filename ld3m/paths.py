@@ -6,7 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
-CHECKPOINTS = ROOT / "checkpoints"  # outside every DVC output, which DVC deletes before a stage runs
 DECODED = ROOT / "cache/decoded"  # images as `data.load_dataset` decoded them; made again where it is missing
 TABLES = ROOT / "reports/tables"
 FIGURES = ROOT / "reports/figures"
@@ -55,8 +54,9 @@ def cost_file(dataset: str, cell: str, run: int) -> Path:
     return ROOT / "runs" / dataset / "costs" / cell / f"run-{run}.json"
 
 
-def checkpoint_file(dataset: str, cell: str, run: int) -> Path:
-    return CHECKPOINTS / dataset / f"{cell}-run-{run}.safetensors"
+def checkpoint_file(dataset: str, name: str) -> Path:
+    """Outside every DVC output, which DVC deletes before a stage runs."""
+    return ROOT / "checkpoints" / dataset / f"{name}.safetensors"
 
 
 def gradient_norms_file(dataset: str) -> Path:

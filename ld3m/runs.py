@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ld3m import paths
+from ld3m.checkpoint import Checkpoint
 from ld3m.evaluate import Judged
 from ld3m.experiment import Experiment
 from ld3m.parallel import end_workers, fan_out
 from ld3m.schema import Params
-from ld3m.storage import new_folder, write_json, write_tensors
+from ld3m.storage import new_folder, tensors_hash, write_json, write_tensors
 
 Accuracies = dict[str, list[float]]  # {architecture: one a network}
 
@@ -44,22 +45,48 @@ def judge_runs(experiment: Experiment, objective: str, space: str, ipc: int, *, 
         run: replace(experiment, run=run).judged(*images, plain=run == 0 and space != "full_data")
         for run, images in found.items()
     }
-    scores = dict(zip(runs, experiment.judge(list(sets.values()), experiment.dataset.test), strict=True))
+    cell, place = f"{objective}-{space}-{ipc}", experiment.params.place(objective, space, ipc, runs[0])
+    checkpoint = _checkpoint(experiment, cell, place, sets, found)
+    judged = experiment.judge(list(sets.values()), experiment.dataset.test, checkpoint=checkpoint)
+    scores = dict(zip(runs, judged, strict=True))
     end_workers()
-    cell = f"{objective}-{space}-{ipc}"
-    folder = paths.scores_folder(experiment.params.place(objective, space, ipc, runs[0]), cell)
+    folder = paths.scores_folder(place, cell)
     _write(experiment, folder, cell, sets, scores, images=found[runs[0]][0] if objective == "none" else None)
+    checkpoint.remove()
     return scores
 
 
 def judge_foreign(experiment: Experiment, images: Tensor, labels: Tensor, name: str) -> Accuracies:
     """What `judge_runs` does, for a set that no stage made."""
     judged = experiment.judged(images, labels, plain=True)
-    (scores,) = experiment.judge([judged], experiment.dataset.test)
+    place = f"{experiment.params.dataset}/judged"
+    checkpoint = _checkpoint(experiment, name, place, {0: judged}, {0: (images, labels)})
+    (scores,) = experiment.judge([judged], experiment.dataset.test, checkpoint=checkpoint)
     end_workers()
     folder = paths.judged_folder(experiment.params.dataset, name)
     _write(experiment, folder, name, {0: judged}, {0: scores}, images=images)
+    checkpoint.remove()
     return scores
+
+
+def _checkpoint(
+    experiment: Experiment,
+    name: str,
+    place: str,
+    sets: dict[int, Judged],
+    found: dict[int, tuple[Tensor | None, Tensor]],
+) -> Checkpoint:
+    """Where the scores of networks that are done wait for those that are not."""
+    configuration = {}
+    for run, judged in sets.items():
+        images, labels = found[run]
+        configuration[f"run {run}"] = {
+            "set_sha256": tensors_hash({"labels": labels} | ({} if images is None else {"images": images})),
+            "networks": len(judged.seeds),
+            "judging": {name: _judging(experiment, name, recipe) for name, recipe in judged.recipes.items()},
+            "seed": judged.seed,
+        }
+    return experiment.params.checkpoint(f"evaluate-{name}", configuration, place=place)
 
 
 def _write(

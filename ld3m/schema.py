@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from ld3m import paths
 from ld3m.augment import parse_strategy
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Normalization
 from ld3m.devices import choose_device
 from ld3m.networks import ARCHITECTURES
@@ -240,7 +242,6 @@ class DistillParams(Model):
     momentum: Share
     validations: Count
     validation_seeds: Count
-    checkpoint_minutes: Annotated[float, Field(ge=0)]
     dc: Budgets
     dm: Budgets
     mtt: Budgets
@@ -331,6 +332,7 @@ class Params(Model):
     seed: Whole
     device: Literal["auto", "cpu", "cuda"]
     processes: Count
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
     grid: Grid
     more: MoreParams
@@ -485,6 +487,24 @@ class Params(Model):
         """The arguments of `experts.train_experts` but the data and the network."""
         shared = {"strategy": self.data.augmentation, "seed": self.seed, "processes": self.processes}
         return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
+
+    def checkpoint(self, name: str, configuration: dict[str, Any], *, place: str | None = None) -> Checkpoint:
+        """Where the run of that name keeps its state; `configuration` are plain values that it must find unchanged."""
+        file = paths.checkpoint_file(place or self.dataset, name)
+        return Checkpoint(file, minutes=self.checkpoint_minutes, configuration=configuration)
+
+    def training_checkpoint(self, part: str, data_sha256: str) -> Checkpoint:
+        """That of autoencoder, denoiser, gan or trajectories, trained on the data with that fingerprint."""
+        keys = {
+            "autoencoder": {"prior": {"autoencoder"}},
+            "denoiser": {"prior": {"autoencoder", "denoiser", "precision"}},
+            "gan": {"gan": True},
+            "trajectories": {"trajectories": True},
+        }
+        given = self.model_dump(include={"seed": True, **keys[part]}, exclude={"gan": {"check"}})
+        network = self.network_arguments(self.distill.network) if part == "trajectories" else None
+        shared = {"augmentation": self.data.augmentation, "network": network, "data_sha256": data_sha256}
+        return self.checkpoint(part, given | shared)
 
     def prior_arguments(self) -> dict[str, Any]:
         """The arguments of `diffusion.build_prior` but the number of classes."""

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -56,12 +58,25 @@ def _replace(file: Path, partial: Path, parts: Iterable[bytes]) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(partial, file)
+        _flush(file.parent)
     except OSError as error:
         if error.errno is None:  # of the parts, in its own words
             raise
-        raise _explained(error, file) from error
+        raise explained(error, file) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """What a file or a folder holds is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of network disks that cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -85,6 +100,15 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces `folder` at the end of the block, or vanishes if the block fails."""
@@ -95,13 +119,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
         if folder.exists():
             os.replace(folder, former)
         os.replace(partial, folder)
+        _flush(folder.parent)
     except OSError as error:
         if error.errno is None:  # of the block, in its own words
             raise
-        raise _explained(error, folder) from error
+        raise explained(error, folder) from error
     finally:
         _restore(folder, former)
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +140,8 @@ def _restore(folder: Path, former: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _explained(error: OSError, target: Path) -> OSError:
+def explained(error: OSError, target: Path) -> OSError:
+    """The error with `target` and what to do in its message."""
     advice = {
         errno.ENOSPC: "no space is left: make room",
         errno.EROFS: "the disk is read-only",

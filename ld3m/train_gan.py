@@ -6,7 +6,9 @@ from torch.nn.functional import leaky_relu, softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.augment import augment, draw
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Split
+from ld3m.fit import Fit
 from ld3m.gan import SMALLEST_PX, Generator
 from ld3m.progress import progress
 from ld3m.recognise import recognise
@@ -57,11 +59,13 @@ def fit_gan(
     ema_decay: float,
     strategy: str,
     seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, float]]:
     """Trains the generator in place with the non-saturating loss, and leaves the moving average of its weights there.
 
     The discriminator pays `r1` / 2 times the squared gradient of its logit at real images, every `r1_every` steps.
-    `strategy` augments real and generated images alike (DSA). Returns the losses of every step.
+    `strategy` augments real and generated images alike (DSA). Returns the losses of every step; ValueError where one is
+    not finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
     """
     with forked(seed, "discriminator"):
         discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
@@ -71,35 +75,43 @@ def fit_gan(
     optimizers = [
         torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.0, 0.99)) for network in (gan, discriminator)
     ]
-    losses: list[dict[str, float]] = []
-    for step in progress(steps, label="gan", status=lambda: _status(losses)):
-        rng = generator(seed, "gan", step)
-        index = _draw_groups(split, batch, rng)
-        noise = torch.randn(2, batch, gan.noise_width, generator=rng).to(device)
-        labels = split.labels[index]
-        augmentation = draw(strategy, count=batch, generator=rng)
-        real = augment(split.pixels(index), augmentation)
+    fit = Fit(
+        {"generator": gan, "discriminator": discriminator, "average": average}
+        | {f"optimizer {k}": optimizer for k, optimizer in enumerate(optimizers)},
+        losses=torch.zeros(steps, 2, device=device),
+        advice="lower gan.learning_rate in params.yaml",
+    )
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(fit.restore)
+        for step in progress(steps, label="gan", start=fit.done, status=fit.status):
+            with checkpoint.step(fit.state):
+                rng = generator(seed, "gan", step)
+                index = _draw_groups(split, batch, rng)
+                noise = torch.randn(2, batch, gan.noise_width, generator=rng).to(device)
+                labels = split.labels[index]
+                augmentation = draw(strategy, count=batch, generator=rng)
+                real = augment(split.pixels(index), augmentation)
 
-        with torch.no_grad():
-            fake = augment(gan(noise[0], labels), augmentation)
-        is_penalised = step % r1_every == 0
-        logits = discriminator(real.requires_grad_(is_penalised), labels)
-        loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
-        penalty = 0.0
-        if is_penalised:
-            (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-            penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
-        _step(optimizers[1], loss_d + r1_every * penalty)
+                with torch.no_grad():
+                    fake = augment(gan(noise[0], labels), augmentation)
+                is_penalised = step % r1_every == 0
+                logits = discriminator(real.requires_grad_(is_penalised), labels)
+                loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
+                penalty = 0.0
+                if is_penalised:
+                    (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+                    penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+                _step(optimizers[1], loss_d + r1_every * penalty)
 
-        discriminator.requires_grad_(False)
-        loss_g = softplus(-discriminator(augment(gan(noise[1], labels), augmentation), labels)).mean()
-        _step(optimizers[0], loss_g)
-        discriminator.requires_grad_(True)
-        average.update_parameters(gan)
-        losses.append({"generator": loss_g.item(), "discriminator": loss_d.item()})
+                discriminator.requires_grad_(False)
+                loss_g = softplus(-discriminator(augment(gan(noise[1], labels), augmentation), labels)).mean()
+                _step(optimizers[0], loss_g)
+                discriminator.requires_grad_(True)
+                average.update_parameters(gan)
+                fit.record(torch.stack([loss_g.detach(), loss_d.detach()]))
     gan.load_state_dict(average.module.state_dict())
     gan.frozen()
-    return losses
+    return [dict(zip(("generator", "discriminator"), losses, strict=True)) for losses in fit.losses.tolist()]
 
 
 def recognised(
@@ -133,7 +145,3 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-
-
-def _status(losses: list[dict[str, float]]) -> str:
-    return ", ".join(f"{name} {sum(r[name] for r in losses[-100:]) / len(losses[-100:]):.3f}" for name in losses[0])

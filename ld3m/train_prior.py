@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior, at_once
+from ld3m.fit import Fit
 from ld3m.progress import progress
 from ld3m.recognise import recognise
 from ld3m.sampler import sample
@@ -24,32 +26,41 @@ def fit_autoencoder(
     batch: int,
     learning_rate: float,
     seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Trains the VQ autoencoder in place and sets its scaling factor to one over the standard deviation of `z`.
 
     The first `continuous_steps` train without the quantiser; the codebook then starts from encoded training
-    images, so that no entry is dead from the outset. Returns the loss of every step.
+    images, so that no entry is dead from the outset. Returns the loss of every step; ValueError where one is not
+    finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
     """
     autoencoder = prior.autoencoder
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-    losses: list[Tensor] = []  # read at the end: reading one waits for the device
-    for step in progress(steps, label="autoencoder", status=lambda: f"loss {losses[-1].item():.4f}"):
-        draw = generator(seed, "autoencoder", step)
-        if step == continuous_steps:
-            _start_codebook(prior, split, draw)
-        pixels = split.pixels(torch.randint(len(split), (batch,), generator=draw))
-        latents = autoencoder.encode(pixels).latents
-        decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
-        loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+    fit = Fit(
+        {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule},
+        losses=torch.zeros(steps, device=split.device),
+        advice="lower prior.autoencoder.learning_rate in params.yaml",
+    )
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(fit.restore)
+        for step in progress(steps, label="autoencoder", start=fit.done, status=fit.status):
+            with checkpoint.step(fit.state):
+                draw = generator(seed, "autoencoder", step)
+                if step == continuous_steps:
+                    _start_codebook(prior, split, draw)
+                pixels = split.pixels(torch.randint(len(split), (batch,), generator=draw))
+                latents = autoencoder.encode(pixels).latents
+                decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
+                loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                fit.record(loss)
     autoencoder.requires_grad_(False).eval()
     autoencoder.register_to_config(scaling_factor=1 / _encode_all(prior, split).std().item())
-    return torch.stack(losses).tolist()
+    return fit.losses.tolist()
 
 
 def fit_denoiser(
@@ -62,11 +73,13 @@ def fit_denoiser(
     null_share: float,
     ema_decay: float,
     seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Trains the U-Net and the class embeddings in place on the encoded split, and leaves their moving averages there.
 
     `null_share` of the labels are replaced by the null class, for classifier-free guidance.
-    Returns the loss of every step.
+    Returns the loss of every step; ValueError where one is not finite. Goes on from `checkpoint`, with the same bits,
+    where an interrupted run left its state there.
     """
     z_all = _encode_all(prior, split)
     alpha_bar = prior.alpha_bar.float()
@@ -74,29 +87,34 @@ def fit_denoiser(
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-    losses: list[Tensor] = []
-    for step in progress(
-        steps, label="denoiser", status=lambda: f"loss {torch.stack(losses[-100:]).mean().item():.4f}"
-    ):
-        draw = generator(seed, "denoiser", step)
-        index = torch.randint(len(split), (batch,), generator=draw)
-        t = torch.randint(len(alpha_bar), (batch,), generator=draw)
-        eps = torch.randn(z_all[index].shape, generator=draw)
-        is_null = torch.rand(batch, generator=draw) < null_share
-        labels = torch.where(is_null, prior.classes, split.labels[index])
-        a, eps, t = alpha_bar[t].to(z_all)[:, None, None, None], eps.to(z_all), t.to(z_all.device)
-        z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
-        loss = mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(trained)
-        losses.append(loss.detach())
+    fit = Fit(
+        {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule},
+        losses=torch.zeros(steps, device=split.device),
+        advice="lower prior.denoiser.learning_rate in params.yaml",
+    )
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(fit.restore)
+        for step in progress(steps, label="denoiser", start=fit.done, status=fit.status):
+            with checkpoint.step(fit.state):
+                draw = generator(seed, "denoiser", step)
+                index = torch.randint(len(split), (batch,), generator=draw)
+                t = torch.randint(len(alpha_bar), (batch,), generator=draw)
+                eps = torch.randn(z_all[index].shape, generator=draw)
+                is_null = torch.rand(batch, generator=draw) < null_share
+                labels = torch.where(is_null, prior.classes, split.labels[index])
+                a, eps, t = alpha_bar[t].to(z_all)[:, None, None, None], eps.to(z_all), t.to(z_all.device)
+                z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
+                loss = mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                average.update_parameters(trained)
+                fit.record(loss)
     trained.load_state_dict(average.module.state_dict())
     prior.frozen()
-    return torch.stack(losses).tolist()
+    return fit.losses.tolist()
 
 
 @torch.no_grad()

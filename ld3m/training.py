@@ -32,7 +32,7 @@ def train(
     `fetch(index)` gives the images (n, C, H, W) of some indices, where the network is; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
     constant). `ema_decay`: the returned network is the moving average, updated once an epoch (None: the trained network
-    itself). Everything random follows from `seed`.
+    itself). Everything random follows from `seed`. ValueError, after the epoch, where a loss is not finite.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
     schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
@@ -41,18 +41,30 @@ def train(
     with forked(seed, "dropout"):
         for epoch in range(epochs):
             rng = generator(seed, "epoch", epoch)
+            losses = []
             for index in torch.randperm(len(labels), generator=rng).split(batch):
                 images = augment(fetch(index), draw(strategy, count=len(index), generator=rng))
                 loss = cross_entropy(network(images), labels[index].to(images.device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                losses.append(loss.detach())
+            advice = f"the training diverges: lower its learning_rate, {learning_rate}, in params.yaml"
+            require_finite(torch.stack(losses), advice=f"{advice} (epoch {epoch})")
             if schedule is not None:
                 schedule.step()
             if average is not None:
                 average.update_parameters(network)
             after_epoch(network)
     return (average.module if average is not None else network).eval()
+
+
+def require_finite(losses: Tensor, *, advice: str) -> None:
+    """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
+    broken = (~losses.isfinite()).nonzero()
+    if len(broken):
+        step = int(broken[0, 0])
+        raise ValueError(f"step {step}: the loss is {losses[step].tolist()}; {advice}")
 
 
 def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:

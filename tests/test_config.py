@@ -131,7 +131,7 @@ def test_a_missing_key_is_refused_at_every_level(values, key):
         ("spaces.ld3m.eta", 1.5),
         ("distill.network", "lenet"),
         ("distill.momentum", 1.0),
-        ("distill.checkpoint_minutes", -1),
+        ("checkpoint_minutes", -1),
         ("distill.dm.pixel.iterations", "many"),
         ("distill.dm.pixel.learning_rates.images", float("nan")),
         ("evaluate.seeds", 1),

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ld3m.checkpoint
 import ld3m.distill
+from ld3m.checkpoint import Checkpoint
 from ld3m.distill import distill
-from ld3m.storage import read_tensors
 
 ITERATIONS = 7
 RATES = {"z": 0.05, "c": 0.02, "student_lr": 0.01}
@@ -86,15 +87,15 @@ def run(tmp_path):
             momentum=0.7,
             validate=accuracy_of,
             validations=3,
-            checkpoint=tmp_path / "checkpoints" / "cell.safetensors",
-            checkpoint_minutes=0,
-            configuration=CONFIGURATION,
         )
+        where = {"minutes": 0, "configuration": CONFIGURATION}
+        where |= {name: changes.pop(name) for name in where.keys() & changes.keys()}
         arguments |= changes
         validate = arguments["validate"]
         arguments["validate"] = lambda images: [validate(images)]
-        result = distill(synthetic or Codes(), objective or Squares(), **arguments)
-        arguments["checkpoint"].unlink(missing_ok=True)  # the caller's part, once the result is safe
+        checkpoint = Checkpoint(tmp_path / "checkpoints" / "cell.safetensors", **where)
+        result = distill(synthetic or Codes(), objective or Squares(), checkpoint=checkpoint, **arguments)
+        checkpoint.remove()  # the caller's part, once the result is safe
         return result
 
     return run
@@ -103,6 +104,13 @@ def run(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     return tmp_path / "checkpoints" / "cell.safetensors"
+
+
+def steps_in(checkpoint):
+    """The number of steps after which a state was written."""
+    states = []
+    Checkpoint(checkpoint, configuration=CONFIGURATION).resume(states.append)
+    return len(states[0]["run"]["history"])
 
 
 class Killed(Exception):
@@ -157,11 +165,11 @@ def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, ite
         torch.testing.assert_close(images, z * c)
 
 
-def test_the_mean_over_networks_decides(tmp_path):
+def test_the_mean_over_networks_decides():
     given = iter([[0.1, 0.9], [0.6, 0.6]])
     result = distill(
         Codes(), Squares(), iterations=2, learning_rates=RATES, momentum=0.7, validate=lambda images: next(given),
-        validations=1, checkpoint=tmp_path / "none", checkpoint_minutes=1, configuration={},
+        validations=1, checkpoint=Checkpoint(),
     )  # fmt: skip
     assert result.chosen == {"iteration": 2, "accuracy": 0.6, "accuracies": [0.6, 0.6]}
 
@@ -183,16 +191,16 @@ def test_the_best_iteration_is_kept_and_the_first_of_equals(run, accuracies, cho
         assert not result.best[name].requires_grad
 
 
-@pytest.mark.parametrize("steps", [(0,), (1,), (2,), (ITERATIONS - 1,), (1, 4), (3, 3)])
+@pytest.mark.parametrize("steps", [(0,), (1,), (2,), (ITERATIONS - 1,), (1, 4), (3, 4)])
 def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
     undisturbed = run()
     for step in steps:
         with pytest.raises(Killed):
             run(callback=kill_at(step))
-        assert checkpoint.exists() == (step > 0)
+        assert checkpoint.exists()
     steps_run = []
     assert_same(run(callback=steps_run.append), undisturbed)
-    assert steps_run == list(range(steps[-1], ITERATIONS))  # the checkpoint is one step behind the callback
+    assert steps_run == list(range(steps[-1] + 1, ITERATIONS))
     assert not list(checkpoint.parent.iterdir())
 
 
@@ -255,16 +263,16 @@ def test_killed_while_the_checkpoint_is_written_and_resumed_gives_the_same_bits(
 
 def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
     now, saved_at = [0.0], []
-    monkeypatch.setattr(ld3m.distill, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    monkeypatch.setattr(ld3m.checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def callback(step):
         if checkpoint.exists():
-            saved_at.append(len(read_tensors(checkpoint)[1]["history"]))
+            saved_at.append(steps_in(checkpoint))
             checkpoint.unlink()
         now[0] += 60
 
-    run(checkpoint_minutes=2, callback=callback)
-    assert saved_at == [2, 4, 6]
+    run(minutes=2, callback=callback)
+    assert saved_at == [2, 4, 7]  # two with the checks at 2 and 4, one after the seventh step
     assert not checkpoint.exists()
 
 
@@ -282,7 +290,10 @@ def test_another_configuration_is_refused(run, checkpoint, change, named):
     with pytest.raises(Killed):
         run(callback=kill_at(2))
     before = checkpoint.read_bytes()
-    with pytest.raises(ValueError, match=f"cell.safetensors .*changed since: {named}.*Restore .* or delete the file"):
+    with pytest.raises(
+        ValueError,
+        match=f"cell.safetensors .*changed since: {named}.*Restore .* or to start anew delete .*/cell.safetensors\\*",
+    ):
         run(configuration=CONFIGURATION | change)
     assert checkpoint.read_bytes() == before
 
@@ -316,13 +327,13 @@ def test_what_is_not_finite_stops_the_run_and_not_the_checkpoint(run, checkpoint
     with pytest.raises(ValueError, match="step 3: .*not finite; lower learning_rates .*Last written: .*cell.safe"):
         run(synthetic, objective)
     torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), by_hand(0.7)[0][3])
-    assert len(read_tensors(checkpoint)[1]["history"]) == 3
+    assert steps_in(checkpoint) == 3
     assert_same(run(), undisturbed)
 
 
 def test_what_is_not_finite_before_anything_was_written_says_so(run, checkpoint):
     with pytest.raises(ValueError, match="step 3: .*Last written: nothing"):
-        run(objective=Wrong(), checkpoint_minutes=60)
+        run(objective=Wrong(), minutes=60)
     assert not checkpoint.exists()
 
 
@@ -331,7 +342,7 @@ def test_a_learnable_of_the_objective_that_is_no_longer_positive_stops_the_run(r
     assert min(value[2] for value in values) > 0
     with pytest.raises(ValueError, match=r"step 2: student_lr has become -.*learning_rates\.student_lr in params"):
         run(objective=Falling())
-    assert len(read_tensors(checkpoint)[1]["history"]) == 2
+    assert steps_in(checkpoint) == 2
 
 
 @dataclass
@@ -344,11 +355,24 @@ class Falling(Squares):
 
 
 @pytest.mark.parametrize("kept", [0, 20, -1])
-def test_a_truncated_checkpoint_is_named_with_what_to_do(run, checkpoint, kept):
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(run, checkpoint, kept, capsys):
+    undisturbed = run()
     with pytest.raises(Killed):
-        run(callback=kill_at(2))
+        run(callback=kill_at(4))
     checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="cell.safetensors is broken.*delete it"):
+    steps = []
+    assert_same(run(callback=steps.append), undisturbed)
+    assert steps[0] == 4  # and not 5
+    said = capsys.readouterr().out
+    assert "cell.safetensors is broken" in said and "cell.safetensors.previous, the state before it, takes its" in said
+
+
+def test_where_both_are_broken_nothing_is_guessed(run, checkpoint):
+    with pytest.raises(Killed):
+        run(callback=kill_at(4))
+    for file in checkpoint.parent.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cell.safetensors.previous is broken.*delete it"):
         run()
 
 
