@@ -153,7 +153,10 @@ class Checkpoint:
         except (FileNotFoundError, ValueError) as problem:
             if not self.previous.exists():
                 raise
-            content = _read(self.previous)
+            try:
+                content = _read(self.previous)
+            except ValueError as other:
+                raise ValueError(f"{problem}; {other}; {self._anew()}") from other
             print(f"{problem}: {self.previous.name}, the state before it, takes its place", flush=True)
             os.replace(self.previous, self.file)
             return content
@@ -213,7 +216,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError("its hash is not that of what it holds")
         return {"configuration": content["configuration"], "state": _unpack(content["state"], tensors)}
     except Exception as error:  # what is not as written raises about anything
-        raise ValueError(f"{file} is broken ({error!r}): delete it") from error
+        raise ValueError(f"{file} is broken ({error!r})") from error
 
 
 def _hash(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:

@@ -29,8 +29,8 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(params, t
     accuracies = experiment.validate(images, synthetic.labels)  # of fewer networks than the card has
     validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
     run = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
-    monkeypatch.setattr(paths, "distilled_folder", lambda dataset, cell, run: tmp_path / cell)
-    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
+    for place in ("distilled_folder", "cost_file"):
+        monkeypatch.setattr(paths, place, lambda dataset, cell, run, place=place: tmp_path / place / cell)
     monkeypatch.setattr(config, "load_params", lambda: params)
     monkeypatch.chdir(experiment._write(run, synthetic, "dm", "pixel", 1))
     card = open("card.md").read()

@@ -1,0 +1,262 @@
+"""What is kept comes back; a signal waits for the step; one process a run; bad disks and broken files lose nothing."""
+
+import errno
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+
+from ld3m.checkpoint import Checkpoint, Interrupted
+from ld3m.storage import new_folder, write_tensors
+
+STATE = {
+    "network": {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([0.5, 3.0], dtype=torch.bfloat16)},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, "0": {"step": torch.tensor(4.0)}}, "betas": (0.9, 0.99)},
+    "empty": torch.zeros(0, 2, dtype=torch.int64),
+    "history": [{"loss": 0.1 + 0.2, "norm": math.inf, "name": "ä"}, None, True, [], {}],
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "checkpoints" / "run.safetensors"
+
+
+@pytest.fixture
+def made(file):
+    """A checkpoint whose states were written, one after the other."""
+
+    def make(*states, **changes):
+        with Checkpoint(file, minutes=0, **changes) as checkpoint:
+            for state in states:
+                with checkpoint.step(lambda state=state: state):
+                    pass
+        return checkpoint
+
+    return make
+
+
+def read(checkpoint):
+    states = []
+    checkpoint.resume(states.append)
+    return states[0] if states else None
+
+
+def test_a_state_comes_back_as_it_was(made):
+    state = read(made(STATE))
+    assert state["history"] == STATE["history"] and state["optimizer"].pop("betas") == [0.9, 0.99]
+    assert list(state["optimizer"]["state"]) == [0, "0"]  # JSON alone would make them one
+    for path in (("network", "weight"), ("network", "half"), ("empty",)):
+        one, other = STATE, state
+        for key in path:
+            one, other = one[key], other[key]
+        assert other.dtype == one.dtype and torch.equal(one, other)
+    assert [state["optimizer"]["state"][key]["step"].item() for key in (0, "0")] == [3, 4]
+
+
+def test_there_is_nothing_before_the_first_step_and_after_removal(made, file):
+    assert read(Checkpoint(file)) is None and read(Checkpoint()) is None
+    checkpoint = made(STATE, STATE)
+    checkpoint.folder.mkdir()
+    (checkpoint.folder / "large").touch()
+    checkpoint.remove()
+    assert not list(file.parent.iterdir())
+    checkpoint.remove()
+
+
+def test_the_state_before_the_last_is_kept_beside_it(made, file):
+    checkpoint = made([1], [2], [3])
+    assert read(checkpoint) == [3]
+    file.unlink()
+    assert read(checkpoint) == [2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "absent", "foreign", "number"])
+def test_a_broken_state_gives_way_to_the_one_before_which_is_then_kept(made, file, damage, capsys):
+    checkpoint = made({"a": torch.ones(50)}, {"a": torch.zeros(50)})
+    whole = file.read_bytes()
+    match damage:
+        case "cut":
+            file.write_bytes(whole[:-7])
+        case "flipped":  # one bit of a tensor, which no format would notice
+            file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        case "absent":  # killed between two renames
+            file.unlink()
+        case "foreign":
+            write_tensors(file, {}, {"state": 3})
+        case "number":
+            write_tensors(file, {}, 3)
+    assert torch.equal(read(checkpoint)["a"], torch.ones(50))
+    assert "run.safetensors.previous, the state before it, takes its place" in capsys.readouterr().out
+    made({"a": torch.full((50,), 2.0)})
+    file.write_bytes(b"")
+    assert torch.equal(read(checkpoint)["a"], torch.ones(50))
+
+
+def test_values_that_do_not_fit_are_an_error_with_a_message(made, file):
+    made([1])
+    with pytest.raises(
+        ValueError, match=r"run.safetensors does not hold the state of this run \(KeyError.*delete .*\*"
+    ):
+        Checkpoint(file).resume(lambda state: {}["weight"])
+
+
+def test_a_step_is_finished_written_and_the_run_ended(file):
+    steps = []
+    with pytest.raises(
+        Interrupted, match="ended by a signal. Last written: .*run.safetensors; the same command goes on"
+    ):
+        with Checkpoint(file) as checkpoint:
+            for step in range(5):
+                with checkpoint.step(lambda: steps):
+                    if step == 2:
+                        signal.raise_signal(signal.SIGTERM)
+                        signal.raise_signal(signal.SIGTERM)
+                        assert not file.exists()
+                    steps.append(step)
+    assert steps == read(checkpoint) == [0, 1, 2]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(file):
+    with pytest.raises(Interrupted, match="Last written: nothing"):
+        with Checkpoint(file) as checkpoint:
+            with checkpoint.step(lambda: [0]):
+                signal.raise_signal(signal.SIGTERM)  # as a kernel is ended: an interrupt, later a SIGTERM
+                signal.raise_signal(signal.SIGINT)
+                pytest.fail("not ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_between_steps_a_run_ends_at_once_with_its_last_whole_step(file, number):
+    with pytest.raises(Interrupted):
+        with Checkpoint(file) as checkpoint:
+            with checkpoint.step(lambda: [0]):
+                pass
+            signal.raise_signal(number)
+            pytest.fail("not ended")
+    assert read(checkpoint) == [0]
+
+
+def test_an_error_in_a_step_leaves_the_state_before_it(file):
+    with pytest.raises(ZeroDivisionError):
+        with Checkpoint(file, minutes=0) as checkpoint:
+            for step in range(3):
+                with checkpoint.step(lambda step=step: [step]):
+                    1 / (1 - step)
+    assert read(checkpoint) == [0]
+
+
+def test_signals_do_what_they_did_before_and_without_a_file_what_they_always_do(file):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Checkpoint(file):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+        with Checkpoint(file.with_name("inner.safetensors")):
+            pass
+    with Checkpoint() as checkpoint, checkpoint.step(dict):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_thread_keeps_its_state_too(made):
+    thread = threading.Thread(target=made, args=([1],))
+    thread.start()
+    thread.join()
+    assert read(made()) == [1]
+
+
+def test_a_second_run_is_refused_and_changes_nothing(made, file):
+    made([1])
+    with Checkpoint(file) as checkpoint:
+        with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} is at work on the run of .*run.safetensors"):
+            made([2])
+        with Checkpoint(file.with_name("other.safetensors")):
+            pass
+    assert read(checkpoint) == [1]
+    made([2])
+    assert {path.name for path in file.parent.iterdir()} == {"run.safetensors", "run.safetensors.previous"}
+
+
+def hold(file, ready):
+    with Checkpoint(file):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_run_leaves_no_lock(made, file):
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    child = context.Process(target=hold, args=(file, ready))
+    child.start()
+    assert ready.wait(60)
+    with pytest.raises(BlockingIOError, match=f"process {child.pid} is at work"):
+        made([1])
+    child.kill()
+    child.join()
+    made([1])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one MiB, and a function that mounts it read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    yield folder, lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_the_state_before_and_room_lets_it_go_on(small_disk):
+    folder, _ = small_disk
+    file, steps = folder / "run.safetensors", []
+
+    def steps_with(checkpoint):
+        with checkpoint:
+            checkpoint.resume(steps.extend)
+            for step in range(len(steps), 4):
+                with checkpoint.step(lambda: steps):
+                    steps.append(torch.full((60_000,), float(step)))  # a quarter of the disk
+
+    with pytest.raises(OSError, match="run.safetensors could not be written .no space is left: make room") as failed:
+        steps_with(Checkpoint(file, minutes=0))
+    assert failed.value.errno == errno.ENOSPC
+    steps.clear()
+    assert [step[0].item() for step in read(Checkpoint(file))] == [0, 1] and not list(folder.glob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
+    steps_with(Checkpoint(file, minutes=0))
+    assert [step[0].item() for step in steps] == [0, 1, 2, 3]
+
+
+def test_a_read_only_disk_is_said_before_the_first_step_and_keeps_what_is_there(small_disk):
+    folder, remount = small_disk
+    with new_folder(folder / "artefact") as partial:
+        (partial / "former").write_text("former")
+    remount("ro")
+    with pytest.raises(OSError, match="run.lock could not be written .the disk is read-only"):
+        with Checkpoint(folder / "run.safetensors"):
+            pytest.fail("started")
+    with pytest.raises(OSError, match="artefact could not be written .the disk is read-only"):
+        with new_folder(folder / "artefact"):
+            pytest.fail("started")
+    assert (folder / "artefact/former").read_text() == "former"
+    remount("rw")
+
+
+def test_a_full_disk_keeps_the_former_folder(small_disk):
+    folder, _ = small_disk
+    with new_folder(folder / "artefact") as partial:
+        write_tensors(partial / "distilled.safetensors", {"images": torch.zeros(30_000)}, {})
+    former = (folder / "artefact/distilled.safetensors").read_bytes()
+    with pytest.raises(OSError, match="no space is left"):
+        with new_folder(folder / "artefact") as partial:
+            for name in "abcdefgh":
+                write_tensors(partial / f"{name}.safetensors", {"images": torch.zeros(50_000)}, {})
+    assert (folder / "artefact/distilled.safetensors").read_bytes() == former
+    assert [file.name for file in folder.iterdir()] == ["artefact"]

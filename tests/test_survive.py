@@ -1,0 +1,211 @@
+"""Every long stage is killed at random moments and ended by signals; what comes out is what an undisturbed run gives.
+
+A moment is a number of calls: a run is killed when it has made so many calls of functions, in Python or of C. So every
+place of the code has its turn, that between two renames too, and a moment that was found stays where it is.
+Children are forked from one server, which has imported what they need.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split
+
+from ld3m.checkpoint import Checkpoint, Interrupted
+from ld3m.data import Dataset
+from ld3m.diffusion import save_prior
+from ld3m.distill import Objective, Synthetic, distill
+from ld3m.evaluate import judge_all
+from ld3m.experts import open_experts, train_experts
+from ld3m.gan import build_generator, save_generator
+from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.networks import build, flat_parameters
+from ld3m.storage import new_folder, write_json, write_tensors
+from ld3m.synthetic import start_ld3m, start_pixels
+from ld3m.train_gan import fit_gan
+from ld3m.train_prior import fit_autoencoder, fit_denoiser
+
+NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
+CONVNET = partial(NETWORK, "convnet", width=4, depth=1)
+RECIPE = dict(epochs=2, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
+
+
+def toy() -> Dataset:
+    splits = {name: make_split(count, seed=count) for name, count in {"train": 6, "validation": 3, "test": 2}.items()}
+    return Dataset("toy", normalization=NORMALIZATION, **splits)
+
+
+def prior(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    trained, split, shared = make_prior(), toy().train, dict(steps=5, batch=4, learning_rate=1e-3, seed=0)
+    fit_autoencoder(trained, split, continuous_steps=2, checkpoint=keep("autoencoder"), **shared)
+    fit_denoiser(trained, split, null_share=0.1, ema_decay=0.5, checkpoint=keep("denoiser"), **shared)
+    save_prior(trained, out, dtype=torch.float32)
+
+
+def gan(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    generator = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(4, 4, 4), seed=0)
+    arguments = dict(steps=6, batch=8, learning_rate=1e-2, r1=1.0, r1_every=2, ema_decay=0.5, strategy="flip", seed=0)
+    fit_gan(generator, toy().train, discriminator_widths=(4, 4), checkpoint=keep("gan"), **arguments)
+    save_generator(generator, out)
+
+
+def trajectories(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    arguments = dict(count=3, epochs=2, batch=4, learning_rate=0.05, strategy="crop", seed=0, processes=1)
+    train_experts(out, toy(), new_network=CONVNET, checkpoint=keep("trajectories"), **arguments)
+
+
+def dm_ld3m(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    train = toy().train
+    synthetic = start_ld3m(
+        train.pixels(torch.arange(3)), train.labels[:3], prior=make_prior().frozen(), normalization=NORMALIZATION,
+        start="real", learn="auto", steps=2, guidance=2.0, skip="mean", eta=0.0, clamp="none", noise="redrawn",
+        encoder_input="pixels", render_batch=2, seed=0,
+    )  # fmt: skip
+    shared = dict(normalization=NORMALIZATION, new_network=CONVNET, strategy="crop", seed=0)
+    objective = ClassMatching(distance=DISTANCES["dm"], split=train, real_batch=4, threads=1, **shared)
+    distil(synthetic, objective, {"z_T": 0.3, "c": 0.3}, keep("cell"), out)
+
+
+def mtt_pixel(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    train, experts = toy().train, out.with_name("experts")
+    if not experts.exists():
+        trajectories(lambda name: Checkpoint(experts.with_name(f"{name}.safetensors")), experts)
+    synthetic = start_pixels(
+        train.pixels(torch.arange(3)), train.labels[:3], normalization=NORMALIZATION, start="real", seed=0
+    )
+    objective = TrajectoryMatching(
+        experts=open_experts(experts, count=3, last_epoch=2, parameters=len(flat_parameters(CONVNET(seed=0)))),
+        network=CONVNET(seed=0), student_lr=torch.tensor(0.1, requires_grad=True), student_steps=2, expert_epochs=1,
+        max_start_epoch=2, student_batch=2, strategy="crop", first_order=False, seed=0,
+    )  # fmt: skip
+    distil(synthetic, objective, {"images": 10.0, "student_lr": 1e-4}, keep("cell"), out)
+
+
+def distil(
+    synthetic: Synthetic, objective: Objective, rates: dict[str, float], checkpoint: Checkpoint, out: Path
+) -> None:
+    run = distill(
+        synthetic, objective, iterations=5, learning_rates=rates, momentum=0.5, validations=2, checkpoint=checkpoint,
+        validate=lambda images: [images.sigmoid().mean().item()],
+    )  # fmt: skip
+    with new_folder(out) as partial_folder:
+        records = {"history": run.history, "validation": run.validation}
+        write_tensors(partial_folder / "distilled.safetensors", run.best, records)
+
+
+def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
+    scores = judge_all(
+        dataset.normalization.to_images(dataset.train.pixels()).__getitem__, dataset.train.labels, dataset.test,
+        normalization=NORMALIZATION, networks=networks, recipes=dict.fromkeys(networks, RECIPE), strategy="crop",
+        seeds=range(2), seed=0, processes=1, checkpoint=keep("evaluate"),
+    )  # fmt: skip
+    write_json(out / "scores.json", scores)
+
+
+STAGES = [prior, gan, trajectories, dm_ld3m, mtt_pixel, evaluate]
+NEVER = 0
+INTERRUPTED = 7  # exit status
+
+
+def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int) -> None:
+    """Runs a stage, and sends this process a signal after so many calls; writes how many there were."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), number)
+
+    def keep(name: str) -> Checkpoint:
+        kept.append(Checkpoint(root / f"checkpoints/{name}.safetensors", minutes=minutes, configuration={"of": name}))
+        return kept[-1]
+
+    kept: list[Checkpoint] = []
+    os.environ["DVC_STAGE"] = "test"
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sys.setprofile(count)
+        try:
+            stage(keep, root / "out")
+            for checkpoint in kept:
+                checkpoint.remove()
+        except Interrupted as ended:
+            sys.setprofile(None)
+            (root / "said").write_text(str(ended))
+            sys.exit(INTERRUPTED)
+        finally:
+            sys.setprofile(None)
+    (root / "calls").write_text(str(calls))
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    lazy = ("models.unets.unet_2d_condition", "models.autoencoders.vq_model", "schedulers.scheduling_ddim")
+    context.set_forkserver_preload(["test_survive", "torch._dynamo", *(f"diffusers.{module}" for module in lazy)])
+    return context
+
+
+def run(server, stage, root: Path, minutes: float = 0, after: int = NEVER, number: int = signal.SIGKILL) -> int:
+    """Runs a stage in a child and gives its exit status."""
+    shutil.rmtree(root / "out", ignore_errors=True)  # as DVC does before a stage
+    child = server.Process(target=attempt, args=(stage, root, minutes, after, number))
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, tmp_path_factory):
+    """What a stage writes when nothing happens, and how many calls it makes."""
+
+    @cache
+    def undisturbed(stage) -> tuple[dict[str, bytes], int]:
+        root = tmp_path_factory.mktemp(stage.__name__)
+        assert run(server, stage, root) == 0
+        return content(root / "out"), int((root / "calls").read_text())
+
+    return undisturbed
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(server, undisturbed, tmp_path, stage):
+    (expected, calls), draw = undisturbed(stage), random.Random(stage.__name__)
+    ends = [run(server, stage, tmp_path, after=draw.randrange(1, calls)) for _ in range(3)]
+    assert ends[0] == -signal.SIGKILL
+    if ends[-1] != 0:
+        assert run(server, stage, tmp_path) == 0
+    assert content(tmp_path / "out") == expected != {}
+    assert content(tmp_path / "checkpoints") == {}
+
+
+@pytest.mark.parametrize(
+    "stage, number",
+    [(gan, signal.SIGINT), (trajectories, signal.SIGTERM), (mtt_pixel, signal.SIGTERM), (evaluate, signal.SIGINT)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_ended_by_a_signal_and_resumed_gives_the_same_bytes(server, undisturbed, tmp_path, stage, number):
+    (expected, calls), draw = undisturbed(stage), random.Random(f"{stage.__name__} {number}")
+    end = partial(run, server, stage, tmp_path, minutes=float("inf"), number=number)
+    ends = [end(after=draw.randrange(calls // 5, calls // 3)) for _ in range(2)]
+    assert ends[0] == INTERRUPTED
+    assert "ended by a signal. Last written: " in (tmp_path / "said").read_text()
+    if ends[-1] != 0:
+        assert end() == 0
+    assert content(tmp_path / "out") == expected
