@@ -63,7 +63,7 @@ class Checkpoint:
         return self.file.with_suffix("")
 
     def __enter__(self) -> "Checkpoint":
-        self._is_busy = self._is_asked = False
+        self._is_busy, self._signals = False, []
         self._unwritten: Callable[[], State] | None = None
         self._written_at = time.monotonic()
         self._handlers = {}
@@ -82,16 +82,18 @@ class Checkpoint:
             if kind is None or is_interrupted:
                 self._save()
             if is_interrupted:
-                raise Interrupted(f"ended by a signal. {self.status()}") from None
+                message = f"ended by a signal. {self.status()}"
+                print(message, flush=True)  # papermill, when it is ended itself, shows no more than what was printed
+                raise Interrupted(message) from None
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             _unlock(self.file, self._lock)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if not self._is_busy or (self._is_asked and number == signal.SIGINT):
+        self._signals.append(number)
+        if not self._is_busy or self._signals.count(signal.SIGINT) > 1:
             raise Interrupted
-        self._is_asked = True
 
     @contextmanager
     def step(self, state: Callable[[], State], *, write: bool = False) -> Iterator[None]:
@@ -105,7 +107,7 @@ class Checkpoint:
         if write or time.monotonic() - self._written_at >= 60 * self.minutes:
             self._save()
         self._is_busy = False
-        if self._is_asked:
+        if self._signals:
             raise Interrupted
 
     def _save(self) -> None:
@@ -138,10 +140,10 @@ class Checkpoint:
             raise ValueError(
                 f"{self.file} does not hold the state of this run ({type(error).__name__}: {error}): {self._anew()}"
             ) from error
-        print(f"goes on from {self.file}; {self._anew()}", flush=True)
+        print(f"goes on from the last state of an interrupted run; {self._anew()}", flush=True)
 
     def _anew(self) -> str:
-        return f"to start anew delete {self.file}*"  # the state before it too
+        return f"to start anew delete {os.path.relpath(self.file)}*"  # the state before it too
 
     def _is_there(self) -> bool:
         return self.file is not None and (self.file.exists() or self.previous.exists())
@@ -165,7 +167,7 @@ class Checkpoint:
         """What is on disk, and what to do with it."""
         if not self._is_there():
             return "Last written: nothing"
-        return f"Last written: {self.file}; the same command goes on from there; {self._anew()}"
+        return f"Last written: {os.path.relpath(self.file)}; the same command goes on from there; {self._anew()}"
 
     def remove(self) -> None:
         """Removes everything that was kept, once the result is safe."""
