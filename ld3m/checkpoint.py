@@ -93,6 +93,7 @@ class Checkpoint:
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signals.append(number)
         if not self._is_busy or self._signals.count(signal.SIGINT) > 1:
+            self._is_busy = True  # the next signal lets the state be written
             raise Interrupted
 
     @contextmanager
@@ -108,6 +109,7 @@ class Checkpoint:
             self._save()
         self._is_busy = False
         if self._signals:
+            self._is_busy = True
             raise Interrupted
 
     def _save(self) -> None:

@@ -222,16 +222,20 @@ class Experiment:
         return torch.cat(chosen)
 
     def distill(self, objective: str, space: str, ipc: int) -> Path:
-        """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder."""
+        """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
+
+        The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
+        """
         synthetic = self.synthetic(space, ipc)
         configuration = self.configuration(objective, space, ipc) | {"normalization": vars(self.dataset.normalization)}
-        place = self.params.place(objective, space, ipc, self.run)
-        checkpoint = self.params.checkpoint(f"{objective}-{space}-{ipc}-run-{self.run}", configuration, place=place)
+        checkpoint = self.checkpoint_of(objective, space, ipc, configuration)
         run = self._run(synthetic, objective, space, ipc, checkpoint)
-        with checkpoint:
-            folder = self._write(run, synthetic, objective, space, ipc)
-            checkpoint.remove()
-        return folder
+        with checkpoint:  # one process writes
+            return self._write(run, synthetic, objective, space, ipc)
+
+    def checkpoint_of(self, objective: str, space: str, ipc: int, configuration: dict[str, Any]) -> Checkpoint:
+        place = self.params.place(objective, space, ipc, self.run)
+        return self.params.checkpoint(f"{objective}-{space}-{ipc}-run-{self.run}", configuration, place=place)
 
     def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int, checkpoint: Checkpoint) -> Distilled:
         cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)

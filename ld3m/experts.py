@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -70,10 +71,16 @@ def train_experts(
         learning_rate=learning_rate,
         strategy=strategy,
     )
-    tasks = [
-        shared | {"folder": checkpoint.folder, "expert": k, "seed": derive(seed, "expert", k)} for k in range(count)
-    ]
-    records = fan_out(_train_expert, tasks, processes=processes, label="experts", checkpoint=checkpoint)
+
+    def receive(k: int, trained: tuple[np.ndarray, float]) -> dict[str, Any]:
+        snapshots, validation_accuracy = trained
+        write_tensors(checkpoint.folder / _name(k), {"snapshots": torch.from_numpy(snapshots)}, {"expert": k})
+        return {"expert": k, "validation_accuracy": validation_accuracy}
+
+    tasks = [shared | {"seed": derive(seed, "expert", k)} for k in range(count)]
+    records = fan_out(
+        _train_expert, tasks, processes=processes, label="experts", checkpoint=checkpoint, receive=receive
+    )
     with new_folder(folder) as partial:
         for k in range(count):
             _place(checkpoint.folder / _name(k), partial)
@@ -82,19 +89,18 @@ def train_experts(
 
 
 def _train_expert(
-    folder: Path,
     split: Split,
     validation: Split,
     *,
     normalization: Normalization,
     new_network: Callable[..., nn.Module],
-    expert: int,
     epochs: int,
     batch: int,
     learning_rate: float,
     strategy: str,
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[np.ndarray, float]:
+    """Snapshots (epochs + 1, P), and the validation accuracy of the last."""
     network = new_network(seed=seed)
     snapshots = [flat_parameters(network).cpu()]
     train(
@@ -112,10 +118,8 @@ def _train_expert(
         seed=seed,
         after_epoch=lambda trained: snapshots.append(flat_parameters(trained).cpu()),
     )
-    stacked = torch.stack(snapshots)
-    write_tensors(folder / _name(expert), {"snapshots": stacked}, {"expert": expert})
     fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
-    return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels)}
+    return torch.stack(snapshots).numpy(), accuracy(network, fetch, validation.labels)
 
 
 def _place(file: Path, folder: Path) -> None:

@@ -2,7 +2,11 @@
 
 import contextlib
 import io
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
@@ -11,7 +15,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
-from ld3m.checkpoint import Checkpoint
+from ld3m.checkpoint import SIGNALS, Checkpoint, Interrupted
 from ld3m.progress import progress
 
 
@@ -22,35 +26,95 @@ def fan_out(
     processes: int,
     label: str,
     checkpoint: Checkpoint | None = None,
+    receive: Callable[[int, Any], Any] = lambda k, result: result,
 ) -> list[Any]:
     """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each.
 
     What the functions print is lost where there are several processes: their lines would mix. Every result (JSON values
     or tensors) is written to `checkpoint` when it is there; those that an interrupted call left there are taken as they
-    are, and their tasks are not run again.
+    are, and their tasks are not run again. `receive(k, result)`, called in this process, gives what takes its place.
     """
     results: dict[int, Any] = {}
-    with checkpoint or Checkpoint() as checkpoint:
+    with checkpoint or Checkpoint() as checkpoint, _passed_on(processes) as signals:
         checkpoint.resume(results.update)
-        arriving = _arriving(function, {k: task for k, task in enumerate(tasks) if k not in results}, processes)
+        calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results and not signals)
+        arriving = _arriving(calls, processes)
         for _ in progress(len(tasks), label=label, start=len(results)):
-            k, result = next(arriving)
+            k, result = next(arriving, (None, None))
+            if k is None:
+                print(f"{label}: {len(results)} of {len(tasks)} are done, the others were ended or not begun", flush=True)
+                raise Interrupted
             with checkpoint.step(lambda: results, write=True):
-                results[k] = result
+                results[k] = receive(k, result)
     return [results[k] for k in range(len(tasks))]
 
 
-def _arriving(
-    function: Callable[..., Any], tasks: dict[int, dict[str, Any]], processes: int
-) -> Iterator[tuple[int, Any]]:
-    """Keys and results, whichever is there first."""
-    calls = [(function, k, task) for k, task in tasks.items()]
+def _arriving(calls: Iterator[tuple], processes: int) -> Iterator[tuple[int, Any]]:
+    """Keys and results of the tasks that were not ended, whichever is there first."""
     if processes == 1:
         yield from (_on_one_thread(*call) for call in calls)
         return
     with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-        results = Parallel(return_as="generator_unordered")(delayed(_quietly)(*call) for call in calls)
-    yield from results
+        parallel = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
+        outcomes = parallel(delayed(_in_worker)(*call) for call in calls)
+    yield from (outcome for outcome in outcomes if outcome is not None)
+
+
+def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return k, function(**task)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _passed_on(processes: int) -> Iterator[list[int]]:
+    """The signals that came, each passed on to the workers, so that their tasks end; a second Ctrl-C waits for none."""
+    came: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        came.append(number)
+        if came.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        for process in list(getattr(reusable_executor._executor, "_processes", {})):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+
+    if processes == 1 or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    former = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _in_worker(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:
+    """None where a signal ended the task: at once, or as its own checkpoint has it. Between tasks signals are ignored,
+    or they would end the worker."""
+    try:
+        for number in SIGNALS:
+            signal.signal(number, _end_task)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return _on_one_thread(function, k, task)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        _ignore_signals()
+
+
+def _end_task(number: int, frame: Any) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
@@ -69,17 +133,3 @@ def _stop_trackers() -> None:
         tracker = getattr(module, "_resource_tracker", None)
         if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
             tracker._stop()
-
-
-def _quietly(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return _on_one_thread(function, k, task)
-
-
-def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return k, function(**task)
-    finally:
-        torch.set_num_threads(threads)

@@ -25,11 +25,14 @@ Accuracies = dict[str, list[float]]  # {architecture: one a network}
 def distil_runs(params: Params, objective: str, space: str, ipc: int, *, runs: range) -> list[Path]:
     """Distils the set of every run and returns their folders: one run with all `processes`, several with one each."""
     if len(runs) == 1:
-        return [_distil(params, objective, space, ipc, runs[0])]
-    alone = params.model_copy(update={"processes": 1})
-    tasks = [{"params": alone, "objective": objective, "space": space, "ipc": ipc, "run": run} for run in runs]
-    folders = fan_out(_distil, tasks, processes=params.processes, label="runs")
-    end_workers()
+        folders = [_distil(params, objective, space, ipc, runs[0])]
+    else:
+        alone = params.model_copy(update={"processes": 1})
+        tasks = [{"params": alone, "objective": objective, "space": space, "ipc": ipc, "run": run} for run in runs]
+        folders = fan_out(_distil, tasks, processes=params.processes, label="runs")
+        end_workers()
+    for run in runs:
+        Experiment(params, run).checkpoint_of(objective, space, ipc, {}).remove()
     return folders
 
 

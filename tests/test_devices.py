@@ -7,6 +7,7 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
 from ld3m import paths
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization
 from ld3m.devices import choose_device
 from ld3m.distill import distill
@@ -72,6 +73,7 @@ def objective(name, dataset, device, folder):
             **shared,
         )
     schedule = dict(count=1, epochs=2, batch=8, learning_rate=0.05, processes=1)
+    schedule["checkpoint"] = Checkpoint(folder / f"experts-{device}.safetensors")
     train_experts(folder / device, dataset, new_network=partial(new_network, device), **schedule, **shared)
     network = new_network(device, seed=0)
     return TrajectoryMatching(
@@ -103,9 +105,7 @@ def test_distilling_on_cuda_is_that_on_the_cpu(dataset: Dataset, tmp_path, name,
             momentum=0.5,
             validate=lambda images: [0.5],
             validations=0,
-            checkpoint=tmp_path / f"{device}.safetensors",
-            checkpoint_minutes=0,
-            configuration={},
+            checkpoint=Checkpoint(tmp_path / f"{device}.safetensors"),
         )
         assert run.best["images"].device.type == device
         found[device] = run
@@ -128,9 +128,7 @@ def test_a_run_that_was_killed_goes_on_on_cuda(dataset, tmp_path):
             momentum=0.5,
             validate=lambda images: [float(images.mean())],
             validations=1,
-            checkpoint=tmp_path / "state.safetensors",
-            checkpoint_minutes=0,
-            configuration={},
+            checkpoint=Checkpoint(tmp_path / "state.safetensors"),
             callback=callback,
         )
 

@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from ld3m.checkpoint import Checkpoint, Interrupted
 from ld3m.data import Dataset
 from ld3m.diffusion import save_prior
 from ld3m.distill import Objective, Synthetic, distill
-from ld3m.evaluate import judge_all
+from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts, train_experts
 from ld3m.gan import build_generator, save_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
+from ld3m.parallel import end_workers, fan_out
 from ld3m.storage import new_folder, write_json, write_tensors
 from ld3m.synthetic import start_ld3m, start_pixels
 from ld3m.train_gan import fit_gan
@@ -37,7 +39,9 @@ from ld3m.train_prior import fit_autoencoder, fit_denoiser
 
 NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
 CONVNET = partial(NETWORK, "convnet", width=4, depth=1)
-RECIPE = dict(epochs=2, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
+RECIPE = dict(
+    epochs=2, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9, strategy="crop"
+)  # fmt: skip
 
 
 def toy() -> Dataset:
@@ -105,12 +109,10 @@ def distil(
 
 def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
     dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
-    scores = judge_all(
-        dataset.normalization.to_images(dataset.train.pixels()).__getitem__, dataset.train.labels, dataset.test,
-        normalization=NORMALIZATION, networks=networks, recipes=dict.fromkeys(networks, RECIPE), strategy="crop",
-        seeds=range(2), seed=0, processes=1, checkpoint=keep("evaluate"),
-    )  # fmt: skip
-    write_json(out / "scores.json", scores)
+    images = dataset.normalization.to_images(dataset.train.pixels())
+    judged = Judged(images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0)
+    shared = dict(normalization=NORMALIZATION, networks=networks, processes=1)
+    write_json(out / "scores.json", judge_all([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
 
 
 STAGES = [prior, gan, trajectories, dm_ld3m, mtt_pixel, evaluate]
@@ -209,3 +211,50 @@ def test_ended_by_a_signal_and_resumed_gives_the_same_bytes(server, undisturbed,
     if ends[-1] != 0:
         assert end() == 0
     assert content(tmp_path / "out") == expected
+
+
+def count_slowly(file: Path) -> list[int]:
+    steps = []
+    with Checkpoint(file) as checkpoint:
+        checkpoint.resume(steps.extend)
+        for step in range(len(steps), 200):
+            with checkpoint.step(lambda: steps):
+                file.with_name(f"{file.name} at work").touch()
+                time.sleep(0.02)
+                steps.append(step)
+    return steps
+
+
+def side_by_side(root: Path) -> None:
+    os.setsid()  # a process group, as a kernel has
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            files = [{"file": root / f"{k}.safetensors"} for k in range(3)]
+            fan_out(count_slowly, files, processes=2, label="counts", checkpoint=Checkpoint(root / "all.safetensors"))
+        except Interrupted:
+            end_workers()
+            sys.exit(INTERRUPTED)
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the parent", "the group"])
+def test_a_signal_lets_every_worker_finish_its_step_and_begins_no_other_task(server, tmp_path, send):
+    child = server.Process(target=side_by_side, args=(tmp_path,))
+    child.start()
+    wait_for(lambda: len(list(tmp_path.glob("* at work"))) == 2)
+    send(child.pid, signal.SIGTERM if send is os.kill else signal.SIGINT)
+    child.join(60)
+    assert child.exitcode == INTERRUPTED
+    counted = []
+    for k in range(2):
+        Checkpoint(tmp_path / f"{k}.safetensors").resume(counted.append)
+    assert len(counted) == 2
+    for steps in counted:
+        assert 0 < len(steps) < 200 and steps == list(range(len(steps)))
+    assert not list(tmp_path.glob("2.*"))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 60
+        time.sleep(0.02)

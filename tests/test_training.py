@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ld3m import experts, storage
+from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.evaluate import Judged, judge, judge_all
 from ld3m.experts import open_experts, train_experts
@@ -158,7 +159,11 @@ SETTINGS = dict(new_network=NETWORK, epochs=2, batch=8, learning_rate=0.1, strat
 
 
 def trained_experts(folder, *, count, processes, **changes):
-    return train_experts(folder, DATASET, count=count, processes=processes, **SETTINGS | changes)
+    checkpoint = Checkpoint(folder.with_name(f"{folder.name}-checkpoint.safetensors"))
+    arguments = {"count": count, "processes": processes, "checkpoint": checkpoint} | SETTINGS | changes
+    records = train_experts(folder, DATASET, **arguments)
+    checkpoint.remove()
+    return records
 
 
 @pytest.fixture(scope="module")
