@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import stat
 from collections import namedtuple
 
 import pytest
@@ -28,9 +29,14 @@ def full_disk(monkeypatch):
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_former_one(tmp_path, monkeypatch):
     file, seen = tmp_path / "deep" / "file", []
     write_bytes(file, b"former")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append((file.read_bytes(), os.fstat(descriptor).st_size)))
+
+    def fsync(descriptor):
+        status = os.fstat(descriptor)
+        seen.append((file.read_bytes(), "folder" if stat.S_ISDIR(status.st_mode) else status.st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
     write_bytes(file, b"newer one")
-    assert seen == [(b"former", 9)]
+    assert seen == [(b"former", 9), (b"newer one", "folder")]  # the rename is on the disk too
     assert file.read_bytes() == b"newer one" and names(file.parent) == ["file"]
 
 
@@ -153,6 +159,15 @@ def test_a_full_disk_inside_the_block_is_explained(former, full_disk):
         with new_folder(former) as partial:
             write_bytes(partial / "new", b"new")
     assert names(former) == ["former"]
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_former_one(former, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(storage, "_flush", lambda path: flushed.append((path.name, names(former))))
+    with new_folder(former) as partial:
+        (partial / "new").mkdir()
+        (partial / "new/file").touch()
+    assert flushed == [(name, ["former"]) for name in ("new", "file", ".folder.partial")] + [("deep", ["new"])]
 
 
 def test_an_error_of_the_block_keeps_its_own_words(former):

@@ -141,6 +141,13 @@ def test_everything_random_follows_from_the_seed():
     assert not torch.equal(trained(seed=1, strategy="none"), one)
 
 
+def test_a_training_that_diverges_stops_with_the_step_and_what_to_try():
+    with pytest.raises(
+        ValueError, match=r"step \d: the loss is (nan|inf); .*lower its learning_rate, 1e\+30.*epoch \d"
+    ):
+        train(linear().float(), IMAGES.__getitem__, LABELS, **RECIPE | {"learning_rate": 1e30}, strategy="none", seed=0)
+
+
 def test_accuracy_counts_the_right_ones_in_evaluation_mode():
     scores = torch.tensor([[2.0, 1, 0], [0, 1, 2], [0, 2, 1], [5, 0, 0], [0, 0, 1]])
     network = nn.Sequential(nn.Dropout(0.99))
