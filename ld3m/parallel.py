@@ -42,7 +42,7 @@ def fan_out(
         for _ in progress(len(tasks), label=label, start=len(results)):
             k, result = next(arriving, (None, None))
             if k is None:
-                print(f"{label}: {len(results)} of {len(tasks)} are done, the others were ended or not begun", flush=True)
+                print(f"{label}: {len(results)} of {len(tasks)} are done, the others were ended", flush=True)
                 raise Interrupted
             with checkpoint.step(lambda: results, write=True):
                 results[k] = receive(k, result)

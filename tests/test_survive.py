@@ -24,7 +24,6 @@ from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split
 
 from ld3m.checkpoint import Checkpoint, Interrupted
 from ld3m.data import Dataset
-from ld3m.diffusion import save_prior
 from ld3m.distill import Objective, Synthetic, distill
 from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts, train_experts
@@ -32,6 +31,7 @@ from ld3m.gan import build_generator, save_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers, fan_out
+from ld3m.priors import save_prior
 from ld3m.storage import new_folder, write_json, write_tensors
 from ld3m.synthetic import start_ld3m, start_pixels
 from ld3m.train_gan import fit_gan
