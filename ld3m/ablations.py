@@ -4,13 +4,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ld3m import paths
 from ld3m.checkpoint import Checkpoint
 from ld3m.distill import distill
 from ld3m.experiment import Experiment
 from ld3m.parallel import end_workers, fan_out
 from ld3m.progress import forget_peak, peak_gib
 from ld3m.schema import Params
+from ld3m.storage import write_json
 
+MEASURED = ("seconds_per_iteration", "peak_mib")
 # the parameters that a record depends on
 DECISIVE = {"seed", "datasets", "networks", "trajectories", "objectives", "spaces", "distill", "evaluate", "ablations"}
 
@@ -42,6 +45,14 @@ def ablate(
     records = fan_out(measure, tasks, processes=processes, label="settings", checkpoint=checkpoint)
     end_workers()
     return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
+
+
+def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
+    """Writes what `ablate` gives; seconds and memory, which never repeat, to a file of their own."""
+    measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
+    write_json(paths.ablation_cost_file(dataset, ablation), measured)
+    repeating = [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+    write_json(paths.ablation_file(dataset, ablation), repeating)
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from ld3m.schema import Params
 from ld3m.storage import write_json
 from ld3m.tables import cells
 
+GRACE_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,7 +82,8 @@ def _ablation_jobs(params: Params) -> list[Job]:
                 if objective == "mtt":
                     needs += (paths.trajectories_folder(params.dataset),)
                 settled.append(Job(f"ablation-{ablation}-{k}", part, needs, run))
-        settled.append(Job(f"ablation-{ablation}", target, tuple(parts), partial(_merge, parts, target)))
+        merge = partial(_merge, params.dataset, ablation, parts)
+        settled.append(Job(f"ablation-{ablation}", target, tuple(parts), merge))
     return settled
 
 
@@ -105,8 +108,10 @@ def _measure(ablation: str, setting: str, part: Path) -> None:
     write_json(part, {"setting": setting} | measure(params, objective, space))
 
 
-def _merge(parts: list[Path], target: Path) -> None:
-    write_json(target, [json.loads(part.read_text()) for part in parts])
+def _merge(dataset: str, ablation: str, parts: list[Path]) -> None:
+    from ld3m.ablations import write_records
+
+    write_records(dataset, ablation, [json.loads(part.read_text()) for part in parts])
     for part in parts:
         part.unlink()
 
@@ -138,6 +143,9 @@ def run(todo: list[Job], *, at_once: int, minutes: float, log_folder: Path) -> l
                 print(f"{name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
         time.sleep(0.2)
     for process, *_ in running.values():
+        process.terminate()  # what is at work finishes its step and writes its state
+    for process, *_ in running.values():
+        process.join(GRACE_SECONDS)
         process.kill()
     return left + list(running) + [job.name for job in waiting]
 

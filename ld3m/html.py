@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ld3m import paths
 from ld3m.published import comparison_table
 from ld3m.storage import write_bytes
-from ld3m.tables import NAMES, UNSEEN, paper_style
+from ld3m.tables import NAMES, UNSEEN, costs_beside, paper_style
 
 ABLATIONS = {
     "steps": ("Number of steps T", ""),
@@ -101,9 +101,9 @@ def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> P
 
 def render(tables: Path, figures: Path) -> str:
     """The report as text; a section is there if the table or figure it shows is."""
-    found = {  # "none" and its like are words here
-        file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in sorted(tables.glob("*.csv"))
-    }
+    files = sorted([*tables.glob("*.csv"), *costs_beside(tables).glob("*.csv")], key=lambda file: file.name)
+    # "none" and its like are words here
+    found = {file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in files}
     makers = (_results, _runs, _metrics, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs)
     makers += (_prior, _others)
     sections = [section for maker in makers if (section := maker(found, tables, figures)) and section.blocks]

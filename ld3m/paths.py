@@ -50,8 +50,9 @@ def judged_folder(dataset: str, name: str) -> Path:
 
 
 def cost_file(dataset: str, cell: str, run: int) -> Path:
-    """Seconds and memory differ from run to run, so they are not part of the distilled set."""
-    return ROOT / "runs" / dataset / "costs" / cell / f"run-{run}.json"
+    """Seconds and memory differ from time to time: they lie apart from runs/, where the same parameters give the same
+    bytes."""
+    return ROOT / "costs" / dataset / "cells" / cell / f"run-{run}.json"
 
 
 def checkpoint_file(dataset: str, name: str) -> Path:
@@ -65,3 +66,7 @@ def gradient_norms_file(dataset: str) -> Path:
 
 def ablation_file(dataset: str, ablation: str) -> Path:
     return ROOT / "runs" / dataset / "ablations" / f"{ablation}.json"
+
+
+def ablation_cost_file(dataset: str, ablation: str) -> Path:
+    return ROOT / "costs" / dataset / "ablations" / f"{ablation}.json"

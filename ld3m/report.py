@@ -22,6 +22,7 @@ from ld3m.tables import (
     UNSEEN,
     Cell,
     cells,
+    costs_beside,
     differences,
     paper_style,
     read_ablations,
@@ -38,7 +39,7 @@ from ld3m.tables import (
 
 def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     """Writes the tables of the grid's cells, or with `more` of the report's, as csv, those that are read as md and tex
-    too; returns main.md."""
+    too; returns main.md. What was measured in seconds goes to `costs_beside` the folder: it never repeats."""
     seen, found = params.distill.network, cells(params, more=more)
     scores = with_unseen_mean(read_scores(params, found), seen)
     summary, changes = summarise(scores), differences(scores)
@@ -50,7 +51,7 @@ def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     markdown = _write_main(folder, "main", summary, note, verdicts(changes, seen, paired_by="networks"))
     _write_csv(folder, "scores", summary[summary.architecture != UNSEEN][COLUMNS])
     _write_csv(folder, "differences", changes)
-    _write_csv(folder, "costs", read_costs(params, found))
+    _write_csv(costs_beside(folder), "costs", read_costs(params, found))
     norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
     _write_csv(folder, "gradient_norms", norms.agg(["mean", "min", "max"]).reset_index())
     _write_csv(folder, "prior", _check(paths.prior_check_folder(params.dataset)))
@@ -96,7 +97,7 @@ def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
     ablations, changes, costs = read_ablations(params)
     _write_csv(folder, "ablations", ablations)
     _write_csv(folder, "ablation_changes", changes)
-    _write_csv(folder, "ablation_costs", costs)
+    _write_csv(costs_beside(folder), "ablation_costs", costs)
     return ablations.pivot_table(
         index=["ablation", "setting"], columns="architecture", values="mean", sort=False
     ).rename(columns=NAMES)
@@ -115,7 +116,7 @@ def write_figures(params: Params, *, tables: Path, folder: Path, more: bool = Fa
             f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
         }
     drawn["gradient-norms"] = figures.gradient_norms(_gradient_norms(params))
-    ablations, costs = (tables / f"{name}.csv" for name in ("ablations", "ablation_costs"))
+    ablations, costs = tables / "ablations.csv", costs_beside(tables) / "ablation_costs.csv"
     if ablations.exists() and costs.exists():
         drawn["steps"] = figures.accuracy_against_steps(pd.read_csv(ablations), pd.read_csv(costs))
     files = [figures.save(figure, name, folder) for name, figure in drawn.items()]

@@ -1,6 +1,7 @@
 """From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -130,6 +131,11 @@ def _by_architecture(params: Params, cell: Cell) -> dict[str, list[float]]:
     return {name: json.loads((folder / f"{name}.json").read_text())["accuracy"]["0"] for name in names}
 
 
+def costs_beside(tables: Path) -> Path:
+    """The folder for tables of seconds and memory, which differ from time to time, beside that of the others."""
+    return tables.with_name("costs")
+
+
 def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
     """What distilling run 0 of every cell took: seconds of its iterations, and the largest memory of its process."""
     rows = []
@@ -149,11 +155,11 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
 
     A setting that changes nothing has the numbers of the baseline, which is run once.
     """
-    files = {name: paths.ablation_file(params.dataset, name) for name in params.ablations.settings}
-    if absent := [str(file) for file in files.values() if not file.is_file()]:
-        raise FileNotFoundError(f"{', '.join(absent)} missing: `dvc repro ablation` makes them")
-    records = {name: {r["setting"]: r for r in json.loads(file.read_text())} for name, file in files.items()}
-    (baseline,) = records.pop("baseline").values()
+    records, measured = (
+        {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
+        for place in (paths.ablation_file, paths.ablation_cost_file)
+    )
+    (baseline,), (baseline_cost,) = records.pop("baseline").values(), measured.pop("baseline").values()
     scores, changes, costs = [], [], []
     for name, found in records.items():
         first: dict[tuple[str, str], pd.DataFrame] = {}
@@ -170,8 +176,9 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
                     change = values - reference[architecture]
                     changes.append((*cell, architecture, len(values), *interval(change), p_value(change)))
             norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
-            measured = (norms[0] if norms[0] is not None else norms[1], norms[2])
-            costs.append((*cell[:3], *measured, record["seconds_per_iteration"], record["peak_mib"]))
+            cost = measured[name].get(setting, baseline_cost)
+            latent = norms[0] if norms[0] is not None else norms[1]
+            costs.append((*cell[:3], latent, norms[2], cost["seconds_per_iteration"], cost["peak_mib"]))
     keys = ["dataset", "ablation", "setting"]
     columns = [*keys, "objective", "space", "ipc", "architecture", "n", "mean", "ci_low", "ci_high"]
     measures = ["grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]
@@ -180,6 +187,12 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
         pd.DataFrame(changes, columns=[*columns, "p"]),
         pd.DataFrame(costs, columns=[*keys, *measures]),
     )
+
+
+def _by_setting(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: `dvc repro ablation` makes it")
+    return {record["setting"]: record for record in json.loads(file.read_text())}
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from ld3m import paths, published, report
+from ld3m.ablations import write_records
 from ld3m.config import load_params
 from ld3m.storage import write_json
 from ld3m.tables import (
@@ -24,7 +25,7 @@ from ld3m.tables import (
     with_unseen_mean,
 )
 
-TABLES = {f"{name}.csv" for name in ("scores", "main", "differences", "prior", "costs", "gradient_norms", "paper")}
+TABLES = {f"{name}.csv" for name in ("scores", "main", "differences", "prior", "gradient_norms", "paper")}
 TABLES |= {"comparison.csv", "settings.csv", "main.md", "main.tex", "comparison.md", "comparison.tex"}
 T_975_DF_2 = 4.302653  # from a printed table of Student's t
 SPACES = ("pixel", "glad", "ld3m")
@@ -215,6 +216,7 @@ def test_tables_are_written_with_the_same_bytes(params):
     markdown = report.write_tables(params, folder=paths.TABLES)
     first = {file.name: file.read_bytes() for file in paths.TABLES.iterdir()}
     assert set(first) == TABLES
+    assert [file.name for file in (paths.TABLES.parent / "costs").iterdir()] == ["costs.csv"]
     assert first["main.md"].decode() == markdown
     report.write_tables(params, folder=paths.TABLES)
     assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
@@ -403,12 +405,13 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
 
     def record(setting, objective, shift, norm):
         accuracy = {"convnet": [0.8, 0.9], "vit": [0.2 + shift, 0.3 + shift], "alexnet": [0.5, 0.6 + shift]}
-        measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": 0.5, "peak_mib": None}
+        measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": norm / 4, "peak_mib": None}
         return {"setting": setting, "objective": objective, "space": "ld3m", "accuracy": accuracy} | measured
 
-    write_json(paths.ablation_file(DATASET, "baseline"), [record("baseline", "dm", 0.0, 2.0)])
+    write_records(DATASET, "baseline", [record("baseline", "dm", 0.0, 2.0)])
     found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
-    write_json(paths.ablation_file(DATASET, "defects"), found)
+    write_records(DATASET, "defects", found)
+    assert "seconds" not in paths.ablation_file(DATASET, "defects").read_text()
     scores, changes, costs = read_ablations(given)
     by_key = scores.set_index(["setting", "architecture"])["mean"]
     assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
@@ -419,6 +422,8 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
     assert [unseen["mean"], unseen.ci_high - unseen["mean"]] == pytest.approx([-0.075, 12.7062047 * 0.025])
     assert rows.loc[("first", "vit"), "mean"] == pytest.approx(0.1)
     assert costs.grad_norm_z.tolist() == [2.0, 3.0, 4.0, 5.0]
-    paths.ablation_file(DATASET, "defects").unlink()
-    with pytest.raises(FileNotFoundError, match="defects.json missing: `dvc repro ablation`"):
-        read_ablations(given)
+    assert costs.seconds_per_iteration.tolist() == [0.5, 0.75, 1.0, 1.25]
+    for place in (paths.ablation_cost_file, paths.ablation_file):
+        place(DATASET, "defects").unlink()
+        with pytest.raises(FileNotFoundError, match=f"{place(DATASET, 'defects')} is missing: `dvc repro ablation`"):
+            read_ablations(given)
