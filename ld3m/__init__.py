@@ -1,7 +1,12 @@
 """Latent Dataset Distillation with Diffusion Models."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Nothing is reported to anybody; read when huggingface_hub and datasets are imported, which is later.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 if TYPE_CHECKING:
     from torch import Tensor

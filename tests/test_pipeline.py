@@ -3,9 +3,13 @@
 import ast
 import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from ld3m.paths import PROFILES, ROOT
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 # config, schema and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
 UNTRACKED = {"config", "schema", "paths", "progress"}
+USER = "somebody-special"
 # the executed notebooks show figures, but no stage but `tables` writes one
 PRESENTATION = {"figures", "tables"}
 
@@ -82,14 +87,20 @@ def clone(tmp_path_factory) -> Path:
     return new_clone(tmp_path_factory.mktemp("clone"), "smoke.yaml")
 
 
-def dvc(clone: Path, *arguments: str) -> str:
+def start_dvc(clone: Path, *arguments: str) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone)}  # the clone's library, not the installed one
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=clone, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    environment |= {"USER": USER, "LOGNAME": USER}
+    command = [sys.executable, "-m", "dvc", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=clone, env=environment, text=True, start_new_session=True, **streams)
+
+
+def dvc(clone: Path, *arguments: str) -> str:
+    process = start_dvc(clone, *arguments)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-5000:]
+    return said
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -121,11 +132,57 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     assert written(clone / "reports/figures") == figures
     assert (clone / "reports/index.html").read_bytes() == report
     assert written(clone / "reports/full/tables") == full
+    assert not list((clone / "checkpoints").rglob("*.*"))
+
+
+def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(clone):
+    """After the test above; every step writes its state under the smoke profile."""
+    again = ("repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
     artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
-    before = artefact.read_bytes()
-    dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
+    before, checkpoint = artefact.read_bytes(), clone / "checkpoints/mnist5k/mtt-ld3m-1-run-0.safetensors"
+    process = start_dvc(clone, *again)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0][-5000:]
+        time.sleep(0.01)
+    kernel = int(checkpoint.with_suffix(".lock").read_text())
+    os.kill(kernel, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists() and not artefact.exists()  # DVC has removed the output, and nothing else
+    assert "goes on from the last state of an interrupted run" in dvc(clone, *again)
     assert artefact.read_bytes() == before
-    assert not list((clone / "checkpoints").rglob("*.safetensors"))
+    assert not list((clone / "checkpoints").rglob("*.*"))
+
+
+def test_nothing_of_the_environment_is_written(clone):
+    """After the tests above."""
+    secrets = [str(clone), str(ROOT), sys.prefix, f"{Path.home()}/", USER, socket.gethostname()]
+    secrets = [secret.encode() for secret in secrets if len(secret) > 5]  # a short one is found anywhere
+    files = [file for place in ("runs", "costs", "reports") for file in (clone / place).rglob("*") if file.is_file()]
+    assert len(files) > 100
+    found = [(secret, str(file)) for file in files for secret in secrets if secret in file.read_bytes()]
+    assert not found
+
+
+@pytest.mark.slow
+def test_from_scratch_twice_gives_the_same_bytes(tmp_path):
+    clones = [new_clone(tmp_path / name, "smoke.yaml") for name in "ab"]
+    for each in clones:
+        dvc(each, "repro")
+    for place in ("runs", "reports/tables", "reports/full/tables"):
+        one, other = (
+            {str(file.relative_to(each)): file.read_bytes() for file in (each / place).rglob("*") if file.is_file()}
+            for each in clones
+        )
+        assert one == other and len(one) > 10
+
+
+def test_dvc_reports_nothing_to_anybody():
+    config = (ROOT / ".dvc/config").read_text()
+    assert re.search(r"analytics = false", config) and re.search(r"check_update = false", config)
+    import huggingface_hub.constants
+
+    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 
 
 RESTORED = """
