@@ -6,6 +6,7 @@ images/<class>/<k>.png   the same images, clamped to [0, 1] and rounded to 8 bit
 card.md                  what it is, where it comes from, and how to train on it
 """
 
+import math
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -90,13 +91,15 @@ def read_artefact(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _fits(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
     try:
-        images, labels = tensors["images"], tensors["labels"]
-        channels = {len(metadata["normalization"][key]) for key in ("mean", "std")}
-        classes = range(len(metadata["classes"]))
-    except (KeyError, TypeError):
+        images, labels, classes = tensors["images"], tensors["labels"], metadata["classes"]
+        normalization = Normalization(**metadata["normalization"])
+        is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        numbers = (*normalization.mean, *normalization.std)
+        is_measured = len(normalization.mean) == images.shape[1] and all(map(math.isfinite, numbers))
+        shapes_fit = images.ndim == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point()
+        return is_named and is_measured and shapes_fit and set(labels.tolist()) <= set(range(len(classes)))
+    except (KeyError, TypeError, ValueError, IndexError):
         return False
-    shapes_fit = images.ndim == 4 and labels.shape == images.shape[:1] and channels == {images.shape[1]}
-    return shapes_fit and set(labels.tolist()) <= set(classes)
 
 
 def write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:

@@ -71,7 +71,7 @@ class StoredSplit:
         chosen = whole if every else self._file("npy", hashlib.sha256(rows.tobytes()).hexdigest(), settings)
         needed = (len(rows), channels, size_px, size_px)
         for file, index in {chosen: None, whole: None if every else torch.from_numpy(rows)}.items():
-            with suppress(FileNotFoundError, EOFError, ValueError):
+            with suppress(FileNotFoundError, ValueError):
                 return open_images(file, shape=needed if index is None else (count, *needed[1:])), file, index
         require_space(chosen.parent, int(np.prod(needed)))
         where = f"{self.key}, split {self.split!r}"
@@ -87,12 +87,17 @@ class StoredSplit:
 def open_images(file: Path, *, shape: tuple[int, ...] | None = None) -> Tensor:
     """The images of a file as a tensor over its pages, which are read when they are looked at.
 
-    FileNotFoundError, EOFError or ValueError where the file is absent or not whole. What is written into the tensor
-    does not reach the file.
+    FileNotFoundError or ValueError where the file is absent or not whole. What is written into the tensor does not reach
+    the file.
     """
-    array = np.load(file, mmap_mode="c")
-    if array.dtype != np.uint8 or shape not in (None, array.shape):
-        raise ValueError(f"{file} holds {array.dtype} {array.shape}, not uint8 {shape}: delete it")
+    try:
+        array = np.load(file, mmap_mode="c")
+        if array.dtype != np.uint8 or shape not in (None, array.shape):
+            raise ValueError(f"it holds {array.dtype} {array.shape}, not uint8 {shape}")
+    except OSError:
+        raise
+    except Exception as error:  # what another program wrote raises about anything
+        raise ValueError(f"{file} is not whole ({error}): delete it") from error
     return torch.from_numpy(array)
 
 

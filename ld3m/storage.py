@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -95,7 +95,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {})[METADATA_KEY])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what another program wrote raises about anything
         raise ValueError(f"{file} is broken or not written by ld3m ({error!r}): delete it") from error
     return tensors, metadata
 
