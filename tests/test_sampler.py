@@ -188,18 +188,38 @@ def test_without_eta_no_noise_is_used(prior, randn):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-def peak_bytes(prior, *, steps, side=16):
+def peak_bytes(prior, process, *, steps, side=16):
     z_T = torch.zeros(1, 2, side, side, dtype=torch.float64, requires_grad=True)
     c = prior.embed(torch.tensor([0])).clone().requires_grad_()
     with LiveBytes() as meter:
-        reverse(prior, z_T, c, z=z_T, steps=steps, guidance=1, skip="mean").sum().backward()
+        process(prior, z_T, c, z=z_T, steps=steps, guidance=3, skip="mean", eta=0.0, eps=None).sum().backward()
     return meter.peak
 
 
-def test_memory_is_flat_in_the_steps(prior, monkeypatch):
-    assert peak_bytes(prior, steps=40) < 1.15 * peak_bytes(prior, steps=5)
-    monkeypatch.setattr(sampler, "checkpoint", lambda step, *args, **options: step(*args))
-    assert peak_bytes(prior, steps=10) > 1.5 * peak_bytes(prior, steps=5)  # the meter sees what checkpoints save
+def test_memory_is_that_of_one_step_with_gradient_whatever_the_number_of_steps(prior):
+    one = peak_bytes(prior, plain_reverse, steps=1)
+    assert peak_bytes(prior, reverse, steps=20) < 1.1 * one
+    assert peak_bytes(prior, plain_reverse, steps=5) > 3 * one  # the meter sees what the chain saves
+
+
+def test_a_step_is_two_forwards_and_one_backward_and_guidance_one_batch(prior, randn, monkeypatch):
+    calls, denoise = [], type(prior).denoise
+
+    def counted(self, z_t, t, c):
+        calls.append((len(z_t), torch.is_grad_enabled()))
+        return denoise(self, z_t, t, c)
+
+    monkeypatch.setattr(type(prior), "denoise", counted)
+    z_T, z, c, _ = leaves(prior, randn)
+    reverse(prior, z_T, c, z=z, steps=3, guidance=3, skip="x0").sum().backward()
+    assert calls == [(4, False)] * 3 + [(4, True)] * 3
+
+
+def test_the_gradient_can_be_taken_twice(prior, randn):
+    z_T, z, c, _ = leaves(prior, randn)
+    z_0 = reverse(prior, z_T, c, z=z, steps=3, guidance=3, skip="mean")
+    once, again = (torch.autograd.grad(z_0.sum(), [z_T, c], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, again))
 
 
 def test_samples_are_pixels_that_do_not_depend_on_the_batch():
