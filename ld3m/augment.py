@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 
 FLIP_PROBABILITY = 0.5
 SCALE = 1.2  # each axis by a factor in [1/SCALE, SCALE]
@@ -110,7 +111,8 @@ def _crop(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return torch.arange(side, device=images.device) + shift[:, None]
 
     height, width = images.shape[2:]
-    return _take(images, sources(y, height)[:, :, None], sources(x, width)[:, None, :])
+    index = _index(images, sources(y, height)[:, :, None], sources(x, width)[:, None, :])
+    return _take(_framed(images), index, images)
 
 
 def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -138,9 +140,17 @@ def _draw_scale(count: int, generator: Generator) -> dict[str, Tensor]:
 
 
 def _scale(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Pixel p shows the source at factor * p from the centre: a factor above 1 shrinks the picture."""
-    zero = torch.zeros_like(x)
-    return _linear_map(images, torch.stack([x, zero, zero, y], dim=1))
+    """Pixel p shows the source at factor * p from the centre: a factor above 1 shrinks the picture. Bilinear, zeros
+    outside; each axis by itself, so it is a matrix from either side."""
+
+    def weights(factor: Tensor, side: int) -> Tensor:  # (count, 1, side, side): of each source pixel in each pixel
+        pixel = torch.arange(side, device=images.device, dtype=precise)
+        source = factor.to(images.device, precise)[:, None] * (pixel - (side - 1) / 2) + (side - 1) / 2
+        return (1 - (source[:, :, None] - pixel).abs()).clamp(min=0).to(images.dtype)[:, None]
+
+    precise = torch.promote_types(images.dtype, torch.float32)  # half precision cannot address pixels
+    height, width = images.shape[2:]
+    return weights(y, height) @ images @ weights(x, width).transpose(2, 3)
 
 
 def _draw_rotate(count: int, generator: Generator) -> dict[str, Tensor]:
@@ -149,41 +159,45 @@ def _draw_rotate(count: int, generator: Generator) -> dict[str, Tensor]:
 
 
 def _rotate(images: Tensor, angle_rad: Tensor) -> Tensor:
-    cos, sin = angle_rad.cos(), angle_rad.sin()
-    return _linear_map(images, torch.stack([cos, -sin, sin, cos], dim=1))
-
-
-def _linear_map(images: Tensor, matrices: Tensor) -> Tensor:
-    """Bilinear samples at `matrix @ (x, y)` from the centre, zeros outside; matrices (count, 4) in row order.
+    """Bilinear samples at the rotated position of every pixel, zeros outside.
 
     Not torch's grid_sample: its backward pass is not deterministic on CUDA and, in older releases, not
     differentiable.
     """
     height, width = images.shape[2:]
     precise = torch.promote_types(images.dtype, torch.float32)  # half precision cannot address pixels
-    xx, xy, yx, yy = matrices.to(images.device, precise)[:, :, None, None].unbind(1)  # (count, 1, 1) each
+    angle = angle_rad.to(images.device)[:, None, None]
+    cos, sin = angle.cos().to(precise), angle.sin().to(precise)  # (count, 1, 1)
     x = torch.arange(width, device=images.device, dtype=precise) - (width - 1) / 2
     y = torch.arange(height, device=images.device, dtype=precise)[:, None] - (height - 1) / 2
-    columns = xx * x + xy * y + (width - 1) / 2  # (count, height, width)
-    rows = yx * x + yy * y + (height - 1) / 2
+    columns = cos * x - sin * y + (width - 1) / 2  # (count, height, width)
+    rows = sin * x + cos * y + (height - 1) / 2
     left, top = columns.floor(), rows.floor()
     right_weight, bottom_weight = columns - left, rows - top
-    left, top = left.long(), top.long()
+    framed, index = _framed(images), _index(images, top.long(), left.long())
     sampled = torch.zeros_like(images)
     for down, row_weight in ((0, 1 - bottom_weight), (1, bottom_weight)):
         for across, column_weight in ((0, 1 - right_weight), (1, right_weight)):
             weight = (row_weight * column_weight).to(images.dtype)[:, None]
-            sampled = sampled + weight * _take(images, top + down, left + across)
+            sampled = sampled + weight * _take(framed, index + down * (width + 4) + across, images)
     return sampled
 
 
-def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixels at whole positions, zeros outside; rows and columns broadcast to (count, H, W)."""
+def _framed(images: Tensor) -> Tensor:
+    """(N, C, (H+4) * (W+4)): the images, flattened, in a frame of two zeros, which stands for all that is outside."""
+    return pad(images, (2, 2, 2, 2)).flatten(2)
+
+
+def _index(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(count, H, W): where in the framed images whole positions are, which broadcast to that shape. One to the right
+    or below is where that position's neighbour is."""
     height, width = images.shape[2:]
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    index = torch.where(inside, rows * width + columns, 0).flatten(1)[:, None]
-    taken = images.flatten(2).gather(2, index.expand(*images.shape[:2], -1))
-    return taken.view(images.shape).masked_fill(~inside[:, None], 0)
+    return (rows.clamp(-2, height) + 2) * (width + 4) + columns.clamp(-2, width) + 2
+
+
+def _take(framed: Tensor, index: Tensor, images: Tensor) -> Tensor:
+    """The pixels at an index, in the shape of the images."""
+    return framed.gather(2, index.flatten(1)[:, None].expand(*images.shape[:2], -1)).view(images.shape)
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:

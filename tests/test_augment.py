@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ld3m import augment as dsa
 from ld3m.augment import OPERATIONS, Augmentation, augment, draw, parse_strategy
 
 ALL = "color_crop_cutout_flip_scale_rotate"
@@ -76,16 +75,20 @@ def test_operation_against_a_plain_computation(operation, height, width):
             np.testing.assert_allclose(result[k].numpy(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("matrix", [[1.17, 0.0, 0.0, 0.86], [0.98, -0.2, 0.2, 0.98]])
-def test_linear_maps_agree_with_grid_sample(matrix):
+@pytest.mark.parametrize(
+    ("operation", "parameters", "matrix"),
+    [
+        ("scale", {"x": 1.17, "y": 0.86}, [[1.17, 0, 0], [0, 0.86, 0]]),
+        ("rotate", {"angle_rad": 0.2}, [[math.cos(0.2), -math.sin(0.2), 0], [math.sin(0.2), math.cos(0.2), 0]]),
+    ],
+)
+def test_scale_and_rotate_agree_with_grid_sample(operation, parameters, matrix):
     images = random_images(height=16, width=16)
-    grid = functional.affine_grid(
-        torch.tensor([[*matrix[:2], 0], [*matrix[2:], 0]], dtype=torch.float64).expand(4, 2, 3),
-        list(images.shape),
-        align_corners=False,
-    )
+    theta = torch.tensor(matrix, dtype=torch.float64).expand(4, 2, 3)
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     expected = functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    torch.testing.assert_close(dsa._linear_map(images, torch.tensor([matrix], dtype=torch.float64)), expected)
+    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in parameters.items()}
+    torch.testing.assert_close(augment(images, Augmentation(operation, values)), expected)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
