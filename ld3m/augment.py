@@ -5,6 +5,7 @@ one `Augmentation` means the same for real and synthetic images of any size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,25 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
         return images
     _, apply = OPERATIONS[augmentation.operation]
     return apply(images, **augmentation.parameters)
+
+
+def augment_each(images: Tensor, counts: Sequence[int], augmentations: Sequence[Augmentation]) -> Tensor:
+    """The first `counts[0]` images after the first augmentation, the next after the second ...: one call an operation.
+
+    ValueError as `augment`.
+    """
+    if len(augmentations) == 1:
+        return augment(images, augmentations[0])
+    before, after = images.split(list(counts)), {}
+    for operation in dict.fromkeys(augmentation.operation for augmentation in augmentations):
+        chosen = [k for k, augmentation in enumerate(augmentations) if augmentation.operation == operation]
+        names = augmentations[chosen[0]].parameters
+        parameters = {
+            name: torch.cat([augmentations[k].parameters[name].expand(counts[k]) for k in chosen]) for name in names
+        }
+        joined = augment(torch.cat([before[k] for k in chosen]), Augmentation(operation, parameters))
+        after |= zip(chosen, joined.split([counts[k] for k in chosen]), strict=True)
+    return torch.cat([after[k] for k in range(len(augmentations))])
 
 
 def _uniform(low: float, high: float, count: int, generator: Generator) -> Tensor:

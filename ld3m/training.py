@@ -1,18 +1,36 @@
-"""Training a classifier: the one loop behind experts, validation, evaluation and the check of the prior."""
+"""Training classifiers: the one loop behind experts, validation, evaluation and the check of the prior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ld3m.augment import augment, draw
+from ld3m.augment import augment_each, draw
 from ld3m.seeds import forked, generator
 
 
 def train(
     network: nn.Module,
+    fetch: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    seed: int,
+    after_epoch: Callable[[nn.Module], None] = lambda network: None,
+    **recipe: Any,
+) -> nn.Module:
+    """`train_together` of one network."""
+    after = lambda networks: after_epoch(networks[0])  # noqa: E731
+    (judged,) = train_together([network], fetch, labels, seeds=[seed], after_epoch=after, **recipe)
+    return judged
+
+
+def train_together(
+    networks: Sequence[nn.Module],
     fetch: Callable[[Tensor], Tensor],
     labels: Tensor,
     *,
@@ -24,39 +42,81 @@ def train(
     warm_up: bool,
     ema_decay: float | None,
     strategy: str,
-    seed: int,
-    after_epoch: Callable[[nn.Module], None] = lambda network: None,
-) -> nn.Module:
-    """Trains `network` in place with SGD on hard labels and returns the network to judge.
+    seeds: Sequence[int],
+    after_epoch: Callable[[Sequence[nn.Module]], None] = lambda networks: None,
+) -> list[nn.Module]:
+    """Trains networks of one architecture in place with SGD on hard labels and returns those to judge.
 
-    `fetch(index)` gives the images (n, C, H, W) of some indices, where the network is; labels and indices are on the
+    `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
-    constant). `ema_decay`: the returned network is the moving average, updated once an epoch (None: the trained network
-    itself). Everything random follows from `seed`. ValueError, after the epoch, where a loss is not finite.
+    constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
+    themselves). Everything random of a network follows from its seed, but dropout from the first one's: several
+    networks are one with stacked weights, each what it would be alone up to rounding. ValueError, after the epoch,
+    where a loss is not finite.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    count = len(networks)
+    parameters, logits = _as_one(networks)
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
     schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay is not None else None
-    network.train()
-    with forked(seed, "dropout"):
+    average: list[Tensor] = []
+    for network in networks:
+        network.train()
+    with forked(seeds[0], "dropout"):
         for epoch in range(epochs):
-            rng = generator(seed, "epoch", epoch)
+            rngs = [generator(seed, "epoch", epoch) for seed in seeds]
+            orders = torch.stack([torch.randperm(len(labels), generator=rng) for rng in rngs])  # (networks, N)
             losses = []
-            for index in torch.randperm(len(labels), generator=rng).split(batch):
-                images = augment(fetch(index), draw(strategy, count=len(index), generator=rng))
-                loss = cross_entropy(network(images), labels[index].to(images.device))
+            for index in orders.split(batch, dim=1):
+                size = index.shape[1]
+                augmentations = [draw(strategy, count=size, generator=rng) for rng in rngs]
+                images = augment_each(fetch(index.flatten()), [size] * count, augmentations)
+                answers = labels[index.flatten()].to(images.device)
+                loss = cross_entropy(logits(images), answers, reduction="none").view(count, size).mean(1)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.sum().backward()
                 optimizer.step()
                 losses.append(loss.detach())
             advice = f"the training diverges: lower its learning_rate, {learning_rate}, in params.yaml"
             require_finite(torch.stack(losses), advice=f"{advice} (epoch {epoch})")
             if schedule is not None:
                 schedule.step()
-            if average is not None:
-                average.update_parameters(network)
-            after_epoch(network)
-    return (average.module if average is not None else network).eval()
+            if ema_decay is not None:
+                if not average:
+                    average = [parameter.detach().clone() for parameter in parameters]
+                else:
+                    get_ema_multi_avg_fn(ema_decay)(average, parameters, None)
+            if count > 1:
+                _give(parameters, networks)
+            after_epoch(networks)
+    judged = [deepcopy(network) for network in networks] if average else list(networks)
+    if average:
+        _give(average, judged)
+    return [network.eval() for network in judged]
+
+
+def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """The parameters of the networks, each stacked over the networks where there are several, and the function that
+    maps images (n, C, H, W), as many for each network one after another, to logits (n, classes)."""
+    if len(networks) == 1:
+        return list(networks[0].parameters()), networks[0]
+    stacked, _ = stack_module_state(list(networks))
+
+    def one(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(networks[0], parameters, (images,))
+
+    def logits(images: Tensor) -> Tensor:
+        shares = images.unflatten(0, (len(networks), -1))
+        return vmap(one, randomness="different")(stacked, shares).flatten(0, 1)
+
+    return list(stacked.values()), logits
+
+
+@torch.no_grad()
+def _give(parameters: Sequence[Tensor], networks: Sequence[nn.Module]) -> None:
+    """Copies parameters as `_as_one` has them into the networks."""
+    for k, network in enumerate(networks):
+        for parameter, values in zip(network.parameters(), parameters, strict=True):
+            parameter.copy_(values[k] if len(networks) > 1 else values)
 
 
 def require_finite(losses: Tensor, *, advice: str) -> None:
@@ -75,8 +135,8 @@ def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 500) -> float:
-    """The share of images, in [0, 1], whose class the network names."""
+def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
+    """The share of images, in [0, 1], whose class the network names. On a CPU a small batch stays in its cache."""
     network.eval()
     parts = torch.arange(len(labels)).split(batch)
     predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])
