@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 
-.PHONY: help reproduce report test test-all lab lint strip clean install embedded
+.PHONY: help reproduce report bench test test-all lab lint strip clean install embedded
 
 help:
 	@echo 'Usage: make TARGET [PYTHON=python3.12]'
@@ -54,7 +54,8 @@ report: embedded ## run the whole pipeline: more spaces and controls, ablations,
 test: embedded ## run the tests
 	@$(PY) -m pytest -q
 
-test-all: embedded ## run the tests, the long ones too (about half an hour)
+test-all: embedded ## run the slow tests too, some of them on a Ray cluster of this machine (installs Ray; about half an hour)
+	@$(PIP) install --quiet -e '.[cluster]'
 	@$(PY) -m pytest -q -m ''
 
 lab: embedded ## open the notebooks in Jupyter Lab

@@ -35,14 +35,14 @@ def ablation_checkpoint(ablation: str, params: Params, settings: dict[str, tuple
 
 
 def ablate(
-    settings: dict[str, tuple[Params, str, str]], *, processes: int, checkpoint: Checkpoint
+    settings: dict[str, tuple[Params, str, str]], *, processes: int, cluster: str | None = None, checkpoint: Checkpoint
 ) -> list[dict[str, Any]]:
     """One record a setting (its parameters, objective and space), in their order: `measure`, and the setting's name.
 
     Settings run side by side, one thread each; those that an interrupted call left in `checkpoint` are not run again.
     """
     tasks = [dict(zip(("params", "objective", "space"), setting, strict=True)) for setting in settings.values()]
-    records = fan_out(measure, tasks, processes=processes, label="settings", checkpoint=checkpoint)
+    records = fan_out(measure, tasks, processes=processes, cluster=cluster, label="settings", checkpoint=checkpoint)
     end_workers()
     return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
 

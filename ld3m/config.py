@@ -52,6 +52,7 @@ def ablation_settings(
             objective, space = keys.pop("objective", "dm"), keys.pop("space", "ld3m")
             shared = {
                 "processes": 1,
+                "cluster": None,
                 "grid.architecture": given.architecture,
                 "evaluate.seeds": given.seeds,
                 f"distill.{objective}.{space}.iterations": given.iterations,

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Normalization, Split
+from ld3m.devices import networks_at_once
 from ld3m.parallel import fan_out
 from ld3m.seeds import derive
-from ld3m.training import accuracy, train
+from ld3m.training import accuracy, train_together
 
 
 def judge(
@@ -22,14 +23,15 @@ def judge(
     normalization: Normalization,
     new_network: Callable[..., nn.Module],
     recipe: dict[str, Any],
-    seed: int,
-) -> float:
-    """The accuracy, in [0, 1], on `real` of one network trained on the images `fetch(index)` with `labels`.
+    seeds: list[int],
+) -> list[float]:
+    """The accuracies, in [0, 1], on `real` of networks trained together on the images `fetch(index)` with `labels`.
 
     `recipe` holds the keyword arguments of `training.train` but the seed.
     """
-    network = train(new_network(seed=seed), fetch, labels, seed=seed, **recipe)
-    return accuracy(network, partial(real_images, real, normalization), real.labels)
+    networks = [new_network(seed=seed) for seed in seeds]
+    judges = train_together(networks, fetch, labels, seeds=seeds, **recipe)
+    return [accuracy(network, partial(real_images, real, normalization), real.labels) for network in judges]
 
 
 def real_images(split: Split, normalization: Normalization, index: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ def judge_all(
     normalization: Normalization,
     networks: dict[str, Callable[..., nn.Module]],
     processes: int,
+    cluster: str | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, list[float]]]:
     """For every set the accuracies of its networks: {architecture: [accuracy, ...]}.
@@ -66,21 +69,28 @@ def judge_all(
     sets of the same `seed` can be compared network by network. Those that an interrupted call left in `checkpoint` are
     not trained again.
     """
-    keys = [(n, architecture, k) for n, given in enumerate(sets) for architecture in given.recipes for k in given.seeds]
-    tasks = [
-        {
-            "fetch": sets[n].fetch,
-            "labels": sets[n].labels,
-            "real": real,
-            "normalization": normalization,
-            "new_network": networks[architecture],
-            "recipe": sets[n].recipes[architecture],
-            "seed": derive(sets[n].seed, "judge", architecture, k),
-        }
-        for n, architecture, k in keys
-    ]
+    keys, tasks = [], []
+    for n, given in enumerate(sets):
+        for architecture, recipe in given.recipes.items():
+            batch = min(recipe["batch"], len(given.labels))
+            together = networks_at_once(real.device, batch=batch, size_px=real.shape[-1])
+            for first in range(0, len(given.seeds), together):
+                keys.append((n, architecture))
+                tasks.append(
+                    {
+                        "fetch": given.fetch,
+                        "labels": given.labels,
+                        "real": real,
+                        "normalization": normalization,
+                        "new_network": networks[architecture],
+                        "recipe": recipe,
+                        "seeds": [
+                            derive(given.seed, "judge", architecture, k) for k in given.seeds[first : first + together]
+                        ],
+                    }
+                )
     scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in sets]
-    found = fan_out(judge, tasks, processes=processes, label="networks", checkpoint=checkpoint)
-    for (n, architecture, _), score in zip(keys, found, strict=True):
-        scores[n][architecture].append(score)
+    found = fan_out(judge, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint)
+    for (n, architecture), accuracies in zip(keys, found, strict=True):
+        scores[n][architecture] += accuracies
     return scores

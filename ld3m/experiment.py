@@ -178,6 +178,7 @@ class Experiment:
             normalization=self.dataset.normalization,
             networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
             processes=self.params.processes,
+            cluster=self.params.cluster,
             checkpoint=checkpoint,
         )
 

@@ -5,7 +5,7 @@ One safetensors file an expert holds `snapshots` (epochs + 1, P), the first of t
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization, Split
+from ld3m.devices import networks_at_once
 from ld3m.networks import flat_parameters
 from ld3m.parallel import end_workers, fan_out
 from ld3m.seeds import derive
 from ld3m.storage import new_folder, require_space, write_tensors
-from ld3m.training import accuracy, train
+from ld3m.training import accuracy, train_together
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def train_experts(
     strategy: str,
     seed: int,
     processes: int,
+    cluster: str | None = None,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
     """Trains experts 0 .. count-1 into `folder` with plain SGD (no momentum, no decay) and returns their records:
@@ -72,23 +74,35 @@ def train_experts(
         strategy=strategy,
     )
 
-    def receive(k: int, trained: tuple[np.ndarray, float]) -> dict[str, Any]:
-        snapshots, validation_accuracy = trained
-        write_tensors(checkpoint.folder / _name(k), {"snapshots": torch.from_numpy(snapshots)}, {"expert": k})
-        return {"expert": k, "validation_accuracy": validation_accuracy}
+    together = networks_at_once(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
 
-    tasks = [shared | {"seed": derive(seed, "expert", k)} for k in range(count)]
+    def receive(group: int, trained: list[tuple[np.ndarray, float]]) -> list[dict[str, Any]]:
+        records = []
+        for k, (snapshots, validation_accuracy) in zip(range(group * together, count), trained):  # noqa: B905
+            write_tensors(checkpoint.folder / _name(k), {"snapshots": torch.tensor(snapshots)}, {"expert": k})
+            records.append({"expert": k, "validation_accuracy": validation_accuracy})
+        return records
+
+    # The last group is filled up with experts that nobody asked for: how a group computes depends on its size.
+    groups = torch.arange(-(-count // together) * together).view(-1, together).tolist()
+    tasks = [shared | {"seeds": [derive(seed, "expert", k) for k in group]} for group in groups]
     records = fan_out(
-        _train_expert, tasks, processes=processes, label="experts", checkpoint=checkpoint, receive=receive
+        _train_group,
+        tasks,
+        processes=processes,
+        cluster=cluster,
+        label="experts" if together == 1 else f"groups of {together} experts",
+        checkpoint=checkpoint,
+        receive=receive,
     )
     with new_folder(folder) as partial:
         for k in range(count):
             _place(checkpoint.folder / _name(k), partial)
     end_workers()
-    return records
+    return [record for group in records for record in group]
 
 
-def _train_expert(
+def _train_group(
     split: Split,
     validation: Split,
     *,
@@ -98,13 +112,18 @@ def _train_expert(
     batch: int,
     learning_rate: float,
     strategy: str,
-    seed: int,
-) -> tuple[np.ndarray, float]:
-    """Snapshots (epochs + 1, P), and the validation accuracy of the last."""
-    network = new_network(seed=seed)
-    snapshots = [flat_parameters(network).cpu()]
-    train(
-        network,
+    seeds: list[int],
+) -> list[tuple[np.ndarray, float]]:
+    """Of every expert the snapshots (epochs + 1, P), and the validation accuracy of the last."""
+    networks = [new_network(seed=seed) for seed in seeds]
+    snapshots = [[flat_parameters(network).cpu()] for network in networks]
+
+    def after_epoch(trained: Sequence[nn.Module]) -> None:
+        for kept, network in zip(snapshots, trained, strict=True):
+            kept.append(flat_parameters(network).cpu())
+
+    train_together(
+        networks,
         lambda index: normalization.to_images(split.pixels(index)),
         split.labels,
         epochs=epochs,
@@ -115,11 +134,14 @@ def _train_expert(
         warm_up=False,
         ema_decay=None,
         strategy=strategy,
-        seed=seed,
-        after_epoch=lambda trained: snapshots.append(flat_parameters(trained).cpu()),
+        seeds=seeds,
+        after_epoch=after_epoch,
     )
     fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
-    return torch.stack(snapshots).numpy(), accuracy(network, fetch, validation.labels)
+    return [
+        (torch.stack(kept).numpy(), accuracy(network, fetch, validation.labels))
+        for kept, network in zip(snapshots, networks, strict=True)
+    ]
 
 
 def _place(file: Path, folder: Path) -> None:

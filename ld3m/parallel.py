@@ -1,12 +1,16 @@
-"""Fan-out of independent tasks over processes, one thread each, so that results do not depend on how many there are."""
+"""Fan-out of independent tasks over processes, of this machine or of a Ray cluster, one thread each: results depend
+neither on how many there are nor on where they are."""
 
 import contextlib
 import io
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
@@ -24,25 +28,33 @@ def fan_out(
     tasks: list[dict[str, Any]],
     *,
     processes: int,
+    cluster: str | None = None,
     label: str,
     checkpoint: Checkpoint | None = None,
     receive: Callable[[int, Any], Any] = lambda k, result: result,
 ) -> list[Any]:
     """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each.
 
+    `cluster` is the address of a Ray cluster ("auto": the one that this machine belongs to), whose processors then work
+    instead of `processes`: it must find this package and the files that tasks name in the same places, on a file system
+    that its nodes share. A task whose worker is lost is run again, three times at most.
+
     What the functions print is lost where there are several processes: their lines would mix. Every result (JSON values
     or tensors) is written to `checkpoint` when it is there; those that an interrupted call left there are taken as they
     are, and their tasks are not run again. `receive(k, result)`, called in this process, gives what takes its place.
     """
     results: dict[int, Any] = {}
-    with checkpoint or Checkpoint() as checkpoint, _passed_on(processes) as signals:
+    is_alone = processes == 1 and cluster is None
+    with checkpoint or Checkpoint() as checkpoint, _passed_on(is_alone) as signals:
         checkpoint.resume(results.update)
         calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results and not signals)
-        arriving = _arriving(calls, processes)
+        arriving = _arriving(calls, processes) if cluster is None else _arriving_from(cluster, calls)
         for _ in progress(len(tasks), label=label, start=len(results)):
             k, result = next(arriving, (None, None))
             if k is None:
-                print(f"{label}: {len(results)} of {len(tasks)} are done, the others were ended", flush=True)
+                print(
+                    f"{label}: {len(results)} of {len(tasks)} are done, the others were ended or not begun", flush=True
+                )
                 raise Interrupted
             with checkpoint.step(lambda: results, write=True):
                 results[k] = receive(k, result)
@@ -60,6 +72,42 @@ def _arriving(calls: Iterator[tuple], processes: int) -> Iterator[tuple[int, Any
     yield from (outcome for outcome in outcomes if outcome is not None)
 
 
+def _arriving_from(cluster: str, calls: Iterator[tuple]) -> Iterator[tuple[int, Any]]:
+    """As `_arriving`, from a Ray cluster. Its own tasks and not joblib's backend for it, which gives no result before
+    it has all."""
+    ray = _connected(cluster)
+    gpus = 1 if torch.cuda.is_available() else 0
+    run = ray.remote(num_cpus=1, num_gpus=gpus)(_on_one_thread)
+    waiting = [run.remote(*call) for call in islice(calls, int(ray.cluster_resources()["GPU" if gpus else "CPU"]))]
+    while waiting:
+        (done,), waiting = ray.wait(waiting)
+        yield ray.get(done)
+        waiting += [run.remote(*call) for call in islice(calls, 1)]
+
+
+def _connected(cluster: str) -> Any:
+    """The module `ray`, connected to a cluster."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers of every cluster
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            f"cluster = {cluster!r} in params.yaml needs Ray: pip install -e '.[cluster]', or set cluster to null"
+        ) from error
+    if not ray.is_initialized():
+        try:
+            if ":" in cluster:  # Ray itself waits for minutes
+                host, port = cluster.split("://")[-1].rsplit(":", 1)
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=cluster, log_to_driver=False)
+        except (ConnectionError, OSError, ValueError) as error:
+            raise ValueError(
+                f"cluster = {cluster!r} in params.yaml: no Ray cluster answers ({error}); start one with `ray start "
+                "--head`, name another address, or set cluster to null"
+            ) from error
+    return ray
+
+
 def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,7 +118,7 @@ def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -
 
 
 @contextmanager
-def _passed_on(processes: int) -> Iterator[list[int]]:
+def _passed_on(is_alone: bool) -> Iterator[list[int]]:
     """The signals that came, each passed on to the workers, so that their tasks end; a second Ctrl-C waits for none."""
     came: list[int] = []
 
@@ -82,7 +130,7 @@ def _passed_on(processes: int) -> Iterator[list[int]]:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
 
-    if processes == 1 or threading.current_thread() is not threading.main_thread():
+    if is_alone or threading.current_thread() is not threading.main_thread():
         yield came
         return
     former = {number: signal.signal(number, pass_on) for number in SIGNALS}
@@ -118,7 +166,10 @@ def _ignore_signals() -> None:
 
 
 def end_workers() -> None:
-    """Ends the processes that `fan_out` leaves for its next call: they would hold up a Jupyter kernel's exit."""
+    """Ends what `fan_out` leaves for its next call: the connection to a cluster, and processes, which would hold up a
+    Jupyter kernel's exit."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
     if getattr(reusable_executor, "_executor", None) is None:
         return
     executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` also removes its shared files

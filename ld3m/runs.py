@@ -27,9 +27,9 @@ def distil_runs(params: Params, objective: str, space: str, ipc: int, *, runs: r
     if len(runs) == 1:
         folders = [_distil(params, objective, space, ipc, runs[0])]
     else:
-        alone = params.model_copy(update={"processes": 1})
+        alone = params.model_copy(update={"processes": 1, "cluster": None})
         tasks = [{"params": alone, "objective": objective, "space": space, "ipc": ipc, "run": run} for run in runs]
-        folders = fan_out(_distil, tasks, processes=params.processes, label="runs")
+        folders = fan_out(_distil, tasks, processes=params.processes, cluster=params.cluster, label="runs")
         end_workers()
     for run in runs:
         Experiment(params, run).checkpoint_of(objective, space, ipc, {}).remove()

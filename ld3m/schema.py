@@ -332,6 +332,7 @@ class Params(Model):
     seed: Whole
     device: Literal["auto", "cpu", "cuda"]
     processes: Count
+    cluster: str | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
     grid: Grid
@@ -485,13 +486,15 @@ class Params(Model):
 
     def trajectories_arguments(self) -> dict[str, Any]:
         """The arguments of `experts.train_experts` but the data and the network."""
-        shared = {"strategy": self.data.augmentation, "seed": self.seed, "processes": self.processes}
+        shared = {"strategy": self.data.augmentation, "seed": self.seed}
+        shared |= {"processes": self.processes, "cluster": self.cluster}
         return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
 
     def checkpoint(self, name: str, configuration: dict[str, Any], *, place: str | None = None) -> Checkpoint:
         """Where the run of that name keeps its state; `configuration` are plain values that it must find unchanged."""
         file = paths.checkpoint_file(place or self.dataset, name)
-        return Checkpoint(file, minutes=self.checkpoint_minutes, configuration=configuration)
+        given = configuration | {"device": self.on_device}  # which has rounding, and groups of networks, of its own
+        return Checkpoint(file, minutes=self.checkpoint_minutes, configuration=given)
 
     def training_checkpoint(self, part: str, data_sha256: str) -> Checkpoint:
         """That of autoencoder, denoiser, gan or trajectories, trained on the data with that fingerprint."""

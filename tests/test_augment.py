@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ld3m import augment as dsa
 from ld3m.augment import OPERATIONS, Augmentation, augment, draw, parse_strategy
 
+STRATEGY = ("crop", "rotate", "crop", "none")
 ALL = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -105,6 +107,16 @@ def test_replay_and_sharing(operation):
         torch.testing.assert_close(augment(images, shared)[k : k + 1], augment(image, shared))
         row = Augmentation(operation, {name: values[k : k + 1] for name, values in own.parameters.items()})
         torch.testing.assert_close(augment(images, own)[k : k + 1], augment(image, row))
+
+
+def test_several_augmentations_are_one_call_an_operation(monkeypatch):
+    images, counts = random_images(count=9), [2, 3, 1, 3]
+    drawn = [draw(name, count=n, generator=generator(k)) for k, (name, n) in enumerate(zip(STRATEGY, counts))]  # noqa: B905
+    expected = torch.cat([augment(part, one) for part, one in zip(images.split(counts), drawn, strict=True)])
+    asked = []
+    monkeypatch.setattr(dsa, "augment", lambda images, one: asked.append(one.operation) or augment(images, one))
+    assert torch.equal(dsa.augment_each(images, counts, drawn), expected)
+    assert asked == ["crop", "rotate", "none"]
 
 
 @pytest.mark.parametrize("operation", ["crop", "cutout", "scale", "rotate", "flip"])

@@ -9,11 +9,12 @@ from torch import nn
 from ld3m import experts, storage
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization, Split
+from ld3m.devices import networks_at_once
 from ld3m.evaluate import Judged, judge, judge_all
 from ld3m.experts import open_experts, train_experts
 from ld3m.networks import build, flat_parameters, unflatten
 from ld3m.parallel import fan_out
-from ld3m.training import accuracy, train
+from ld3m.training import accuracy, train, train_together
 
 RECIPE = dict(
     epochs=2, batch=4, learning_rate=0.1, momentum=0.9, weight_decay=0.01, warm_up=False, ema_decay=None
@@ -148,6 +149,23 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_try():
         train(linear().float(), IMAGES.__getitem__, LABELS, **RECIPE | {"learning_rate": 1e30}, strategy="none", seed=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"warm_up": True, "ema_decay": 0.9}])
+def test_networks_trained_together_are_what_each_is_alone(changes):
+    settings = RECIPE | {"epochs": 3, "batch": 5, "strategy": "color_crop_cutout_scale_rotate"} | changes
+    build_double = lambda k: NETWORK(seed=k).double()  # noqa: E731
+    fetch = lambda index: IMAGES[index].double()  # noqa: E731
+    epochs = []
+    keep = lambda networks: epochs.append([flat_parameters(network) for network in networks])  # noqa: E731
+    networks = [build_double(k) for k in range(3)]
+    judged = train_together(networks, fetch, LABELS, seeds=[7, 8, 9], after_epoch=keep, **settings)
+    for k, seed in enumerate([7, 8, 9]):
+        network = build_double(k)
+        alone = train(network, fetch, LABELS, seed=seed, **settings)
+        assert len(epochs) == 3 and not judged[k].training
+        torch.testing.assert_close(flat_parameters(judged[k]), flat_parameters(alone), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(epochs[-1][k], flat_parameters(network), rtol=1e-9, atol=1e-11)
+
+
 def test_accuracy_counts_the_right_ones_in_evaluation_mode():
     scores = torch.tensor([[2.0, 1, 0], [0, 1, 2], [0, 2, 1], [5, 0, 0], [0, 0, 1]])
     network = nn.Sequential(nn.Dropout(0.99))
@@ -190,6 +208,31 @@ def test_an_expert_does_not_depend_on_how_many_there_are_or_on_the_processes(thr
     assert len({(folder / name).read_bytes() for name in files}) == 3
 
 
+def test_experts_trained_in_groups_do_not_depend_on_how_many_there_are(three, tmp_path, monkeypatch):
+    folder, records = three
+    monkeypatch.setattr(experts, "networks_at_once", lambda device, *, batch, size_px: 2)
+    five, four = (trained_experts(tmp_path / str(count), count=count, processes=1) for count in (5, 4))
+    assert [record["expert"] for record in five] == [0, 1, 2, 3, 4] and five[:4] == four
+    names = sorted(file.name for file in (tmp_path / "5").iterdir())
+    assert names == [f"expert-000{k}.safetensors" for k in range(5)]
+    for k, name in enumerate(names):
+        snapshots = storage.read_tensors(tmp_path / "5" / name)[0]["snapshots"]
+        if k < 4:
+            assert torch.equal(storage.read_tensors(tmp_path / "4" / name)[0]["snapshots"], snapshots)
+        if k < 3:
+            alone = storage.read_tensors(folder / name)[0]["snapshots"]
+            torch.testing.assert_close(snapshots, alone, rtol=1e-3, atol=1e-5)
+            assert records[k]["validation_accuracy"] == pytest.approx(five[k]["validation_accuracy"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "size_px", "count"),
+    [("cpu", 10, 32, 1), ("cuda", 10, 32, 8), ("cuda", 256, 32, 4), ("cuda", 256, 128, 1)],
+)
+def test_networks_at_once(device, batch, size_px, count):
+    assert networks_at_once(device, batch=batch, size_px=size_px) == count
+
+
 def test_snapshots_are_those_of_plain_sgd_from_the_initialisation(three, tmp_path, monkeypatch):
     """One expert against a plain loop in float64: no momentum, no decay, a constant rate."""
     seeds, batches = [], [[]]
@@ -198,7 +241,7 @@ def test_snapshots_are_those_of_plain_sgd_from_the_initialisation(three, tmp_pat
         seeds.append(seed)
         return NETWORK(seed=seed)
 
-    def recorded_train(network, fetch, labels, *, after_epoch, **settings):
+    def recorded_train(networks, fetch, labels, *, after_epoch, **settings):
         def recorded_fetch(index):
             batches[-1].append(index)
             return fetch(index)
@@ -207,9 +250,9 @@ def test_snapshots_are_those_of_plain_sgd_from_the_initialisation(three, tmp_pat
             after_epoch(trained)
             batches.append([])
 
-        return train(network, recorded_fetch, labels, after_epoch=recorded_epoch, **settings)
+        return train_together(networks, recorded_fetch, labels, after_epoch=recorded_epoch, **settings)
 
-    monkeypatch.setattr(experts, "train", recorded_train)
+    monkeypatch.setattr(experts, "train_together", recorded_train)
     trained_experts(tmp_path / "one", count=1, processes=1, new_network=new_network, strategy="none")
     network = NETWORK(seed=seeds[-1])
     stored = open_experts(tmp_path / "one", count=1, last_epoch=2, parameters=len(flat_parameters(network))).snapshots(
@@ -331,16 +374,14 @@ def test_scores_are_in_order_and_do_not_depend_on_the_processes():
     assert [name for name, _ in asked] == ["convnet", "convnet", "other", "other"]
     expected = {"convnet": [], "other": []}
     for name, seed in list(asked):
-        expected[name].append(
-            judge(
-                IMAGES[:6].__getitem__,
-                LABELS[:6],
-                DATASET.test,
-                normalization=DATASET.normalization,
-                new_network=NETWORK,
-                recipe=RECIPE | {"epochs": 1 if name == "convnet" else 2, "strategy": "color_crop"},
-                seed=seed,
-            )
+        expected[name] += judge(
+            IMAGES[:6].__getitem__,
+            LABELS[:6],
+            DATASET.test,
+            normalization=DATASET.normalization,
+            new_network=NETWORK,
+            recipe=RECIPE | {"epochs": 1 if name == "convnet" else 2, "strategy": "color_crop"},
+            seeds=[seed],
         )
     assert scores == expected and list(scores) == ["convnet", "other"]
     assert judged(IMAGES[:6], processes=2) == scores
@@ -365,14 +406,14 @@ def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_network
 def test_a_judge_is_trained_on_the_set_and_tested_on_normalised_real_images():
     """A network whose weights do not move (rate next to 0) is judged by its initialisation."""
     recipe = RECIPE | {"learning_rate": 1e-12, "strategy": "none"}
-    score = judge(
+    (score,) = judge(
         IMAGES[:3].__getitem__,
         LABELS[:3],
         DATASET.test,
         normalization=DATASET.normalization,
         new_network=NETWORK,
         recipe=recipe,
-        seed=5,
+        seeds=[5],
     )
     images = DATASET.test.uint8.double() / 255
     logits = NETWORK(seed=5).double()((images - 0.3) / 0.25)

@@ -1,0 +1,164 @@
+"""Tasks on a Ray cluster: the same bits as on this machine, and a lost worker's task is run again."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ld3m import parallel
+from ld3m.checkpoint import Checkpoint
+from ld3m.config import load_params
+from ld3m.data import Dataset, Normalization, Split
+from ld3m.evaluate import Judged, judge_all
+from ld3m.experiment import Experiment
+from ld3m.experts import train_experts
+from ld3m.networks import build
+from ld3m.parallel import end_workers, fan_out
+from ld3m.paths import ROOT
+
+NETWORK = partial(build, "convnet", channels=1, size_px=8, classes=3, width=8, depth=1)
+RECIPE = dict(epochs=2, batch=8, learning_rate=0.1, strategy="color_crop_rotate")
+JUDGE = RECIPE | dict(momentum=0.9, weight_decay=0.01, warm_up=True, ema_decay=0.5)
+
+
+def split(count, seed):
+    uint8 = torch.randint(256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Split(uint8, torch.arange(count) % 3, ("a", "b", "c"))
+
+
+DATASET = Dataset("toy", split(24, 0), split(12, 1), split(12, 2), Normalization((0.5,), (0.3,)))
+
+
+def experts(folder, **where):
+    checkpoint = Checkpoint(folder.with_name(f"{folder.name}-checkpoint.safetensors"))
+    given = dict(new_network=NETWORK, count=3, seed=0, checkpoint=checkpoint) | RECIPE
+    records = train_experts(folder, DATASET, **given, **where)
+    return records, {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def scores(**where):
+    images = DATASET.normalization.to_images(DATASET.train.pixels())[:6]
+    sets = [Judged(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(3), 0)]
+    return judge_all(sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where)
+
+
+def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
+    """Everything that fans out asks for the cluster, whatever `processes` is."""
+    asked = []
+
+    def arriving(cluster, calls):
+        asked.append(cluster)
+        for function, k, task in calls:
+            yield k, function(**task)
+
+    monkeypatch.setattr(parallel, "_arriving_from", arriving)
+    params = load_params({"cluster": "auto", "processes": 2})
+    where = {"cluster": params.trajectories_arguments()["cluster"], "processes": 1}
+    experts(tmp_path / "experts", **where)
+    experiment = Experiment(params)
+    vars(experiment)["dataset"] = DATASET
+    monkeypatch.setattr(Experiment, "new_network", lambda self, architecture: NETWORK)
+    images = DATASET.normalization.to_images(DATASET.train.pixels())[:6]
+    experiment.judge(
+        [Judged(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(1), 0)], DATASET.test
+    )
+    assert asked == ["auto", "auto"]
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"cluster = 'auto' in params.yaml needs Ray: pip install -e '.\[cluster\]'"):
+        fan_out(str, [{}], processes=1, cluster="auto", label="tasks")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one processor each on the loopback interface."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    ray_cluster = pytest.importorskip("ray.cluster_utils")
+    started = ray_cluster.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    started.add_node(num_cpus=1)
+    yield started
+    end_workers()
+    started.shutdown()
+
+
+@pytest.mark.slow
+def test_trajectories_and_evaluation_are_the_same_bits_as_here(cluster, tmp_path):
+    local, elsewhere = {"processes": 1}, {"processes": 1, "cluster": cluster.address}
+    assert experts(tmp_path / "cluster", **elsewhere) == experts(tmp_path / "here", **local)
+    assert scores(**elsewhere) == scores(**local)
+
+
+def where_it_runs(folder, k):
+    import ray
+
+    marker = Path(folder) / str(k)
+    if k == 1 and not marker.exists():
+        marker.write_text("lost")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return ray.get_runtime_context().get_node_id(), torch.get_num_threads(), k
+
+
+@pytest.mark.slow
+def test_both_nodes_work_with_one_thread_a_task_and_a_killed_worker_s_task_is_run_again(cluster, tmp_path):
+    tasks = [{"folder": tmp_path, "k": k} for k in range(4)]
+    results = fan_out(where_it_runs, tasks, processes=1, cluster=cluster.address, label="tasks")
+    assert (tmp_path / "1").read_text() == "lost"
+    assert [k for _, _, k in results] == [0, 1, 2, 3] and {threads for _, threads, _ in results} == {1}
+    assert len({node for node, _, _ in results}) == 2
+
+
+def on_a_node(folder, lost, k):
+    """Returns on the other nodes, once a task has begun on the one that will be lost."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (folder / f"{k}-{node}").touch()
+    while node == lost or not list(folder.glob(f"*-{lost}")):
+        time.sleep(0.1)
+    return k
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_lost_node_are_run_on_the_others(cluster, tmp_path):
+    lost = cluster.add_node(num_cpus=1)
+    removed = []
+
+    def received(k, result):
+        if not removed:
+            cluster.remove_node(lost)
+            removed.append(lost)
+        return result
+
+    tasks = [{"folder": tmp_path, "lost": lost.node_id, "k": k} for k in range(4)]
+    found = fan_out(on_a_node, tasks, processes=1, cluster=cluster.address, label="tasks", receive=received)
+    assert found == [0, 1, 2, 3]
+    (begun,) = tmp_path.glob(f"*-{lost.node_id}")
+    assert len(list(tmp_path.glob(f"{begun.name.split('-')[0]}-*"))) == 2
+
+
+def fails(k):
+    raise ValueError(f"task {k} is wrong")
+
+
+@pytest.mark.slow
+def test_an_error_of_a_task_is_raised_here(cluster):
+    with pytest.raises(ValueError, match="task 0 is wrong"):
+        fan_out(fails, [{"k": 0}], processes=1, cluster=cluster.address, label="tasks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_does_not_answer_is_named(cluster, address):
+    end_workers()
+    with pytest.raises(ValueError, match=f"cluster = '{address}' in params.yaml: no Ray cluster answers"):
+        fan_out(fails, [{"k": 0}], processes=1, cluster=address, label="tasks")
