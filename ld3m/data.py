@@ -39,6 +39,13 @@ class Normalization:
         mean, std = self._statistics(pixels)
         return ((pixels + 1) / 2 - mean) / std
 
+    def of_uint8(self, uint8: Tensor) -> Tensor:
+        """Images, float32, of stored ones (..., C, H, W): those that `to_images` makes of their pixels, up to rounding,
+        in a third of the time."""
+        images = uint8.float()
+        mean, std = self._statistics(images)
+        return images.sub_(255 * mean).div_(255 * std)
+
     def to_pixels(self, images: Tensor) -> Tensor:
         """Pixels (..., C, H, W) of images of the same shape; the inverse of `to_images`, not clamped."""
         mean, std = self._statistics(images)
@@ -96,6 +103,10 @@ class Split:
         if index is None:
             return self.uint8.float() / 127.5 - 1
         return self.stored[index if self.rows is None else self.rows[index]].float() / 127.5 - 1
+
+    def images(self, normalization: Normalization, index: Tensor) -> Tensor:
+        """Float32 images (n, C, H, W) of those at `index` (n,), where they are."""
+        return normalization.of_uint8(self.stored[index if self.rows is None else self.rows[index]])
 
     def to(self, device: torch.device | str) -> "Split":
         """The same split with its images on a device: this one, where they are there already."""

@@ -31,12 +31,7 @@ def judge(
     """
     networks = [new_network(seed=seed) for seed in seeds]
     judges = train_together(networks, fetch, labels, seeds=seeds, **recipe)
-    return [accuracy(network, partial(real_images, real, normalization), real.labels) for network in judges]
-
-
-def real_images(split: Split, normalization: Normalization, index: Tensor) -> Tensor:
-    """Normalised images (n, C, H, W) of a split."""
-    return normalization.to_images(split.pixels(index))
+    return [accuracy(network, partial(real.images, normalization), real.labels) for network in judges]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from ld3m.checkpoint import Checkpoint
 from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
-from ld3m.evaluate import Judged, judge_all, real_images
+from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts
 from ld3m.gan import Generator, load_generator
-from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching, classes_at_once
 from ld3m.metrics import PLAIN
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
@@ -124,13 +124,21 @@ class Experiment:
         new_network = self.new_network(self.params.distill.network)
         shared = dict(strategy=self.params.data.augmentation, seed=derive(self.seed, name))
         if name in DISTANCES:
+            threads = self.params.processes if self.params.on_device == "cpu" else 1
+            shared["classes_at_once"] = classes_at_once(
+                name,
+                classes=len(self.dataset.train.classes),
+                threads=threads,
+                real_batch=given.real_batch,
+                size_px=self.params.data.size_px,
+            )
             return ClassMatching(
                 distance=DISTANCES[name],
                 split=self.dataset.train,
                 normalization=self.dataset.normalization,
                 new_network=new_network,
                 real_batch=given.real_batch,
-                threads=self.params.processes if self.params.on_device == "cpu" else 1,
+                threads=threads,
                 **shared,
             )
         network = new_network(seed=0)
@@ -163,7 +171,7 @@ class Experiment:
     def judged(self, images: Tensor | None, labels: Tensor, *, plain: bool) -> Judged:
         """The images, or the full training split (None), with the networks that judge them (`PLAIN` too if so)."""
         ipc = 0 if images is None else self._ipc(labels)
-        real = partial(real_images, self.dataset.train, self.dataset.normalization)
+        real = partial(self.dataset.train.images, self.dataset.normalization)
         fetch = real if images is None else images.__getitem__
         seeds = range(self.params.networks_a_set(self.run))
         return Judged(fetch, labels, self.recipes(ipc, plain=plain), seeds, self.seed)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _train_group(
 
     train_together(
         networks,
-        lambda index: normalization.to_images(split.pixels(index)),
+        partial(split.images, normalization),
         split.labels,
         epochs=epochs,
         batch=batch,
@@ -137,7 +138,7 @@ def _train_group(
         seeds=seeds,
         after_epoch=after_epoch,
     )
-    fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
+    fetch = partial(validation.images, normalization)
     return [
         (torch.stack(kept).numpy(), accuracy(network, fetch, validation.labels))
         for kept, network in zip(snapshots, networks, strict=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ld3m import figures, paths
 from ld3m.artefact import read_artefact
 from ld3m.data import Split
-from ld3m.evaluate import real_images
 from ld3m.experiment import Experiment
 from ld3m.sampler import timesteps
 from ld3m.schema import Params
@@ -94,7 +93,7 @@ def confused(experiment: Experiment, cell: Cell) -> Figure:
         seed=seed,
         **given.recipe(given.distill.network, cell[2]),
     )
-    fetch = partial(real_images, validation, experiment.dataset.normalization)
+    fetch = partial(validation.images, experiment.dataset.normalization)
     counts = confusion(network, fetch, validation.labels)
     return figures.confusion(counts, _classes(experiment))
 

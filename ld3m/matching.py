@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from ld3m.augment import Augmentation, augment, draw
+from ld3m.augment import Augmentation, augment, augment_each, draw
 from ld3m.data import Normalization, Split, class_batch
 from ld3m.experts import Experts
 from ld3m.networks import unflatten
@@ -45,21 +45,39 @@ def _channel_distance(g_real: Tensor, g: Tensor) -> Tensor:
 def feature_distance(
     network: nn.Module, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 ) -> Tensor:
-    """DM: the squared distance between the feature means of one class. Differentiable in `synthetic`."""
+    """DM: the squared distance between the feature means of a class, summed over the classes, which both sides have.
+
+    Differentiable in `synthetic`.
+    """
     with torch.no_grad():
-        wanted = network.features(real).mean(0)
-    return (network.features(synthetic).mean(0) - wanted).square().sum()
+        wanted = _class_means(network.features(real), real_labels)
+    return (_class_means(network.features(synthetic), labels) - wanted).square().sum()
+
+
+def _class_means(features: Tensor, labels: Tensor) -> Tensor:
+    """(classes that there are, F) of features (n, F)."""
+    members = (labels.unique()[:, None] == labels).to(features)
+    return members / members.sum(1, keepdim=True) @ features
 
 
 DISTANCES: dict[str, Distance] = {"dc": gradient_distance, "dm": feature_distance}
+PIXELS_AT_ONCE = 2**22  # at most so many, of the real images of several classes
+
+
+def classes_at_once(distance: str, *, classes: int, threads: int, real_batch: int, size_px: int) -> int:
+    """How many classes to take through the network in one pass: for DM a thread's share of them, as far as memory
+    allows. DC needs the gradient of every class."""
+    if distance == "dc":
+        return 1
+    return max(1, min(-(-classes // threads), PIXELS_AT_ONCE // (real_batch * size_px**2)))
 
 
 @dataclass(frozen=True)
 class ClassMatching:
     """DC and DM: the sum over classes of a distance in a freshly initialised network.
 
-    `threads` classes are in work, and in memory, at once; each runs on one thread, so their number changes no bit.
-    Real and synthetic images of a class share one augmentation (Siamese).
+    `threads` groups of `classes_at_once` classes are in work, and in memory, at once; each runs on one thread, so the
+    number of threads changes no bit. Real and synthetic images of a class share one augmentation (Siamese).
     """
 
     distance: Distance
@@ -70,33 +88,37 @@ class ClassMatching:
     strategy: str
     threads: int
     seed: int
+    classes_at_once: int = 1
     learnables: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
-        of_class = partial(self._of_class, network, images.detach(), labels, step)
+        of_classes = partial(self._of_classes, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for index, distance, grad in pool.map(of_class, labels.unique().tolist()):
+            for index, distance, grad in pool.map(of_classes, labels.unique().split(self.classes_at_once)):
                 loss += distance
                 grad_images[index] = grad
         return loss, grad_images
 
-    def _of_class(
-        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, label: int
+    def _of_classes(
+        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, classes: Tensor
     ) -> tuple[Tensor, float, Tensor]:
-        """Where the images of a class are, their distance to the real ones, and its gradient for them."""
-        index = (labels == label).nonzero().squeeze(1)
-        rng = generator(self.seed, "real", step, label)
-        chosen = class_batch(self.split, label, count=self.real_batch, generator=rng)
-        augmentation = draw(self.strategy, count=1, generator=rng)
-        real = self.normalization.to_images(self.split.pixels(chosen)).to(images)
+        """Where the images of some classes are, their distance to the real ones, and its gradient for them."""
+        members, chosen, augmentations = [], [], []
+        for label in classes.tolist():
+            rng = generator(self.seed, "real", step, label)
+            members.append((labels == label).nonzero().squeeze(1))
+            chosen.append(class_batch(self.split, label, count=self.real_batch, generator=rng))
+            augmentations.append(draw(self.strategy, count=1, generator=rng))
+        index, real_index = torch.cat(members), torch.cat(chosen)
+        real = self.split.images(self.normalization, real_index).to(images)
         synthetic = images[index].requires_grad_()
         distance = self.distance(
             network,
-            augment(real, augmentation),
-            self.split.labels[chosen].to(images.device),
-            augment(synthetic, augmentation),
+            augment_each(real, [len(part) for part in chosen], augmentations),
+            self.split.labels[real_index].to(images.device),
+            augment_each(synthetic, [len(part) for part in members], augmentations),
             labels[index].to(images.device),
         )
         return index, distance.item(), torch.autograd.grad(distance, synthetic)[0]

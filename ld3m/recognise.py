@@ -1,5 +1,7 @@
 """Is a prior good enough? A ConvNet trained on the real images says which class its samples show."""
 
+from functools import partial
+
 from torch import Tensor
 
 from ld3m.data import Dataset
@@ -36,7 +38,7 @@ def recognise(
             seed=derive(seed, "check"),
             device=real.device,
         ),
-        lambda index: normalization.to_images(real.pixels(index)),
+        partial(real.images, normalization),
         real.labels,
         epochs=epochs,
         batch=64,
@@ -48,9 +50,9 @@ def recognise(
         strategy=strategy,
         seed=derive(seed, "check"),
     )
-    images, validation = normalization.to_images(pixels), normalization.to_images(dataset.validation.pixels())
+    images, validation = normalization.to_images(pixels), partial(dataset.validation.images, normalization)
     return {
         "samples": len(labels),
         "recognised": accuracy(network, images.__getitem__, labels),
-        "classifier_accuracy": accuracy(network, validation.__getitem__, dataset.validation.labels),
+        "classifier_accuracy": accuracy(network, validation, dataset.validation.labels),
     }

@@ -64,6 +64,15 @@ def folder(tmp_path):
 # Normalization
 
 
+def test_images_of_stored_ones_are_the_normalised_pixels():
+    normalization = data.Normalization((0.4, 0.5, 0.1), (0.2, 0.3, 0.25))
+    uint8 = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = data.Split(uint8, torch.zeros(3, dtype=torch.long), ("a",), rows=torch.tensor([4, 0, 2]))
+    images = split.images(normalization, torch.tensor([2, 0]))
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, normalization.to_images(uint8[[2, 4]] / 127.5 - 1), rtol=1e-5, atol=1e-5)
+
+
 def test_normalization_is_affine_and_inverted():
     normalization = data.Normalization((0.1, 0.5, 0.8), (0.2, 0.3, 0.4))
     pixels = torch.rand(2, 3, 4, 5, dtype=torch.float64) * 2 - 1

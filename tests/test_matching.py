@@ -15,6 +15,7 @@ from ld3m.matching import (
     DISTANCES,
     ClassMatching,
     TrajectoryMatching,
+    classes_at_once,
     feature_distance,
     gradient_distance,
     match_trajectory,
@@ -111,6 +112,21 @@ def test_the_number_of_threads_changes_no_bit(dataset, randn, name):
         class_matching(dataset.train, DISTANCES[name], threads=threads)(images, labels, step=5) for threads in (1, 3)
     )
     assert one[0] == three[0] and torch.equal(one[1], three[1])
+
+
+def test_classes_in_one_pass_are_those_one_by_one(dataset, randn):
+    images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1])
+    single, joint = (class_matching(dataset.train, classes_at_once=count)(images, labels, step=5) for count in (1, 2))
+    assert joint[0] == pytest.approx(single[0], rel=1e-12)
+    assert relative_difference(joint[1], single[1]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "size_px", "count"),
+    [("dm", 1, 32, 10), ("dm", 2, 32, 5), ("dm", 3, 32, 4), ("dm", 1, 256, 1), ("dc", 2, 32, 1)],
+)
+def test_classes_at_once(name, threads, size_px, count):
+    assert classes_at_once(name, classes=10, threads=threads, real_batch=64, size_px=size_px) == count
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])

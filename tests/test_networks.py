@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional
 
+from ld3m import networks
 from ld3m.networks import ARCHITECTURES, ViT, build, flat_parameters, unflatten
 
 TINY_WIDTH = {"convnet": 4, "alexnet": 4, "vgg11": 2, "resnet18": 2, "vit": 32}
@@ -103,6 +104,18 @@ def test_vit_drops_out_only_in_training():
     assert torch.equal(network(images), network(images))
     network.train()
     assert not torch.equal(network(images), network(images))
+
+
+def test_convnet_takes_a_few_images_at_a_time(monkeypatch):
+    monkeypatch.setattr(networks, "CACHE_BYTES", 2 * 4 * 4 * 32**2)
+    network = tiny("convnet").double()
+    images, taken, parameters = random_images(5, dtype=torch.float64), [], list(network.body.parameters())
+    network.body.register_forward_pre_hook(lambda module, given: taken.append(len(given[0])))
+    few, whole = network.features(images), network.body(images).flatten(1)
+    assert taken == [2, 2, 1, 5]
+    torch.testing.assert_close(few, whole, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(features.pow(3).sum(), parameters) for features in (few, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 FEATURES = {  # at the tiny widths
