@@ -329,6 +329,7 @@ def _cell(entry: MoreCell | MoreControl) -> tuple[str, str, int]:
 
 class Params(Model):
     seed: Whole
+    paper: Annotated[bool, Field(strict=True)]  # `config.load_params` has laid profiles/paper.yaml over the others
     device: Literal["auto", "cpu", "cuda"]
     processes: Count
     dataset: str
