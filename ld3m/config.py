@@ -89,8 +89,10 @@ def validate(values: Any, *, origin: str) -> Params:
 
 
 def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
-    """Merges a profile, a file or the name of one in profiles/, into params.yaml, which keeps its comments; refused whole
-    where the result is not valid."""
+    """Merges a profile, a file or the name of one in profiles/, into params.yaml, which keeps its comments.
+
+    Refused whole where the result is not valid.
+    """
     _read(path)  # refuses what is missing or not YAML
     named = PROFILES / f"{profile}.yaml"
     if not profile.is_file() and not named.is_file():
