@@ -1,5 +1,9 @@
 """Where the numbers are computed: the CPU, or the first CUDA device."""
 
+import os
+import platform
+from pathlib import Path
+
 import torch
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -12,3 +16,13 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no CUDA device: set device to auto or cpu in params.yaml")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def describe(device: str) -> str:
+    """The name of the machine's device, for people."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"

@@ -16,7 +16,7 @@ from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import Judged, judge_all, real_images
-from ld3m.experts import open_experts
+from ld3m.experts import Experts, open_experts
 from ld3m.gan import Generator, load_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
 from ld3m.metrics import PLAIN
@@ -132,16 +132,9 @@ class Experiment:
                 threads=self.params.processes if self.params.on_device == "cpu" else 1,
                 **shared,
             )
-        network = new_network(seed=0)
-        experts = open_experts(
-            paths.trajectories_folder(self.params.dataset),
-            count=self.params.trajectories.experts,
-            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
-            parameters=len(flat_parameters(network)),
-        )
         return TrajectoryMatching(
-            experts=experts,
-            network=network,
+            experts=self.experts(),
+            network=new_network(seed=0),
             student_lr=torch.tensor(given.student_lr, device=self.params.on_device, requires_grad=True),
             student_steps=given.student_steps,
             student_batch=given.student_batch,
@@ -149,6 +142,15 @@ class Experiment:
             max_start_epoch=given.max_start_epoch,
             first_order=given.first_order,
             **shared,
+        )
+
+    def experts(self) -> Experts:
+        given = self.params.objectives.mtt
+        return open_experts(
+            paths.trajectories_folder(self.params.dataset),
+            count=self.params.trajectories.experts,
+            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
+            parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
         )
 
     def validate(self, images: Tensor, labels: Tensor, *, seeds: range | None = None) -> list[float]:

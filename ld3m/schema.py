@@ -539,3 +539,9 @@ class Params(Model):
             for name in sorted(self._learnables(objective, space))
         }
         return given.model_copy(update={"learning_rates": rates})
+
+    def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:
+        """The settings that a cell needs less memory with, the lower they are."""
+        matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
+        rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
+        return (*rendered, matched)
