@@ -25,7 +25,7 @@ from ld3m import paths
 from ld3m.config import ablation_settings, apply_profile, load_params
 from ld3m.devices import describe
 from ld3m.experiment import CARD_NETWORKS, Experiment
-from ld3m.measure import Line, Plane, clock
+from ld3m.measure import Line, Plane, clock, peak_of
 from ld3m.memory import available_bytes, too_little, used_bytes
 from ld3m.networks import flat_parameters
 from ld3m.rehearsal import Rehearsal
@@ -34,6 +34,10 @@ from ld3m.tables import cells
 from ld3m.train_gan import GROUP
 
 TABLE, REPORT, THERE = "main table", "report", "there already"  # the report's are what `make report` adds
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # as dvc.yaml has it for what trains on all threads
+    "HF_HUB_OFFLINE": "1",  # nothing is fetched for an estimate
+}
 START = "import papermill, ld3m.experiment, ld3m.figures"  # what every stage does first
 
 
@@ -225,7 +229,7 @@ def of_cell(meter: Meter, objective: str, space: str, ipc: int) -> Iterator[Cost
         parameters=images * meter.rehearsal.learned(space) + (objective == "mtt"),
         iterations=meter.params.budget(objective, space, ipc).iterations,
         seconds=images / rendering.wide.full * rendering.seconds() + matching.seconds(),
-        peak=max(rendering.peak(), matching.peak()),
+        peak=peak_of(rendering, matching, device=meter.params.on_device),
         lower=meter.params.lowers_memory(objective, space),
         checks=(given.validations + max(1, CARD_NETWORKS / given.validation_seeds)) * check.total,
         tried="; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units)))),
@@ -245,7 +249,7 @@ def of_gradient_norms(meter: Meter) -> Iterator[Cost]:
         parameters=images * meter.rehearsal.learned("ld3m"),
         iterations=6 * given.networks * len(chains),
         seconds=sum(chains) / len(chains) + matching.seconds(),
-        peak=max(rendering.peak(), matching.peak()),
+        peak=peak_of(rendering, matching, device=meter.params.on_device),
         lower=meter.params.lowers_memory("dm", "ld3m"),
         tried=rendering.tried("images", "steps"),
     )
@@ -264,7 +268,7 @@ def of_ablation(meter: Meter, name: str, settings: dict[str, tuple[Params, str, 
         count = params.budget(objective, space).iterations
         iterations += count
         seconds += count * (images / rendering.wide.full * chain + matched)
-        peaks.append(max(rendering.peak(), matching.peak()))
+        peaks.append(peak_of(rendering, matching, device=meter.params.on_device))
         judged += 1 if not params.ablations.select_on_test else params.distill.validations + 1
     tests = of_networks(
         meter,
@@ -328,8 +332,8 @@ def announce(of: Callable[..., Iterator[Cost]], given: Experiment | Params, *wha
         tried = f" (tried with {cost.tried})" if cost.tried else ""
         print(
             f"{cost.work}: {cost.images:,} images, {cost.parameters:,} learned parameters, {cost.iterations:,} "
-            f"iterations of {duration(cost.seconds)}{checks}: {duration(cost.total)} and {cost.peak / 2**30:.2f} GiB at "
-            f"most on {describe(device)}{tried}"
+            f"iterations of {duration(cost.seconds)}{checks}: {duration(cost.total)} and at most "
+            f"{cost.peak / 2**30:.2f} GiB on {describe(device)}{tried}"
         )
         require(cost, device)
 
@@ -380,7 +384,6 @@ def show(meter: Meter, ablations: dict[str, dict[str, tuple[Params, str, str]]])
 
 
 def main(profiles: Sequence[str]) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched for an estimate
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / paths.PARAMS.name
         file.write_bytes(paths.PARAMS.read_bytes())
@@ -392,6 +395,8 @@ def main(profiles: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded, and they are by now
+        os.execve(sys.executable, [sys.executable, "-m", "ld3m.cost", *sys.argv[1:]], os.environ | ENVIRONMENT)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as problem:

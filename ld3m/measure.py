@@ -18,7 +18,7 @@ import torch
 from ld3m.memory import available_bytes, limited, used_bytes
 from ld3m.progress import forget_peak, peak_gib
 
-BUDGET_S = 2.0  # of one measurement
+BUDGET_S = 1.0  # a measurement aims at
 REPEATS = 3  # at most, after the first, which does more than the others
 GROWTH = 8
 SHARE = 0.5  # of the memory that is left, which a measurement may take
@@ -39,6 +39,7 @@ class Line:
 
     points: tuple[Taken, ...]
     full: int
+    base: float  # bytes that were in use before
 
     @property
     def largest(self) -> int:
@@ -77,7 +78,7 @@ def grow(work: Callable[[int], float], *, full: int, device: str, budget_s: floa
         if (last.peak - base) * size / last.size > SHARE * available_bytes(device):
             break
         points.append(_measure(work, size, device, budget_s))
-    return Line(tuple(points), full)
+    return Line(tuple(points), full, base)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ def grow_plane(work: Callable[[int, int], float], *, width: int, depth: int, dev
     return Plane(wide, grow(lambda size: work(wide.largest, size), full=depth, device=device))
 
 
+def peak_of(*planes: Plane, device: str) -> float:
+    """The peak of kinds of work that take turns. On a CUDA device one uses what the other has freed; on the CPU the C
+    library keeps for each what it has had."""
+    if device == "cuda":
+        return max(plane.peak() for plane in planes)
+    return planes[0].wide.base + sum(plane.peak() - plane.wide.base for plane in planes)
+
+
 def clock(function: Callable[[], object]) -> float:
     """The seconds that a call takes, on the device too."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
@@ -120,8 +129,8 @@ def _measure(work: Callable[[int], float], size: int, device: str, budget_s: flo
     forget_peak()
     with limited(device):
         seconds = work(size)
-        if seconds * REPEATS < budget_s:
-            seconds = statistics.median(work(size) for _ in range(REPEATS))
+        if repeats := min(REPEATS, int(budget_s / seconds)):
+            seconds = statistics.median(work(size) for _ in range(repeats))
     return Taken(size, seconds, peak_gib() * 2**30)
 
 

@@ -19,6 +19,7 @@ from ld3m.measure import Line, Plane, clock, grow, grow_plane
 from ld3m.networks import flat_parameters
 from ld3m.parallel import fan_out
 from ld3m.progress import silent
+from ld3m.seeds import generator
 from ld3m.train_gan import GROUP, fit_gan
 from ld3m.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.training import accuracy, train
@@ -39,7 +40,7 @@ class RandomExperts:
         return 1
 
     def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
-        return torch.randn(len(epochs), self.parameters) / 100
+        return drawn((len(epochs), self.parameters), "cpu") / 100
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Rehearsal(Experiment):
         """A split of `count` images, the classes in turn, of which some are in memory."""
         given = self.params.data
         shape = (min(count, STORED), given.channels, given.size_px, given.size_px)
-        stored = torch.randint(256, shape, dtype=torch.uint8).to(self.params.on_device)
+        stored = (255 * drawn(shape, self.params.on_device)).byte()
         every = torch.arange(count)
         return Split(stored, every % classes, tuple(map(str, range(classes))), rows=every % len(stored))
 
@@ -83,7 +84,7 @@ class Rehearsal(Experiment):
         try:
             return Experiment.prior.func(self)
         except (FileNotFoundError, ValueError) as problem:
-            self.absent.append(f"random weights in the place of the prior: {problem}")
+            self.absent.append(f"random weights in the place of the prior: {first_sentence(problem)}")
             return self.new_prior().in_precision(self.params.spaces.ld3m.precision).frozen()
 
     @cached_property
@@ -91,7 +92,7 @@ class Rehearsal(Experiment):
         try:
             return Experiment.gan.func(self)
         except (FileNotFoundError, ValueError) as problem:
-            self.absent.append(f"random weights in the place of the GAN: {problem}")
+            self.absent.append(f"random weights in the place of the GAN: {first_sentence(problem)}")
             return self.new_gan().frozen()
 
     def experts(self) -> RandomExperts:
@@ -139,7 +140,7 @@ class Rehearsal(Experiment):
         objective = self.objective(name)
 
         def call(matched: Any, labels: Tensor) -> float:
-            images = torch.randn(len(labels), *self.dataset.train.shape, device=self.params.on_device)
+            images = drawn((len(labels), *self.dataset.train.shape), self.params.on_device)
             return clock(lambda: matched(images, labels, step=0))
 
         if name in DISTANCES:
@@ -213,6 +214,15 @@ class Rehearsal(Experiment):
         return dict(zip(architectures, lines, strict=True))
 
 
+def drawn(shape: tuple[int, ...], device: str) -> Tensor:
+    """Numbers in [0, 1), the same every time."""
+    return torch.rand(shape, generator=generator(0, "rehearsal")).to(device)
+
+
+def first_sentence(problem: Exception) -> str:
+    return str(problem).partition(". ")[0]
+
+
 def copies(one: Synthetic, count: int) -> Synthetic:
     """A set of `count` images like the one image of a set."""
     index = torch.zeros(count, dtype=torch.int64)
@@ -239,14 +249,17 @@ def _network(
     test_batch: int,
 ) -> tuple[Line, Line]:
     network = new_network(seed=0)
-    images = lambda index: torch.randn(len(index), *shape, device=device)  # noqa: E731
+
+    def images(count: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        return drawn((count, *shape), device).__getitem__, torch.zeros(count, dtype=torch.int64)
 
     def training(epochs: int, count: int) -> Callable[[], Any]:
-        changed = recipe | {"epochs": epochs, "batch": count, "strategy": strategy}
-        return lambda: train(network, images, torch.zeros(count, dtype=torch.int64), **changed, seed=0)
+        changed, given = recipe | {"epochs": epochs, "batch": count, "strategy": strategy}, images(count)
+        return lambda: train(network, *given, **changed, seed=0)
 
     def test(count: int) -> float:
-        return clock(lambda: accuracy(network, images, torch.zeros(count, dtype=torch.int64), batch=count))
+        given = images(count)
+        return clock(lambda: accuracy(network, *given, batch=count))
 
     return (
         grow(lambda count: a_step(training, count), full=batch, device=device),

@@ -17,8 +17,9 @@ from ld3m.config import apply_profile, load_params
 from ld3m.paths import PROFILES, ROOT
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-# config, schema and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
-UNTRACKED = {"config", "schema", "paths", "progress"}
+# config, schema and paths turn params.yaml into values, which DVC tracks one by one; cost and progress only print, and
+# memory names what to lower
+UNTRACKED = {"config", "schema", "paths", "progress", "cost", "memory"}
 # the executed notebooks show figures, but no stage but `tables` writes one
 PRESENTATION = {"figures", "tables"}
 
