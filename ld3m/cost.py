@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
@@ -25,6 +26,7 @@ from ld3m import paths
 from ld3m.config import ablation_settings, apply_profile, load_params
 from ld3m.devices import describe
 from ld3m.experiment import CARD_NETWORKS, Experiment
+from ld3m.matching import DISTANCES
 from ld3m.measure import Line, Plane, clock, peak_of
 from ld3m.memory import available_bytes, too_little, used_bytes
 from ld3m.networks import flat_parameters
@@ -33,12 +35,13 @@ from ld3m.schema import Params
 from ld3m.tables import cells
 from ld3m.train_gan import GROUP
 
-TABLE, REPORT, THERE = "main table", "report", "there already"  # the report's are what `make report` adds
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # as dvc.yaml has it for what trains on all threads
     "HF_HUB_OFFLINE": "1",  # nothing is fetched for an estimate
 }
 START = "import papermill, ld3m.experiment, ld3m.figures"  # what every stage does first
+TABLE, REPORT, THERE = "main table", "report", "there already"  # the report's are what `make report` adds
+Settings = dict[str, tuple[Params, str, str]]  # of an ablation
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,15 @@ class Meter:
     def params(self) -> Params:
         return self.rehearsal.params
 
-    def images(self, split: str) -> int:
-        return len(getattr(self.rehearsal.dataset, split))
-
     @property
     def classes(self) -> int:
         return len(self.rehearsal.dataset.train.classes)
 
-    def rendering(self, space: str, images: int) -> Plane:
-        return self._once(("rendering", space, images), lambda: self.rehearsal.rendering(space, images=images))
+    def images(self, split: str) -> int:
+        return len(getattr(self.rehearsal.dataset, split))
+
+    def rendering(self, space: str, ipc: int) -> Plane:
+        return self._once(("rendering", space, ipc), lambda: self.rehearsal.rendering(space, ipc=ipc))
 
     def matching(self, objective: str, ipc: int) -> Plane:
         return self._once(("matching", objective, ipc), lambda: self.rehearsal.matching(objective, ipc=ipc))
@@ -90,7 +93,7 @@ class Meter:
     def networks(self, architectures: Sequence[str], batch: int) -> dict[str, tuple[Line, Line]]:
         """Lines of training and of testing, tried up to the batch, or a larger one that was asked for before."""
         if lacking := [name for name in architectures if self.known.get(name, (0, None))[0] < batch]:
-            found = self.rehearsal.networks(lacking, batch=batch, test_batch=self.params.evaluate.recipe.batch)
+            found = self.rehearsal.networks(lacking, batch=batch)
             self.known.update({name: (batch, lines) for name, lines in found.items()})
         return {name: self.known[name][1] for name in architectures}
 
@@ -98,6 +101,14 @@ class Meter:
         if key not in self.known:
             self.known[key] = measure()
         return self.known[key]
+
+    def in_processes(self, peak: float, tasks: int) -> float:
+        """The memory of all processes, where one has `peak`; a single one is this one itself."""
+        processes = self.params.processes
+        return peak if processes == 1 else used_bytes(self.params.on_device) + min(processes, tasks) * peak
+
+
+# the stages
 
 
 def of_prior(meter: Meter) -> Iterator[Cost]:
@@ -135,186 +146,188 @@ def of_gan(meter: Meter) -> Iterator[Cost]:
 
 def of_trajectories(meter: Meter) -> Iterator[Cost]:
     given, network = meter.params.trajectories, meter.params.distill.network
-    yield of_networks(
-        meter,
-        "trajectories",
-        (network,),
-        images=meter.images("train"),
-        batch=given.batch,
-        epochs={network: given.epochs},
-        seeds=given.experts,
-        tested=meter.images("validation"),
-        lower=("trajectories.batch", "processes"),
-    )
+    recipes = {network: {"epochs": given.epochs, "batch": given.batch}}
+    images, tested = meter.images("train"), meter.images("validation")
+    trained = trainings(meter, recipes, images=images, tested=tested)
+    lower = ("trajectories.batch", "processes")
+    yield trained.cost(meter, "trajectories", {network: given.experts}, lower=lower)
 
 
-def of_judging(meter: Meter, ipc: int, *, sets: int = 1, part: str = TABLE) -> Iterator[Cost]:
-    """Training every architecture on each of some sets of `ipc` images a class; 0 stands for the full data."""
-    given, names = meter.params.evaluate, meter.params.grid.architecture
-    changed = given.recipe if ipc else given.full_data
-    yield of_networks(
-        meter,
-        f"evaluate {sets} of {ipc} a class" if ipc else "evaluate full data",
-        names,
-        images=ipc * meter.classes or meter.images("train"),
-        batch=changed.batch,
-        epochs=changed.epochs if ipc else dict.fromkeys(names, changed.epochs),
-        seeds=given.seeds,
-        tested=meter.images("test"),
-        lower=("evaluate.recipe.batch" if ipc else "evaluate.full_data.batch", "processes"),
-        count=sets,
+def of_judging(meter: Meter, ipc: int, runs: range, *, sets: int = 1, part: str = TABLE) -> Iterator[Cost]:
+    """Training networks of every architecture on the sets of some runs of a cell, or of `sets` cells, with `ipc` images
+    a class; 0 stands for the full data."""
+    params, seen = meter.params, meter.params.distill.network
+    counts = dict.fromkeys(params.grid.architecture, sum(map(params.networks_a_set, runs)))
+    if ipc and 0 in runs:
+        counts[seen] = counts.get(seen, 0) + params.networks_a_set(0)  # these without augmentation
+    recipes = {name: params.recipe(name, ipc) for name in counts}
+    images = ipc * meter.classes or meter.images("train")
+    trained = trainings(meter, recipes, images=images, tested=meter.images("test"))
+    work = f"evaluate {sets} x {ipc} a class{many(runs)}" if ipc else "evaluate full data"
+    lower = ("evaluate.recipe.batch" if ipc else "evaluate.changes.full_data.batch", "processes")
+    yield trained.cost(meter, work, counts, lower=lower, count=sets, part=part)
+
+
+def of_cell(meter: Meter, objective: str, space: str, ipc: int, runs: range, *, part: str = TABLE) -> Iterator[Cost]:
+    """Distilling the set of one run, or those of several, which go side by side on one thread each."""
+    params, network, alone = meter.params, meter.params.distill.network, len(runs) > 1
+    turns = ceil(len(runs) / params.processes) if alone else 1
+    recipes = {network: params.recipe(network, ipc)}
+    check = trainings(meter, recipes, images=ipc * meter.classes, tested=meter.images("validation"))
+    seeds = params.distill.validation_seeds
+    asked = [seeds] * params.distill.validations + [max(seeds, CARD_NETWORKS)]
+    checks = sum(ceil(count / (1 if alone else params.processes)) for count in asked) * check.seconds[network]
+    seconds, peak, tried = iteration(meter, objective, space, ipc, alone=alone)
+    iterations = params.budget(objective, space, ipc).iterations
+    yield Cost(
+        f"distill {objective}-{space}-{ipc}{many(runs)}",
+        images=ipc * meter.classes,
+        parameters=ipc * meter.classes * meter.rehearsal.learned(space) + (objective == "mtt"),
+        iterations=len(runs) * iterations,
+        seconds=turns / len(runs) * seconds,
+        peak=meter.in_processes(peak, len(runs)) if alone else peak,
+        lower=params.lowers_memory(objective, space),
+        checks=turns * checks,
+        tried=tried,
         part=part,
     )
 
 
-def of_networks(
-    meter: Meter,
-    work: str,
-    architectures: Sequence[str],
-    *,
-    images: int,
-    batch: int,
-    epochs: dict[str, int],
-    seeds: int,
-    tested: int,
-    **labels: Any,
-) -> Cost:
-    """Trains `seeds` networks of each architecture, `processes` of them at once, and tests each on `tested` images."""
-    processes, batch = meter.params.processes, min(batch, images)
-    lines = meter.networks(architectures, batch)
-    whole, rest = divmod(images, batch)
-    seconds = 0.0
-    for name, (training, testing) in lines.items():
-        epoch = whole * training.seconds(batch) + (training.seconds(rest) if rest else 0)
-        seconds += seeds * (epochs[name] * epoch + tested / testing.largest * testing.seconds(testing.largest))
-    steps = sum(seeds * epochs[name] for name in lines) * ceil(images / batch)
-    count = seeds * len(lines)
-    peak = max(max(training.peak(batch), testing.peak()) for training, testing in lines.values())
-    largest = min(training.largest for training, _ in lines.values())
-    return Cost(
-        work,
-        images=images,
-        parameters=sum(len(flat_parameters(meter.rehearsal.new_network(name)(seed=0))) for name in lines),
-        iterations=steps,
-        seconds=seconds * ceil(count / processes) / count / steps,
-        peak=peak if processes == 1 else used_bytes(meter.params.on_device) + processes * peak,
-        tried=f"{largest} of {batch} images" if largest < batch else "",
-        **labels,
-    )
-
-
-def of_checks(meter: Meter, ipc: int) -> Cost:
-    """One check on validation data."""
-    params, network = meter.params, meter.params.distill.network
-    return of_networks(
-        meter,
-        "check",
-        (network,),
-        images=ipc * meter.classes,
-        batch=params.evaluate.recipe.batch,
-        epochs=params.evaluate.recipe.epochs,
-        seeds=params.distill.validation_seeds,
-        tested=meter.images("validation"),
-        lower=("evaluate.recipe.batch", "processes"),
-    )
-
-
-def of_cell(meter: Meter, objective: str, space: str, ipc: int) -> Iterator[Cost]:
-    given, images = meter.params.distill, ipc * meter.classes
-    rendering, matching, check = meter.rendering(space, images), meter.matching(objective, ipc), of_checks(meter, ipc)
-    units = ("images", "steps of the student") if objective == "mtt" else ("real images", "rounds of classes")
-    yield Cost(
-        f"distill {objective}-{space}-{ipc}",
-        images=images,
-        parameters=images * meter.rehearsal.learned(space) + (objective == "mtt"),
-        iterations=meter.params.budget(objective, space, ipc).iterations,
-        seconds=images / rendering.wide.full * rendering.seconds() + matching.seconds(),
-        peak=peak_of(rendering, matching, device=meter.params.on_device),
-        lower=meter.params.lowers_memory(objective, space),
-        checks=(given.validations + max(1, CARD_NETWORKS / given.validation_seeds)) * check.total,
-        tried="; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units)))),
-        part=TABLE if space in meter.params.grid.space else REPORT,
-    )
-
-
 def of_gradient_norms(meter: Meter) -> Iterator[Cost]:
-    """Every skip with each latent at every number of steps: as an iteration of DM for each network."""
+    """Every skip with each latent at every number of steps: an iteration of DM for each network."""
     given = meter.params.gradient_norms
-    images = given.images_per_class * meter.classes
-    rendering, matching = meter.rendering("ld3m", images), meter.matching("dm", given.images_per_class)
-    chains = [images / rendering.wide.full * rendering.seconds(steps) for steps in given.steps]
+    ipc = given.images_per_class
+    chains = [iteration(meter, "dm", "ld3m", ipc, steps=steps) for steps in given.steps]
     yield Cost(
         "gradient norms",
-        images=images,
-        parameters=images * meter.rehearsal.learned("ld3m"),
+        images=ipc * meter.classes,
+        parameters=ipc * meter.classes * meter.rehearsal.learned("ld3m"),
         iterations=6 * given.networks * len(chains),
-        seconds=sum(chains) / len(chains) + matching.seconds(),
-        peak=peak_of(rendering, matching, device=meter.params.on_device),
+        seconds=sum(seconds for seconds, *_ in chains) / len(chains),
+        peak=chains[0][1],
         lower=meter.params.lowers_memory("dm", "ld3m"),
-        tried=rendering.tried("images", "steps"),
+        tried=chains[0][2],
     )
 
 
-def of_ablation(meter: Meter, name: str, settings: dict[str, tuple[Params, str, str]]) -> Iterator[Cost]:
-    """All settings, `processes` of them at once. One takes what the cell of its objective and space does, but for the
-    number of its steps; a class at a time is in work."""
-    given, processes, images = meter.params.ablations, meter.params.processes, meter.classes
-    at_once = processes if meter.params.on_device == "cpu" else 1  # classes, in a cell
-    seconds, iterations, peaks, judged = 0.0, 0, [], 0
+def of_ablation(meter: Meter, name: str, settings: Settings) -> Iterator[Cost]:
+    """Settings side by side on one thread each: an iteration is that of the cell of the same objective and space, at the
+    setting's number of steps."""
+    given = meter.params.ablations
+    recipes = {name: meter.params.recipe(name, 1) for name in given.architecture}
+    tests = trainings(meter, recipes, images=meter.classes, tested=meter.images("test"))
+    turns = ceil(len(settings) / meter.params.processes) / len(settings)
+    iterations, seconds, checks, peak = 0, 0.0, 0, 0.0
     for params, objective, space in settings.values():
-        rendering, matching = meter.rendering(space, images), meter.matching(objective, 1)
-        chain = rendering.seconds(params.spaces.ld3m.steps if space == "ld3m" else None)
-        matched = matching.seconds() * (1 if objective == "mtt" else at_once)
+        each, most, _ = iteration(meter, objective, space, 1, alone=True, steps=params.spaces.ld3m.steps)
         count = params.budget(objective, space).iterations
         iterations += count
-        seconds += count * (images / rendering.wide.full * chain + matched)
-        peaks.append(peak_of(rendering, matching, device=meter.params.on_device))
-        judged += 1 if not params.ablations.select_on_test else params.distill.validations + 1
-    tests = of_networks(
-        meter,
-        "tests",
-        given.architecture,
-        images=images,
-        batch=meter.params.evaluate.recipe.batch,
-        epochs=meter.params.evaluate.recipe.epochs,
-        seeds=given.seeds,
-        tested=meter.images("test"),
-        lower=(),
-    )
-    turns = ceil(len(settings) / processes) / len(settings)
+        seconds += count * each
+        peak = max(peak, most)
+        checks += params.distill.validations + 1 if params.ablations.select_on_test else 1
     yield Cost(
         f"ablation {name}",
-        images=images,
-        parameters=images * meter.rehearsal.learned("ld3m"),
+        images=meter.classes,
+        parameters=meter.classes * meter.rehearsal.learned("ld3m"),
         iterations=iterations,
         seconds=turns * seconds / iterations,
-        peak=max(peaks) if processes == 1 else used_bytes(meter.params.on_device) + processes * max(peaks),
+        peak=meter.in_processes(peak, len(settings)),
         lower=(*meter.params.lowers_memory("dm", "ld3m"), "processes"),
-        checks=judged * tests.total,
+        checks=turns * checks * given.seeds * sum(tests.seconds.values()),
         part=REPORT,
     )
 
 
-def of_everything(meter: Meter, ablations: dict[str, dict[str, tuple[Params, str, str]]]) -> Iterator[Cost]:
+# their parts
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Of one network of each architecture, in one process: seconds with its test, steps of training, parameters."""
+
+    images: int
+    seconds: dict[str, float]
+    steps: dict[str, int]
+    parameters: dict[str, int]
+    peak: float
+    tried: str
+
+    def cost(self, meter: Meter, work: str, counts: dict[str, int], **labels: Any) -> Cost:
+        """Of so many networks of each architecture, `processes` of them at once."""
+        tasks, processes = sum(counts.values()), meter.params.processes
+        seconds = sum(count * self.seconds[name] for name, count in counts.items())
+        steps = sum(count * self.steps[name] for name, count in counts.items())
+        return Cost(
+            work,
+            images=self.images,
+            parameters=sum(self.parameters.values()),
+            iterations=steps,
+            seconds=seconds * ceil(tasks / processes) / tasks / steps,
+            peak=meter.in_processes(self.peak, tasks),
+            tried=self.tried,
+            **labels,
+        )
+
+
+def trainings(meter: Meter, recipes: dict[str, dict[str, Any]], *, images: int, tested: int) -> Trainings:
+    """Of networks that are trained on `images` as `recipes` say, and tested on `tested` of them."""
+    batches = {name: min(recipe["batch"], images) for name, recipe in recipes.items()}
+    lines = meter.networks(tuple(recipes), max(batches.values()))
+    seconds, steps = {}, {}
+    for name, (training, testing) in lines.items():
+        whole, rest = divmod(images, batches[name])
+        epoch = whole * training.seconds(batches[name]) + (training.seconds(rest) if rest else 0)
+        seconds[name] = recipes[name]["epochs"] * epoch + tested / testing.largest * testing.seconds(testing.largest)
+        steps[name] = recipes[name]["epochs"] * (whole + bool(rest))
+    parameters = {name: len(flat_parameters(meter.rehearsal.new_network(name)(seed=0))) for name in recipes}
+    peaks = [max(training.peak(batches[name]), testing.peak()) for name, (training, testing) in lines.items()]
+    tried, batch = min((training.largest, batches[name]) for name, (training, _) in lines.items())
+    return Trainings(
+        images, seconds, steps, parameters, max(peaks), f"{tried} of {batch} images" if tried < batch else ""
+    )
+
+
+def iteration(
+    meter: Meter, objective: str, space: str, ipc: int, *, alone: bool = False, steps: int | None = None
+) -> tuple[float, float, str]:
+    """Seconds, peak memory, and how much of it was tried; `alone` on one thread, and with other `steps` of the reverse
+    process than the parameters say."""
+    rendering, matching = meter.rendering(space, ipc), meter.matching(objective, ipc)
+    parts = ipc * meter.classes / rendering.wide.full
+    threads = meter.params.processes if alone and objective in DISTANCES and meter.params.on_device == "cpu" else 1
+    seconds = parts * rendering.seconds(steps if space == "ld3m" else None) + threads * matching.seconds()
+    units = ("real images", "rounds of classes") if objective in DISTANCES else ("images", "steps of the student")
+    tried = "; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units))))
+    return seconds, peak_of(rendering, matching, device=meter.params.on_device), tried
+
+
+def many(runs: range) -> str:
+    return f", {len(runs)} runs" if len(runs) > 1 else ""
+
+
+# all of it
+
+
+def of_everything(meter: Meter, ablations: dict[str, Settings]) -> Iterator[Cost]:
     """Every stage and cell of the pipeline."""
     params = meter.params
     torch.set_num_threads(os.cpu_count())  # as the two stages that train priors have it
     yield from of_prior(meter)
     yield from of_gan(meter)
     torch.set_num_threads(1)
-    everything, table = cells(params.with_more()), cells(params)
-    largest = max(params.evaluate.full_data.batch, *(ipc * meter.classes for *_, ipc in everything))
-    names = {*params.grid.architecture, *params.ablations.architecture, params.distill.network}
-    meter.networks(sorted(names), min(largest, params.evaluate.recipe.batch))  # once, for all that follows
-    if "mtt" in params.grid.objective:
-        yield from of_trajectories(meter)
-    for objective, space, ipc in everything:
-        if objective != "none":
-            yield from of_cell(meter, objective, space, ipc)
-    for part, found in ((TABLE, table), (REPORT, [cell for cell in everything if cell not in table])):
-        counted = [ipc for *_, ipc in found]
-        for ipc in sorted(set(counted)):
-            yield from of_judging(meter, ipc, sets=counted.count(ipc), part=part)
+    names = dict.fromkeys((*params.grid.architecture, *params.ablations.architecture, params.distill.network))
+    most = max(ipc for *_, ipc in cells(params, more=True)) * meter.classes
+    judged = [min(recipe["batch"], most) for name in names for recipe in (params.recipe(name, 1),)]
+    meter.networks(tuple(names), max(*judged, *(params.recipe(name, 0)["batch"] for name in names)))  # once for all
+    yield from of_trajectories(meter)
+    for part, more in ((TABLE, False), (REPORT, True)):
+        found = [(cell, params.runs(*cell, more=more)) for cell in cells(params, more=more)]
+        for (objective, space, ipc), runs in found:
+            if runs and objective != "none":
+                yield from of_cell(meter, objective, space, ipc, runs, part=part)
+        alike = Counter((ipc, runs) for (*_, ipc), runs in found if runs)
+        for (ipc, runs), sets in alike.items():
+            yield from of_judging(meter, ipc, runs, sets=sets, part=part)
     yield from of_gradient_norms(meter)
     for name, settings in ablations.items():
         yield from of_ablation(meter, name, settings)
@@ -335,15 +348,9 @@ def announce(of: Callable[..., Iterator[Cost]], given: Experiment | Params, *wha
             f"iterations of {duration(cost.seconds)}{checks}: {duration(cost.total)} and at most "
             f"{cost.peak / 2**30:.2f} GiB on {describe(device)}{tried}"
         )
-        require(cost, device)
-
-
-def require(cost: Cost, device: str) -> None:
-    """Raises TooLittleMemory where a piece of work will not fit."""
-    room = available_bytes(device) + used_bytes(device)
-    if cost.peak > room:
-        needed = f"{cost.work} needs about {cost.peak / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are there"
-        raise too_little(needed, *cost.lower)
+        if cost.peak > (room := available_bytes(device) + used_bytes(device)):
+            needed = f"{cost.work} needs about {cost.peak / 2**30:.2f} GiB, {room / 2**30:.2f} GiB are there"
+            raise too_little(needed, *cost.lower)
 
 
 def duration(seconds: float) -> str:
@@ -353,21 +360,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-ROW = "{:<24} {:>8} {:>12} {:>11} {:>9} {:>9} {:>9}  {}"
+ROW = "{:<29} {:>7} {:>12} {:>10} {:>9} {:>9} {:>9}  {}"
 
 
-def show(meter: Meter, ablations: dict[str, dict[str, tuple[Params, str, str]]]) -> None:
+def show(meter: Meter, ablations: dict[str, Settings]) -> None:
     """Prints a row for every piece of work as soon as it has been tried, and the sums."""
     params, device = meter.params, meter.params.on_device
     room = available_bytes(device) + used_bytes(device)
     print(f"{params.dataset} on {describe(device)}, {room / 2**30:.1f} GiB free; processes: {params.processes}")
-    print(ROW.format("", "images", "learned", "iterations", "each", "in all", "memory", ""))
+    print(ROW.format("", "images", "learned", "iterations", "each", "in all", "memory", "").rstrip())
     costs = []
     for cost in of_everything(meter, ablations):
-        numbers = f"{cost.images:,}", f"{cost.parameters:,}", f"{cost.iterations:,}"
-        notes = [f"tried with {cost.tried}"] if cost.tried else []
+        notes = [] if cost.part == TABLE else [cost.part]
+        notes += [f"tried with {cost.tried}"] if cost.tried else []
         notes += [f"TOO LITTLE MEMORY: lower {' or '.join(cost.lower)}"] if cost.peak > room else []
-        notes += [] if cost.part == TABLE else [cost.part]
+        numbers = (f"{number:,}" for number in (cost.images, cost.parameters, cost.count * cost.iterations))
         times = duration(cost.seconds), duration(cost.total)
         print(ROW.format(cost.work, *numbers, *times, f"{cost.peak / 2**30:.2f} GiB", "; ".join(notes)), flush=True)
         costs.append(cost)
@@ -376,10 +383,10 @@ def show(meter: Meter, ablations: dict[str, dict[str, tuple[Params, str, str]]])
         found = [cost for cost in costs if cost.part == part]
         starts = sum(cost.count for cost in found) * start
         print(f"{part}: {duration(sum(cost.total for cost in found))}, and {duration(starts)} in which stages start")
-    experts = params.trajectories.experts * (params.trajectories.epochs + 1) * 4
-    weights = experts * len(flat_parameters(meter.rehearsal.new_network(params.distill.network)(seed=0)))
+    weights = len(flat_parameters(meter.rehearsal.new_network(params.distill.network)(seed=0)))
+    snapshots = params.trajectories.experts * (params.trajectories.epochs + 1) * weights * 4
     decoded = sum(map(meter.images, ("train", "validation", "test"))) * prod(meter.rehearsal.dataset.train.shape)
-    print(f"disk: {weights / 2**30:.2f} GiB of trajectories, {decoded / 2**30:.2f} GiB of decoded images")
+    print(f"disk: {snapshots / 2**20:,.0f} MiB of trajectories, {decoded / 2**20:,.0f} MiB of decoded images")
     print("\n".join(meter.rehearsal.absent))
 
 

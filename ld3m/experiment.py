@@ -19,6 +19,7 @@ from ld3m.evaluate import Judged, judge_all, real_images
 from ld3m.experts import Experts, open_experts
 from ld3m.gan import Generator, load_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.memory import named
 from ld3m.metrics import PLAIN
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
@@ -171,13 +172,14 @@ class Experiment:
 
     def judge(self, sets: list[Judged], real: data.Split) -> list[dict[str, list[float]]]:
         """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
-        return judge_all(
-            sets,
-            real,
-            normalization=self.dataset.normalization,
-            networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
-            processes=self.params.processes,
-        )
+        with named("evaluate.recipe.batch", "that of evaluate.changes", "processes"):
+            return judge_all(
+                sets,
+                real,
+                normalization=self.dataset.normalization,
+                networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
+                processes=self.params.processes,
+            )
 
     def _ipc(self, labels: Tensor) -> int:
         """Images a class, of a set with unlike numbers about."""
@@ -221,8 +223,10 @@ class Experiment:
 
     def distill(self, objective: str, space: str, ipc: int) -> Path:
         """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder."""
-        synthetic = self.synthetic(space, ipc)
-        return self._write(self._run(synthetic, objective, space, ipc), synthetic, objective, space, ipc)
+        with named(*self.params.lowers_memory(objective, space)):
+            synthetic = self.synthetic(space, ipc)
+            run = self._run(synthetic, objective, space, ipc)
+        return self._write(run, synthetic, objective, space, ipc)
 
     def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Distilled:
         cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
@@ -280,7 +284,8 @@ class Experiment:
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
         if objective == "none":
-            return self.control(space, ipc)
+            with named("spaces.ld3m.render_batch"):
+                return self.control(space, ipc)
         place = self.params.place(objective, space, ipc, self.run)
         tensors, _ = read_artefact(paths.distilled_folder(place, f"{objective}-{space}-{ipc}", self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]

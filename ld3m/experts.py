@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ld3m.data import Dataset, Normalization, Split
+from ld3m.memory import named
 from ld3m.networks import flat_parameters
 from ld3m.parallel import end_workers, fan_out
 from ld3m.seeds import derive
@@ -65,7 +66,8 @@ def train_experts(
     )
     with new_folder(folder) as partial:
         tasks = [shared | {"folder": partial, "expert": k, "seed": derive(seed, "expert", k)} for k in range(count)]
-        records = fan_out(_train_expert, tasks, processes=processes, label="experts")
+        with named("trajectories.batch", "processes"):
+            records = fan_out(_train_expert, tasks, processes=processes, label="experts")
     end_workers()
     return records
 
@@ -104,7 +106,7 @@ def _train_expert(
     stacked = torch.stack(snapshots)
     write_tensors(folder / f"expert-{expert:04d}.safetensors", {"snapshots": stacked}, {"expert": expert})
     fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
-    return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels)}
+    return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels, batch=batch)}
 
 
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:

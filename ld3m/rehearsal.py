@@ -116,7 +116,7 @@ class Rehearsal(Experiment):
         """Numbers that are learned of an image."""
         return sum(tensor.numel() for tensor in self.synthetic(space, 1).learnables.values())
 
-    def rendering(self, space: str, *, images: int) -> Plane:
+    def rendering(self, space: str, *, ipc: int) -> Plane:
         """Rendering a set forward and backward: images at once, by steps of the chain (1 where there is no chain)."""
 
         def work(count: int, steps: int) -> float:
@@ -130,6 +130,7 @@ class Rehearsal(Experiment):
             return clock(render)
 
         given = getattr(self.params.spaces, space)
+        images = ipc * len(self.dataset.train.classes)
         width = min(images, getattr(given, "render_batch", images))
         return grow_plane(work, width=width, depth=getattr(given, "steps", 1), device=self.params.on_device)
 
@@ -194,18 +195,16 @@ class Rehearsal(Experiment):
         work = lambda groups: a_step(training, groups, longer)  # noqa: E731
         return grow(work, full=given.batch // GROUP, device=self.params.on_device)
 
-    def networks(self, architectures: Sequence[str], *, batch: int, test_batch: int) -> dict[str, tuple[Line, Line]]:
+    def networks(self, architectures: Sequence[str], *, batch: int) -> dict[str, tuple[Line, Line]]:
         """Steps of training, by images in a batch, and tests, by images, of each architecture; as many at once, and in
         such processes, as when sets are judged."""
         tasks = [
             {
                 "new_network": self.new_network(name),
-                "recipe": self.recipe(name),
-                "strategy": self.params.data.augmentation,
+                "recipe": self.params.recipe(name, 1),
                 "shape": self.dataset.train.shape,
                 "device": self.params.on_device,
                 "batch": batch,
-                "test_batch": test_batch,
             }
             for name in architectures
         ]
@@ -242,11 +241,9 @@ def _network(
     new_network: Callable[..., nn.Module],
     recipe: dict[str, Any],
     *,
-    strategy: str,
     shape: tuple[int, ...],
     device: str,
     batch: int,
-    test_batch: int,
 ) -> tuple[Line, Line]:
     network = new_network(seed=0)
 
@@ -254,7 +251,7 @@ def _network(
         return drawn((count, *shape), device).__getitem__, torch.zeros(count, dtype=torch.int64)
 
     def training(epochs: int, count: int) -> Callable[[], Any]:
-        changed, given = recipe | {"epochs": epochs, "batch": count, "strategy": strategy}, images(count)
+        changed, given = recipe | {"epochs": epochs, "batch": count}, images(count)
         return lambda: train(network, *given, **changed, seed=0)
 
     def test(count: int) -> float:
@@ -263,5 +260,5 @@ def _network(
 
     return (
         grow(lambda count: a_step(training, count), full=batch, device=device),
-        grow(test, full=test_batch, device=device),
+        grow(test, full=recipe["batch"], device=device),
     )

@@ -9,12 +9,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior, at_once
+from ld3m.memory import named
 from ld3m.progress import progress
 from ld3m.recognise import recognise
 from ld3m.sampler import sample
 from ld3m.seeds import generator
 
 
+@named("prior.autoencoder.batch")
 def fit_autoencoder(
     prior: Prior,
     split: Split,
@@ -52,6 +54,7 @@ def fit_autoencoder(
     return torch.stack(losses).tolist()
 
 
+@named("prior.denoiser.batch")
 def fit_denoiser(
     prior: Prior,
     split: Split,
