@@ -40,6 +40,7 @@ from ld3m.data import Normalization, Split
 from ld3m.diffusion import Prior
 from ld3m.experts import Experts
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.memory import is_out_of_memory
 from ld3m.networks import build as build_network
 from ld3m.networks import flat_parameters
 from ld3m.seeds import derive
@@ -314,11 +315,6 @@ def measure(
         "tflop_per_s": flop / 1e12 / seconds,
         "note": "" if times else "the first iteration, no time for another",
     }
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "cannot allocate memory")
-    return any(text.lower() in str(error).lower() for text in texts) or isinstance(error, MemoryError)
 
 
 # the table

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,6 @@ def of_prior(meter: Meter) -> Iterator[Cost]:
             peak=line.peak(),
             lower=(f"prior.{name}.batch",),
             tried=line.tried("images"),
-            part=THERE if paths.prior_folder(meter.params.dataset).exists() else TABLE,
         )
 
 
@@ -140,7 +139,7 @@ def of_gan(meter: Meter) -> Iterator[Cost]:
         peak=line.peak(),
         lower=("gan.batch",),
         tried=line.tried(f"groups of {GROUP} images"),
-        part=THERE if paths.gan_folder(meter.params.dataset).exists() else REPORT,
+        part=REPORT,
     )
 
 
@@ -211,8 +210,8 @@ def of_gradient_norms(meter: Meter) -> Iterator[Cost]:
 
 
 def of_ablation(meter: Meter, name: str, settings: Settings) -> Iterator[Cost]:
-    """Settings side by side on one thread each: an iteration is that of the cell of the same objective and space, at the
-    setting's number of steps."""
+    """Settings side by side on one thread each: an iteration is that of the cell of the same objective and space, with
+    the setting's number of steps."""
     given = meter.params.ablations
     recipes = {name: meter.params.recipe(name, 1) for name in given.architecture}
     tests = trainings(meter, recipes, images=meter.classes, tested=meter.images("test"))
@@ -312,8 +311,10 @@ def of_everything(meter: Meter, ablations: dict[str, Settings]) -> Iterator[Cost
     """Every stage and cell of the pipeline."""
     params = meter.params
     torch.set_num_threads(os.cpu_count())  # as the two stages that train priors have it
-    yield from of_prior(meter)
-    yield from of_gan(meter)
+    for name, of in (("prior", of_prior), ("gan", of_gan)):
+        is_there = getattr(meter.rehearsal, name) and name not in meter.rehearsal.absent
+        for cost in of(meter):
+            yield replace(cost, part=THERE) if is_there else cost
     torch.set_num_threads(1)
     names = dict.fromkeys((*params.grid.architecture, *params.ablations.architecture, params.distill.network))
     most = max(ipc for *_, ipc in cells(params, more=True)) * meter.classes
@@ -387,7 +388,7 @@ def show(meter: Meter, ablations: dict[str, Settings]) -> None:
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1) * weights * 4
     decoded = sum(map(meter.images, ("train", "validation", "test"))) * prod(meter.rehearsal.dataset.train.shape)
     print(f"disk: {snapshots / 2**20:,.0f} MiB of trajectories, {decoded / 2**20:,.0f} MiB of decoded images")
-    print("\n".join(meter.rehearsal.absent))
+    print("\n".join(meter.rehearsal.absent.values()))
 
 
 def main(profiles: Sequence[str]) -> None:

@@ -66,18 +66,18 @@ class Line:
         return getattr(high, what) + slope * (size - high.size)
 
 
-def grow(work: Callable[[int], float], *, full: int, device: str, budget_s: float = BUDGET_S) -> Line:
+def grow(work: Callable[[int], float], *, full: int, device: str) -> Line:
     """Measures `work` at size 1 and at larger ones up to `full`, at two at least where memory allows it."""
     base = used_bytes(device)
-    points = [_measure(work, 1, device, budget_s)]
+    points = [_measure(work, 1, device)]
     while (last := points[-1]).size < full:
-        affordable = int(last.size * budget_s / last.seconds)
+        affordable = int(last.size * BUDGET_S / last.seconds)
         size = min(full, GROWTH * last.size, max(affordable, 2 if len(points) == 1 else 0))
         if size < min(full, 2 * last.size):
             break
         if (last.peak - base) * size / last.size > SHARE * available_bytes(device):
             break
-        points.append(_measure(work, size, device, budget_s))
+        points.append(_measure(work, size, device))
     return Line(tuple(points), full, base)
 
 
@@ -124,12 +124,12 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _measure(work: Callable[[int], float], size: int, device: str, budget_s: float) -> Taken:
+def _measure(work: Callable[[int], float], size: int, device: str) -> Taken:
     _give_back()
     forget_peak()
     with limited(device):
         seconds = work(size)
-        if repeats := min(REPEATS, int(budget_s / seconds)):
+        if repeats := min(REPEATS, int(BUDGET_S / seconds)):
             seconds = statistics.median(work(size) for _ in range(repeats))
     return Taken(size, seconds, peak_gib() * 2**30)
 

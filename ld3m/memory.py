@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 TEXTS = (  # of the errors by which torch and its libraries say that memory has run out
     *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory"),
@@ -21,7 +22,7 @@ class TooLittleMemory(OSError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out here, or for a worker process, which the system then ends."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "TerminatedWorkerError":
+    if isinstance(error, (MemoryError, TerminatedWorkerError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(text.lower() in str(error).lower() for text in TEXTS)
 

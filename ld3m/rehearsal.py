@@ -1,5 +1,6 @@
 """A few iterations of everything that an experiment does, timed: by the real code, on what is there or on stand-ins."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,7 +46,7 @@ class RandomExperts:
 
 @dataclass(frozen=True)
 class Rehearsal(Experiment):
-    """The experiment with random images and weights for what is not there (`absent` says what)."""
+    """The experiment with random images and weights for what is not there."""
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Rehearsal":
@@ -55,8 +56,9 @@ class Rehearsal(Experiment):
         return rehearsal
 
     @cached_property
-    def absent(self) -> list[str]:
-        return []
+    def absent(self) -> dict[str, str]:
+        """What stand-ins are used in the place of, and why."""
+        return {}
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -66,7 +68,7 @@ class Rehearsal(Experiment):
             given = self.params.data
             count = len(given.classes) if isinstance(given.classes, tuple) else CLASSES
             each = ", ".join(f"{images} of {split}" for split, images in COUNTS.items())
-            self.absent.append(f"the data are not here: counted are {count} classes of {each} images each")
+            self.absent["data"] = f"the data are not here: counted are {count} classes of {each} images each"
             splits = {name: self.random_split(images * count, classes=count) for name, images in COUNTS.items()}
             plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
             return Dataset(self.params.dataset, normalization=plain, **splits)
@@ -84,7 +86,7 @@ class Rehearsal(Experiment):
         try:
             return Experiment.prior.func(self)
         except (FileNotFoundError, ValueError) as problem:
-            self.absent.append(f"random weights in the place of the prior: {first_sentence(problem)}")
+            self.absent["prior"] = f"random weights in the place of the prior: {re.split('[.;] ', str(problem))[0]}"
             return self.new_prior().in_precision(self.params.spaces.ld3m.precision).frozen()
 
     @cached_property
@@ -92,7 +94,7 @@ class Rehearsal(Experiment):
         try:
             return Experiment.gan.func(self)
         except (FileNotFoundError, ValueError) as problem:
-            self.absent.append(f"random weights in the place of the GAN: {first_sentence(problem)}")
+            self.absent["gan"] = f"random weights in the place of the GAN: {re.split('[.;] ', str(problem))[0]}"
             return self.new_gan().frozen()
 
     def experts(self) -> RandomExperts:
@@ -216,10 +218,6 @@ class Rehearsal(Experiment):
 def drawn(shape: tuple[int, ...], device: str) -> Tensor:
     """Numbers in [0, 1), the same every time."""
     return torch.rand(shape, generator=generator(0, "rehearsal")).to(device)
-
-
-def first_sentence(problem: Exception) -> str:
-    return str(problem).partition(". ")[0]
 
 
 def copies(one: Synthetic, count: int) -> Synthetic:
