@@ -112,7 +112,9 @@ class Meter:
 
 
 def of_prior(meter: Meter) -> Iterator[Cost]:
-    """The two trainings of the stage `prior`."""
+    """The two trainings of the stage `prior`; none where `prior.source` names one."""
+    if meter.params.prior.source is not None:
+        return
     prior = meter.rehearsal.new_prior()
     parts = {"autoencoder": (prior.autoencoder,), "denoiser": (prior.unet, prior.embedding)}
     for (name, modules), line in zip(parts.items(), meter.rehearsal.prior_training(), strict=True):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ld3m.compvis import build_full_size
 from ld3m.data import Dataset, Normalization, Split
-from ld3m.diffusion import Prior, build_prior
+from ld3m.diffusion import Prior, build_prior, with_classes
 from ld3m.distill import Synthetic
 from ld3m.experiment import Experiment
 from ld3m.gan import Generator, build_generator
@@ -19,6 +20,7 @@ from ld3m.matching import DISTANCES
 from ld3m.measure import Line, Plane, clock, grow, grow_plane
 from ld3m.networks import flat_parameters
 from ld3m.parallel import fan_out
+from ld3m.priors import fitting_prior
 from ld3m.progress import silent
 from ld3m.seeds import generator
 from ld3m.train_gan import GROUP, fit_gan
@@ -27,6 +29,7 @@ from ld3m.training import accuracy, train
 
 COUNTS = {"train": 1170, "validation": 130, "test": 50}  # images a class of ImageNet, where the data are not there
 CLASSES = 10  # and as many classes, where params.yaml does not say
+LIKELY = "cin256-v2"  # the paper's prior, where that of `prior.source` is not there
 STORED = 64  # random images that stand for any number of them
 STEPS = 3  # of a training, less one, when a step is timed
 
@@ -86,8 +89,19 @@ class Rehearsal(Experiment):
         try:
             return Experiment.prior.func(self)
         except (FileNotFoundError, ValueError) as problem:
-            self.absent["prior"] = f"random weights in the place of the prior: {re.split('[.;] ', str(problem))[0]}"
-            return self.new_prior().in_precision(self.params.spaces.ld3m.precision).frozen()
+            prior, kind = self._in_its_place()
+            self.absent["prior"] = f"{kind} in the place of the prior: {re.split('[.;] ', str(problem))[0]}"
+        return prior.to(self.params.on_device).in_precision(self.params.spaces.ld3m.precision).frozen()
+
+    def _in_its_place(self) -> tuple[Prior, str]:
+        """A prior like the one that the stage `prior` is to make or to link to, and what it is."""
+        count = len(self.dataset.train.classes)
+        if self.params.prior.source is None:
+            return self.new_prior(), "random weights"
+        try:
+            return fitting_prior(labels=count, **self.params.prior_source_arguments())[0], self.params.prior.source
+        except (FileNotFoundError, ValueError):
+            return with_classes(build_full_size(LIKELY, seed=0), range(count)), f"random weights of {LIKELY}'s size"
 
     @cached_property
     def gan(self) -> Generator:
