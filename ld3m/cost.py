@@ -85,7 +85,9 @@ class Meter:
         return len(getattr(self.rehearsal.dataset, split))
 
     def rendering(self, space: str, ipc: int) -> Plane:
-        return self._once(("rendering", space, ipc), lambda: self.rehearsal.rendering(space, ipc=ipc))
+        images = ipc * self.classes
+        width = min(images, getattr(getattr(self.params.spaces, space), "render_batch", images))
+        return self._once(("rendering", space, width), lambda: self.rehearsal.rendering(space, width=width))
 
     def matching(self, objective: str, ipc: int) -> Plane:
         return self._once(("matching", objective, ipc), lambda: self.rehearsal.matching(objective, ipc=ipc))

@@ -28,7 +28,7 @@ def judge(
     `recipe` holds the keyword arguments of `training.train` but the seed.
     """
     network = train(new_network(seed=seed), fetch, labels, seed=seed, **recipe)
-    return accuracy(network, partial(real_images, real, normalization), real.labels, batch=recipe["batch"])
+    return accuracy(network, partial(real_images, real, normalization), real.labels)
 
 
 def real_images(split: Split, normalization: Normalization, index: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _train_expert(
     stacked = torch.stack(snapshots)
     write_tensors(folder / f"expert-{expert:04d}.safetensors", {"snapshots": stacked}, {"expert": expert})
     fetch = lambda index: normalization.to_images(validation.pixels(index))  # noqa: E731
-    return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels, batch=batch)}
+    return {"expert": expert, "validation_accuracy": accuracy(network, fetch, validation.labels)}
 
 
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:

@@ -83,27 +83,32 @@ def grow(work: Callable[[int], float], *, full: int, device: str) -> Line:
 
 @dataclass(frozen=True)
 class Plane:
-    """Of work that is some images wide and done some times over: `wide` at depth 1, `deep` at the largest width."""
+    """Of work that is some images wide and done some times over: `wide` at depth 1, `deep` at the largest width.
+
+    Memory grows with the width up to `at_once` images, which go through a network at once.
+    """
 
     wide: Line
     deep: Line
+    at_once: int
 
     def seconds(self, depth: int | None = None) -> float:
         """At the full width."""
         return self.deep.seconds(depth) * self.wide.seconds() / self.wide.seconds(self.wide.largest)
 
     def peak(self) -> float:
-        """The repetitions do not share memory, but for what little is kept of each."""
-        return self.deep.peak() + self.wide.peak() - self.wide.peak(self.wide.largest)
+        """That of one repetition, and what little is kept of each."""
+        width = max(self.wide.largest, min(self.wide.full, self.at_once))
+        return self.deep.peak() + self.wide.peak(width) - self.wide.peak(self.wide.largest)
 
     def tried(self, wide: str, deep: str) -> str:
         return ", ".join(filter(None, (self.wide.tried(wide), self.deep.tried(deep))))
 
 
-def grow_plane(work: Callable[[int, int], float], *, width: int, depth: int, device: str) -> Plane:
+def grow_plane(work: Callable[[int, int], float], *, width: int, depth: int, at_once: int, device: str) -> Plane:
     """Measures `work(images, repetitions)` up to a width, and from there up to a depth."""
     wide = grow(lambda size: work(size, 1), full=width, device=device)
-    return Plane(wide, grow(lambda size: work(wide.largest, size), full=depth, device=device))
+    return Plane(wide, grow(lambda size: work(wide.largest, size), full=depth, device=device), at_once)
 
 
 def peak_of(*planes: Plane, device: str) -> float:

@@ -1,5 +1,6 @@
 """A few iterations of everything that an experiment does, timed: by the real code, on what is there or on stand-ins."""
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from ld3m.diffusion import Prior, build_prior, with_classes
 from ld3m.distill import Synthetic
 from ld3m.experiment import Experiment
 from ld3m.gan import Generator, build_generator
-from ld3m.matching import DISTANCES
+from ld3m.matching import DISTANCES, real_at_once
 from ld3m.measure import Line, Plane, clock, grow, grow_plane
 from ld3m.networks import flat_parameters
 from ld3m.parallel import fan_out
@@ -132,8 +133,8 @@ class Rehearsal(Experiment):
         """Numbers that are learned of an image."""
         return sum(tensor.numel() for tensor in self.synthetic(space, 1).learnables.values())
 
-    def rendering(self, space: str, *, ipc: int) -> Plane:
-        """Rendering a set forward and backward: images at once, by steps of the chain (1 where there is no chain)."""
+    def rendering(self, space: str, *, width: int) -> Plane:
+        """Rendering images forward and backward, `width` of them at once, by steps of the chain (1 where it is none)."""
 
         def work(count: int, steps: int) -> float:
             one = self.synthetic(space, 1, **({"steps": steps} if space == "ld3m" else {}))
@@ -145,10 +146,8 @@ class Rehearsal(Experiment):
 
             return clock(render)
 
-        given = getattr(self.params.spaces, space)
-        images = ipc * len(self.dataset.train.classes)
-        width = min(images, getattr(given, "render_batch", images))
-        return grow_plane(work, width=width, depth=getattr(given, "steps", 1), device=self.params.on_device)
+        depth = getattr(getattr(self.params.spaces, space), "steps", 1)
+        return grow_plane(work, width=width, depth=depth, at_once=width, device=self.params.on_device)
 
     def matching(self, name: str, *, ipc: int) -> Plane:
         """One call of an objective: real images of a class by rounds of as many classes as are in work at once; for MTT
@@ -162,18 +161,19 @@ class Rehearsal(Experiment):
 
         if name in DISTANCES:
             width, depth = objective.real_batch, ceil(classes / objective.threads)
+            at_once = real_at_once(self.dataset.train.shape)
 
             def work(real: int, rounds: int) -> float:
                 labels = torch.arange(min(classes, rounds * objective.threads)).repeat_interleave(ipc)
                 return call(replace(objective, real_batch=real), labels)
         else:
             width = min(objective.student_batch or classes * ipc, classes * ipc)
-            depth = objective.student_steps
+            at_once, depth = width, objective.student_steps
 
             def work(images: int, steps: int) -> float:
                 return call(replace(objective, student_steps=steps), torch.arange(images) % classes)
 
-        return grow_plane(work, width=width, depth=depth, device=self.params.on_device)
+        return grow_plane(work, width=width, depth=depth, at_once=at_once, device=self.params.on_device)
 
     def prior_training(self) -> tuple[Line, Line]:
         """Steps of the autoencoder and of the denoiser, by images in a batch."""
@@ -268,9 +268,9 @@ def _network(
 
     def test(count: int) -> float:
         given = images(count)
-        return clock(lambda: accuracy(network, *given, batch=count))
+        return clock(lambda: accuracy(network, *given))
 
     return (
         grow(lambda count: a_step(training, count), full=batch, device=device),
-        grow(test, full=recipe["batch"], device=device),
+        grow(test, full=inspect.signature(accuracy).parameters["batch"].default, device=device),
     )

@@ -23,12 +23,12 @@ def line(a, b, full, *, peak=GIB):
 class Known(Rehearsal):
     """Every part takes what is written here."""
 
-    def rendering(self, space, *, ipc):
+    def rendering(self, space, *, width):
         chain = {"pixel": (0, 0, 1), "glad": (0.5, 0, 1), "ld3m": (1, 0.2, 5)}[space]
-        return Plane(line(1, 0, min(50, 10 * ipc), peak=1.5 * GIB), line(*chain, peak=1.5 * GIB))
+        return Plane(line(1, 0, width, peak=1.5 * GIB), line(*chain, peak=1.5 * GIB), width)
 
     def matching(self, name, *, ipc):
-        return Plane(line(1, 0, 10), line({"dc": 2, "dm": 1, "mtt": 3}[name], 0, 5))
+        return Plane(line(1, 0, 10), line({"dc": 2, "dm": 1, "mtt": 3}[name], 0, 5), 10)
 
     def networks(self, architectures, *, batch):
         return {name: (line(0.1, 0.01, batch), line(0, 0.001, 100)) for name in architectures}
@@ -155,7 +155,7 @@ def test_what_is_not_there_is_replaced_and_said(monkeypatch):
     assert rehearsal.prior.classes == 3
     assert rehearsal.absent.keys() == {"data", "prior"}
     state = torch.get_rng_state()
-    assert rehearsal.rendering("ld3m", ipc=1).seconds() > 0
+    assert rehearsal.rendering("ld3m", width=3).seconds() > 0
     assert rehearsal.matching("mtt", ipc=1).seconds() > 0  # without experts
     assert torch.equal(torch.get_rng_state(), state)
 

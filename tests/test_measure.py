@@ -77,16 +77,16 @@ def test_what_would_take_more_than_half_of_the_memory_is_not_tried(sizes):
 
 def test_a_plane_is_as_wide_and_as_deep_as_it_may_and_goes_on_from_there(sizes):
     work = sizes(lambda n, deep: 0.01 * n * (2 + 3 * deep), lambda n, deep: (100 + 7 * n) * MIB)
-    found = grow_plane(work, width=50, depth=20, device="cpu")
+    found = grow_plane(work, width=50, depth=20, at_once=40, device="cpu")
     assert max(sizes_of(sizes.done, 0)) == 20 and max(sizes_of(sizes.done, 1)) == 2
     assert found.seconds() == pytest.approx(0.01 * 50 * 62) and found.seconds(1) == pytest.approx(0.01 * 50 * 5)
-    assert found.peak() == pytest.approx((100 + 7 * 50) * MIB)  # flat in the depth
+    assert found.peak() == pytest.approx((100 + 7 * 40) * MIB)  # flat in the depth, and beyond what is done at once
     assert found.tried("images", "steps") == "20 of 50 images, 2 of 20 steps"
 
 
 def test_what_takes_turns_shares_the_memory_of_a_device_alone():
     one, other = (
-        Plane(line((4, 1.0, peak), full=4, base=100.0), line((1, 1.0, peak), full=1, base=100.0))
+        Plane(line((4, 1.0, peak), full=4, base=100.0), line((1, 1.0, peak), full=1, base=100.0), 4)
         for peak in (150.0, 130.0)
     )
     assert peak_of(one, other, device="cuda") == 150.0 and peak_of(one, other, device="cpu") == 180.0
