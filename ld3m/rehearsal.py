@@ -134,7 +134,7 @@ class Rehearsal(Experiment):
         return sum(tensor.numel() for tensor in self.synthetic(space, 1).learnables.values())
 
     def rendering(self, space: str, *, width: int) -> Plane:
-        """Rendering images forward and backward, `width` of them at once, by steps of the chain (1 where it is none)."""
+        """Rendering images forward and backward, `width` at once, by steps of the chain (1 where there is none)."""
 
         def work(count: int, steps: int) -> float:
             one = self.synthetic(space, 1, **({"steps": steps} if space == "ld3m" else {}))
