@@ -6,8 +6,6 @@ that what is small is measured whole, and of what is large a part.
 """
 
 import ctypes
-import gc
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +17,6 @@ from ld3m.memory import available_bytes, limited, used_bytes
 from ld3m.progress import forget_peak, peak_gib
 
 BUDGET_S = 1.0  # a measurement aims at
-REPEATS = 3  # at most, after the first, which does more than the others
-GROWTH = 8
 SHARE = 0.5  # of the memory that is left, which a measurement may take
 
 
@@ -71,11 +67,10 @@ def grow(work: Callable[[int], float], *, full: int, device: str) -> Line:
     base = used_bytes(device)
     points = [_measure(work, 1, device)]
     while (last := points[-1]).size < full:
-        affordable = int(last.size * BUDGET_S / last.seconds)
-        size = min(full, GROWTH * last.size, max(affordable, 2 if len(points) == 1 else 0))
+        affordable = max(last.size * BUDGET_S / last.seconds, 2 if len(points) == 1 else 0)
+        fitting = SHARE * available_bytes(device) / max(1, last.peak - base) * last.size
+        size = int(min(full, affordable, fitting))
         if size < min(full, 2 * last.size):
-            break
-        if (last.peak - base) * size / last.size > SHARE * available_bytes(device):
             break
         points.append(_measure(work, size, device))
     return Line(tuple(points), full, base)
@@ -134,12 +129,11 @@ def _measure(work: Callable[[int], float], size: int, device: str) -> Taken:
     forget_peak()
     with limited(device):
         seconds = work(size)
-        if repeats := min(REPEATS, int(BUDGET_S / seconds)):
-            seconds = statistics.median(work(size) for _ in range(repeats))
+        if seconds < BUDGET_S / 2:
+            seconds = work(size)  # the first does more than the others
     return Taken(size, seconds, peak_gib() * 2**30)
 
 
 def _give_back() -> None:
     """Memory that is free goes back to the system: what the C library keeps of it would be taken for the work's."""
-    gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)

@@ -58,7 +58,7 @@ def sizes_of(done, axis=0):
 
 @pytest.mark.parametrize(
     "a_second, expected",
-    [(1e-4, [1, 8, 64, 100]), (0.05, [1, 8, 20]), (0.5, [1, 2]), (30.0, [1, 2])],  # at least two, for the slope
+    [(1e-4, [1, 100]), (0.05, [1, 20]), (0.5, [1, 2]), (30.0, [1, 2])],  # at least two, for the slope
 )
 def test_what_is_cheap_is_measured_whole_and_what_is_dear_at_two_sizes(sizes, a_second, expected):
     work = sizes(lambda n: a_second * n, lambda n: (100 + n) * MIB)
@@ -70,7 +70,7 @@ def test_what_is_cheap_is_measured_whole_and_what_is_dear_at_two_sizes(sizes, a_
 def test_what_would_take_more_than_half_of_the_memory_is_not_tried(sizes):
     work = sizes(lambda n: 1e-3 * n, lambda n: (100 + 50 * n) * MIB, left=1000 * MIB)
     found = grow(work, full=100, device="cpu")
-    assert sizes_of(sizes.done) == [1, 8] and found.peak() == pytest.approx(5100 * MIB)
+    assert sizes_of(sizes.done) == [1, 10] and found.peak() == pytest.approx(5100 * MIB)
     work = sizes(lambda n: 1e-3 * n, lambda n: (100 + 50 * n) * MIB, left=60 * MIB)
     assert grow(work, full=100, device="cpu").largest == 1
 
@@ -101,11 +101,9 @@ def test_time_and_memory_are_those_of_the_work():
         with mmap.mmap(-1, 64 * MIB * size) as pages:  # the allocator, which may keep it, is not asked
             np.frombuffer(pages, np.uint8).sum()
         calls.append(size)
-        return [0.3, 0.5, 0.1, 0.2][sum(call == size for call in calls) - 1]
+        return {1: [0.3, 0.2], 3: [0.7]}[size][calls.count(size) - 1]
 
     found = grow(work, full=3, device="cpu")
-    assert calls == [1] * 4 + [3] * 4 and [point.seconds for point in found.points] == [
-        0.2,
-        0.2,
-    ]  # the median after one
+    assert calls == [1, 1, 3]  # the first of what is quick does more than the others
+    assert [point.seconds for point in found.points] == [0.2, 0.7]
     assert found.peak() - found.peak(1) == pytest.approx(128 * MIB, rel=0.1)
