@@ -64,6 +64,7 @@ class Line:
 
 def grow(work: Callable[[int], float], *, full: int, device: str) -> Line:
     """Measures `work` at size 1 and at larger ones up to `full`, at two at least where memory allows it."""
+    _give_back()
     base = used_bytes(device)
     points = [_measure(work, 1, device)]
     while (last := points[-1]).size < full:
