@@ -166,7 +166,7 @@ def of_judging(meter: Meter, ipc: int, runs: range, *, sets: int = 1, part: str 
     recipes = {name: params.recipe(name, ipc) for name in counts}
     images = ipc * meter.classes or meter.images("train")
     trained = trainings(meter, recipes, images=images, tested=meter.images("test"))
-    work = f"evaluate {sets} x {ipc} a class{many(runs)}" if ipc else "evaluate full data"
+    work = f"evaluate ipc {ipc}{many(runs)}" + (f", {sets} cells" if sets > 1 else "") if ipc else "evaluate full data"
     lower = ("evaluate.recipe.batch" if ipc else "evaluate.changes.full_data.batch", "processes")
     yield trained.cost(meter, work, counts, lower=lower, count=sets, part=part)
 
@@ -365,7 +365,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-ROW = "{:<29} {:>7} {:>12} {:>10} {:>9} {:>9} {:>9}  {}"
+ROW = "{:<31} {:>7} {:>12} {:>10} {:>9} {:>9} {:>9}  {}"
 
 
 def show(meter: Meter, ablations: dict[str, Settings]) -> None:
@@ -392,7 +392,8 @@ def show(meter: Meter, ablations: dict[str, Settings]) -> None:
     snapshots = params.trajectories.experts * (params.trajectories.epochs + 1) * weights * 4
     decoded = sum(map(meter.images, ("train", "validation", "test"))) * prod(meter.rehearsal.dataset.train.shape)
     print(f"disk: {snapshots / 2**20:,.0f} MiB of trajectories, {decoded / 2**20:,.0f} MiB of decoded images")
-    print("\n".join(meter.rehearsal.absent.values()))
+    for replaced in meter.rehearsal.absent.values():
+        print(replaced)
 
 
 def main(profiles: Sequence[str]) -> None:

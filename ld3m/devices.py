@@ -18,11 +18,11 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def describe(device: str) -> str:
-    """The name of the machine's device, for people."""
+def describe(device: str, *, threads: int | None = None) -> str:
+    """The name of the machine's device and, of a CPU, how many threads are used: all of them (None)."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
+    return f"{names[0] if names else platform.machine()}, {threads or os.cpu_count()} threads"

@@ -139,7 +139,7 @@ def test_the_command_answers_for_the_smoke_profile(monkeypatch, capsys):
     assert paths.PARAMS.read_bytes() == before
     row = re.search(r"(?m)^distill mtt-ld3m-1 +2 +545 +4 +([\d.]+) s +([\d.]+) s +(0|1)\.\d\d GiB", printed)
     assert row and float(row[2]) > 4 * float(row[1]) > 0, printed  # four iterations, and checks
-    assert "evaluate 2 x 1 a class" in printed and "TOO LITTLE" not in printed and "there already" not in printed
+    assert "evaluate ipc 1, 2 cells" in printed and "TOO LITTLE" not in printed and "there already" not in printed
     assert (
         "random weights in the place of the prior: the data set has 2 classes, the prior was trained on 10\n" in printed
     )
