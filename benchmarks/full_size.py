@@ -16,7 +16,6 @@ import argparse
 import csv
 import ctypes
 import gc
-import platform
 import resource
 import signal
 import statistics
@@ -37,9 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ld3m.compvis import KINDS, Kind, build
 from ld3m.data import Normalization, Split
+from ld3m.devices import describe
 from ld3m.diffusion import Prior
 from ld3m.experts import Experts
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.memory import is_out_of_memory
 from ld3m.networks import build as build_network
 from ld3m.networks import flat_parameters
 from ld3m.seeds import derive
@@ -49,6 +50,7 @@ from ld3m.synthetic import LD3MCodes, start_ld3m
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 RENDER_PIXELS = 20 * 128**2  # at most so many go through the U-Net at once
+M_MMAP_THRESHOLD = -3  # of malloc.h
 SLOW_S = 10.0  # iterations that take longer are timed once
 FIELDS = (
     *("size_px", "steps", "ipc", "objective", "precision", "compiled", "render_batch", "ms_per_iteration"),
@@ -206,10 +208,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        cpu = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        return f"{cpu[0].split(':')[1].strip() if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+        return describe(self.device.type, threads=torch.get_num_threads())
 
     def seconds(self, function: Callable[[], Any]) -> float:
         self.wait()
@@ -221,6 +220,12 @@ class Machine:
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def return_freed(self) -> None:
+        """Lets the C library return every large piece of memory that is freed, so that the process holds what its
+        tensors do. Else it keeps some, depending on the order of things, and more with every step until it suffices."""
+        if self.device.type == "cpu":
+            getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)(M_MMAP_THRESHOLD, 2**20)
 
     def reset_peak(self) -> None:
         gc.collect()
@@ -314,11 +319,6 @@ def measure(
         "tflop_per_s": flop / 1e12 / seconds,
         "note": "" if times else "the first iteration, no time for another",
     }
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "cannot allocate memory")
-    return any(text.lower() in str(error).lower() for text in texts) or isinstance(error, MemoryError)
 
 
 # the table
@@ -427,6 +427,7 @@ def proof(scale: Scale, machine: Machine, table: Table, *, classes: int, steps: 
     of the objectives it needs the least memory itself, so that what the reverse process needs is seen."""
     scale = replace(scale, classes=classes)
     size_px = scale.sizes_px[0]
+    machine.return_freed()
     prior, split = build(scale.kind, seed=0).to(machine.device), random_split(scale, size_px, machine.device)
     same = {"device": machine.name, "torch": torch.__version__}
     todo = [(objective, steps[0]) for objective in ("dm", "dc", "mtt")] + [("mtt", count) for count in steps[1:]]
@@ -498,13 +499,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="everything tiny")
     parser.add_argument("--proof", action="store_true", help="one iteration of every objective")
     parser.add_argument("--classes", type=int, default=10, help="of the proof")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=(5, 20), help="of the proof, all but the first with MTT alone"
+    )
     given = parser.parse_args(arguments)
     scale = SMOKE if given.smoke else PAPER
     machine = Machine(torch.device(given.device))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if given.proof:
         table = Table(given.out, PROOF_FIELDS)
-        proof(scale, machine, table, classes=min(given.classes, scale.classes), steps=(5, 20))
+        proof(scale, machine, table, classes=min(given.classes, scale.classes), steps=tuple(given.steps))
         return
     table = Table(given.out, FIELDS)
     deadline = began + 60 * given.minutes - min(10, 6 * given.minutes)

@@ -8,6 +8,7 @@ from ld3m import paths
 from ld3m.checkpoint import Checkpoint
 from ld3m.distill import distill
 from ld3m.experiment import Experiment
+from ld3m.memory import named
 from ld3m.parallel import end_workers, fan_out
 from ld3m.progress import forget_peak, peak_gib
 from ld3m.schema import Params
@@ -70,16 +71,17 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
     checks = params.distill.validations if params.ablations.select_on_test else 0
     matched = experiment.objective(objective)
     forgotten = forget_peak()  # of the setting that this process ran before
-    run = distill(
-        synthetic,
-        matched,
-        iterations=budget.iterations,
-        learning_rates=budget.learning_rates,
-        momentum=params.distill.momentum,
-        validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
-        validations=checks,
-        checkpoint=Checkpoint(),
-    )
+    with named(*params.lowers_memory(objective, space), "processes"):
+        run = distill(
+            synthetic,
+            matched,
+            iterations=budget.iterations,
+            learning_rates=budget.learning_rates,
+            momentum=params.distill.momentum,
+            validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
+            validations=checks,
+            checkpoint=Checkpoint(),
+        )
     peak_mib = 1024 * peak_gib() if forgotten else None
     sets = [experiment.judged(images, synthetic.labels, plain=False) for images in candidates]
     scores = experiment.judge(sets, experiment.dataset.test)

@@ -18,13 +18,19 @@ from ruamel.yaml.error import YAMLError
 from ld3m.paths import PARAMS, PROFILES
 from ld3m.schema import Params
 
-REPLACED = ("learning_rates", "settings", "cells", "controls")  # a profile replaces these whole
+REPLACED = ("learning_rates", "settings", "cells", "controls", "changes")  # a profile replaces these whole
+PAPER = PROFILES / "paper.yaml"  # what `paper: true` stands for
 
 
 def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
-    """The validated parameters; `overrides` are dotted keys, e.g. {"distill.momentum": 0.9}."""
-    values = _read(path)
-    for key, value in (overrides or {}).items():
+    """The validated parameters; `overrides` are dotted keys, e.g. {"distill.momentum": 0.9}.
+
+    Where `paper` is true, profiles/paper.yaml is laid over the file, and `overrides` over both.
+    """
+    values, overrides = _read(path), overrides or {}
+    if overrides.get("paper", values.get("paper")) is True:
+        _lay(values, PAPER)
+    for key, value in overrides.items():
         *parents, last = key.split(".")
         node = values
         for parent in parents:
@@ -84,21 +90,36 @@ def validate(values: Any, *, origin: str) -> Params:
 
 
 def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
-    """Merges a profile into params.yaml, which keeps its comments; refused whole where the result is not valid."""
+    """Merges a profile, a file or the name of one in profiles/, into params.yaml, which keeps its comments.
+
+    Refused whole where the result is not valid.
+    """
     _read(path)  # refuses what is missing or not YAML
-    if not profile.is_file():
+    named = PROFILES / f"{profile}.yaml"
+    if not profile.is_file() and not named.is_file():
         known = ", ".join(f"profiles/{file.name}" for file in sorted(PROFILES.glob("*.yaml")))
         raise FileNotFoundError(f"{profile} is missing; the repository has {known}")
+    profile = profile if profile.is_file() else named
     yaml = YAML()
     yaml.width = 4096  # or it would break long lines
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = yaml.load(path.read_text())
-    _merge(values, _read(profile), origin=profile.name, under="")
+    _lay(values, profile)
     validate(values, origin=f"{path.name} with {profile.name}")
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:
         yaml.dump(values, file)
     partial.replace(path)
+
+
+def _lay(values: Any, profile: Path, above: tuple[Path, ...] = ()) -> None:
+    """Merges a profile into `values`, after the one beside it that it names as `over`."""
+    overlay = _read(profile)
+    if base := overlay.pop("over", None):
+        if profile in above:
+            raise ValueError(f"{profile.name}: over = {base!r} leads back to this profile")
+        _lay(values, profile.with_name(str(base)), (*above, profile))
+    _merge(values, overlay, origin=profile.name, under="")
 
 
 def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:

@@ -87,8 +87,8 @@ class StoredSplit:
 def open_images(file: Path, *, shape: tuple[int, ...] | None = None) -> Tensor:
     """The images of a file as a tensor over its pages, which are read when they are looked at.
 
-    FileNotFoundError or ValueError where the file is absent or not whole. What is written into the tensor does not reach
-    the file.
+    FileNotFoundError or ValueError where the file is absent or not whole. What is written into the tensor does not
+    reach the file.
     """
     try:
         array = np.load(file, mmap_mode="c")

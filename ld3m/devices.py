@@ -1,5 +1,9 @@
 """Where the numbers are computed: the CPU, or the first CUDA device."""
 
+import os
+import platform
+from pathlib import Path
+
 import torch
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -20,3 +24,13 @@ def networks_at_once(device: torch.device | str, *, batch: int, size_px: int) ->
     if torch.device(device).type == "cpu":
         return 1
     return min(8, max(1, 2**20 // (batch * size_px**2)))
+
+
+def describe(device: str, *, threads: int | None = None) -> str:
+    """The name of the machine's device and, of a CPU, how many threads are used: all of them (None)."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {threads or os.cpu_count()} threads"

@@ -17,9 +17,10 @@ from ld3m.coresets import CORESETS
 from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import Judged, judge_all
-from ld3m.experts import open_experts
+from ld3m.experts import Experts, open_experts
 from ld3m.gan import Generator, load_generator
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching, classes_at_once
+from ld3m.memory import named
 from ld3m.metrics import PLAIN
 from ld3m.networks import build, flat_parameters
 from ld3m.parallel import end_workers
@@ -141,16 +142,9 @@ class Experiment:
                 threads=threads,
                 **shared,
             )
-        network = new_network(seed=0)
-        experts = open_experts(
-            paths.trajectories_folder(self.params.dataset),
-            count=self.params.trajectories.experts,
-            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
-            parameters=len(flat_parameters(network)),
-        )
         return TrajectoryMatching(
-            experts=experts,
-            network=network,
+            experts=self.experts(),
+            network=new_network(seed=0),
             student_lr=torch.tensor(given.student_lr, device=self.params.on_device, requires_grad=True),
             student_steps=given.student_steps,
             student_batch=given.student_batch,
@@ -158,6 +152,15 @@ class Experiment:
             max_start_epoch=given.max_start_epoch,
             first_order=given.first_order,
             **shared,
+        )
+
+    def experts(self) -> Experts:
+        given = self.params.objectives.mtt
+        return open_experts(
+            paths.trajectories_folder(self.params.dataset),
+            count=self.params.trajectories.experts,
+            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
+            parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
         )
 
     def validate(self, images: Tensor, labels: Tensor, *, seeds: range | None = None) -> list[float]:
@@ -180,15 +183,16 @@ class Experiment:
         self, sets: list[Judged], real: data.Split, *, checkpoint: Checkpoint | None = None
     ) -> list[dict[str, list[float]]]:
         """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
-        return judge_all(
-            sets,
-            real,
-            normalization=self.dataset.normalization,
-            networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
-            processes=self.params.processes,
-            cluster=self.params.cluster,
-            checkpoint=checkpoint,
-        )
+        with named("evaluate.recipe.batch", "that of evaluate.changes", "processes"):
+            return judge_all(
+                sets,
+                real,
+                normalization=self.dataset.normalization,
+                networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
+                processes=self.params.processes,
+                cluster=self.params.cluster,
+                checkpoint=checkpoint,
+            )
 
     def _ipc(self, labels: Tensor) -> int:
         """Images a class, of a set with unlike numbers about."""
@@ -235,10 +239,11 @@ class Experiment:
 
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """
-        synthetic = self.synthetic(space, ipc)
         configuration = self.configuration(objective, space, ipc) | {"normalization": vars(self.dataset.normalization)}
         checkpoint = self.checkpoint_of(objective, space, ipc, configuration)
-        run = self._run(synthetic, objective, space, ipc, checkpoint)
+        with named(*self.params.lowers_memory(objective, space)):
+            synthetic = self.synthetic(space, ipc)
+            run = self._run(synthetic, objective, space, ipc, checkpoint)
         with checkpoint:  # one process writes
             return self._write(run, synthetic, objective, space, ipc)
 
@@ -298,7 +303,8 @@ class Experiment:
     def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
         if objective == "none":
-            return self.control(space, ipc)
+            with named("spaces.ld3m.render_batch"):
+                return self.control(space, ipc)
         place = self.params.place(objective, space, ipc, self.run)
         tensors, _ = read_artefact(paths.distilled_folder(place, f"{objective}-{space}-{ipc}", self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]

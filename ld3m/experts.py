@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.devices import networks_at_once
+from ld3m.memory import named
 from ld3m.networks import flat_parameters
 from ld3m.parallel import end_workers, fan_out
 from ld3m.seeds import derive
@@ -87,15 +88,16 @@ def train_experts(
     # The last group is filled up with experts that nobody asked for: how a group computes depends on its size.
     groups = torch.arange(-(-count // together) * together).view(-1, together).tolist()
     tasks = [shared | {"seeds": [derive(seed, "expert", k) for k in group]} for group in groups]
-    records = fan_out(
-        _train_group,
-        tasks,
-        processes=processes,
-        cluster=cluster,
-        label="experts" if together == 1 else f"groups of {together} experts",
-        checkpoint=checkpoint,
-        receive=receive,
-    )
+    with named("trajectories.batch", "processes"):
+        records = fan_out(
+            _train_group,
+            tasks,
+            processes=processes,
+            cluster=cluster,
+            label="experts" if together == 1 else f"groups of {together} experts",
+            checkpoint=checkpoint,
+            receive=receive,
+        )
     with new_folder(folder) as partial:
         for k in range(count):
             _place(checkpoint.folder / _name(k), partial)

@@ -21,6 +21,7 @@ from ld3m.experts import Experts
 from ld3m.networks import unflatten
 from ld3m.seeds import derive, generator
 
+AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
 Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -32,7 +33,12 @@ def gradient_distance(
     Biases and norms are left out. Differentiable in `synthetic`.
     """
     weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
-    wanted = torch.autograd.grad(cross_entropy(network(real), real_labels), weights)
+    parts = []
+    at_once = real_at_once(real.shape)
+    for images, answers in zip(real.split(at_once), real_labels.split(at_once), strict=True):
+        loss = len(images) / len(real) * cross_entropy(network(images), answers)
+        parts.append(torch.autograd.grad(loss, weights))
+    wanted = [sum(g_real) for g_real in zip(*parts, strict=True)]
     given = torch.autograd.grad(cross_entropy(network(synthetic), labels), weights, create_graph=True)
     return sum(_channel_distance(g_real, g) for g_real, g in zip(wanted, given, strict=True))
 
@@ -50,7 +56,8 @@ def feature_distance(
     Differentiable in `synthetic`.
     """
     with torch.no_grad():
-        wanted = _class_means(network.features(real), real_labels)
+        parts = [network.features(images) for images in real.split(real_at_once(real.shape))]
+        wanted = _class_means(torch.cat(parts), real_labels)
     return (_class_means(network.features(synthetic), labels) - wanted).square().sum()
 
 
@@ -60,8 +67,12 @@ def _class_means(features: Tensor, labels: Tensor) -> Tensor:
     return members / members.sum(1, keepdim=True) @ features
 
 
+def real_at_once(shape: tuple[int, ...]) -> int:
+    """How many real images (C, H, W) go through a network at once, so that memory does not grow with their number."""
+    return max(1, AT_ONCE_PX // (shape[-2] * shape[-1]))
+
+
 DISTANCES: dict[str, Distance] = {"dc": gradient_distance, "dm": feature_distance}
-PIXELS_AT_ONCE = 2**22  # at most so many, of the real images of several classes
 
 
 def classes_at_once(distance: str, *, classes: int, threads: int, real_batch: int, size_px: int) -> int:
@@ -69,7 +80,7 @@ def classes_at_once(distance: str, *, classes: int, threads: int, real_batch: in
     allows. DC needs the gradient of every class."""
     if distance == "dc":
         return 1
-    return max(1, min(-(-classes // threads), PIXELS_AT_ONCE // (real_batch * size_px**2)))
+    return max(1, min(-(-classes // threads), AT_ONCE_PX // (real_batch * size_px**2)))
 
 
 @dataclass(frozen=True)

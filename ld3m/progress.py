@@ -5,12 +5,25 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-MEASURED_ITERATIONS = 5  # timed, after the first, before a log line says what the whole will cost
+MEASURED_ITERATIONS = 5  # timed, after the first, before a log line says what is left
+is_silent = ContextVar("is_silent", default=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside the block nothing reports."""
+    before = is_silent.set(True)
+    try:
+        yield
+    finally:
+        is_silent.reset(before)
 
 
 def forget_peak() -> bool:
@@ -42,8 +55,11 @@ def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str
     """Yields start .. total-1 and reports; `status` is asked for a few words (a loss, say) whenever it reports.
 
     The log times the iterations after the first, which does more than the others: it validates what a run starts from,
-    and starts processes.
+    and starts processes. What the whole will cost is printed before it, by `cost.announce`.
     """
+    if is_silent.get():
+        yield from range(start, total)
+        return
     if "DVC_STAGE" not in os.environ:  # the bar shows the cost of what is left as it goes
         with tqdm(range(start, total), desc=label, initial=start, total=total) as bar:
             for step in bar:
@@ -57,12 +73,6 @@ def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str
         if timed == 0:
             began = time.perf_counter()
         seconds = (time.perf_counter() - began) / max(1, timed)
-        if timed == MEASURED_ITERATIONS:
-            print(
-                f"{label}: {total - start} iterations at {seconds:.3f} s: {seconds * (total - start) / 60:.1f} min, "
-                f"{peak_gib():.1f} GiB peak so far",
-                flush=True,
-            )
         if (timed + 1) % every == 0 or step + 1 == total:
             left = seconds * (total - step - 1)
             measured = f" ({seconds:.3f} s each, {left:.0f} s left)" if timed >= MEASURED_ITERATIONS else ""

@@ -330,6 +330,7 @@ def _cell(entry: MoreCell | MoreControl) -> tuple[str, str, int]:
 
 class Params(Model):
     seed: Whole
+    paper: Annotated[bool, Field(strict=True)]  # `config.load_params` has laid profiles/paper.yaml over the others
     device: Literal["auto", "cpu", "cuda"]
     processes: Count
     cluster: str | None  # the address of a Ray cluster
@@ -561,3 +562,9 @@ class Params(Model):
             for name in sorted(self._learnables(objective, space))
         }
         return given.model_copy(update={"learning_rates": rates})
+
+    def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:
+        """The settings that a cell needs less memory with, the lower they are."""
+        matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
+        rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
+        return (*rendered, matched)

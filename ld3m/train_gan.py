@@ -10,6 +10,7 @@ from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Split
 from ld3m.fit import Fit
 from ld3m.gan import SMALLEST_PX, Generator
+from ld3m.memory import named
 from ld3m.progress import progress
 from ld3m.recognise import recognise
 from ld3m.seeds import forked, generator
@@ -46,6 +47,7 @@ class Discriminator(nn.Module):
         return self.realness(h).squeeze(1) + (self.embedding(labels.to(h.device)) * h).sum(1) / h.shape[1] ** 0.5
 
 
+@named("gan.batch")
 def fit_gan(
     gan: Generator,
     split: Split,

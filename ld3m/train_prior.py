@@ -11,12 +11,14 @@ from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior, at_once
 from ld3m.fit import Fit
+from ld3m.memory import named
 from ld3m.progress import progress
 from ld3m.recognise import recognise
 from ld3m.sampler import sample
 from ld3m.seeds import generator
 
 
+@named("prior.autoencoder.batch")
 def fit_autoencoder(
     prior: Prior,
     split: Split,
@@ -63,6 +65,7 @@ def fit_autoencoder(
     return fit.losses.tolist()
 
 
+@named("prior.denoiser.batch")
 def fit_denoiser(
     prior: Prior,
     split: Split,

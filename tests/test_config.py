@@ -2,6 +2,7 @@ import copy
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -96,6 +97,7 @@ def test_a_missing_key_is_refused_at_every_level(values, key):
         ("seed", -1),
         ("seed", 0.5),
         ("seed", "zero"),
+        ("paper", 1),
         ("processes", 0),
         ("dataset", 3),
         ("grid.objective", []),
@@ -333,6 +335,24 @@ def test_a_profile_changes_its_values_and_keeps_every_other_line(params_file, pr
     comments = [[line.partition("#")[2] for line in text.splitlines() if "#" in line] for text in (before, after)]
     assert comments[0] == comments[1]
     assert sorted(file.name for file in params_file.parent.iterdir()) == ["params.yaml", "profile.yaml"]
+
+
+def test_a_profile_lies_over_the_one_it_names(params_file, profile):
+    base = profile("seed: 5\nprocesses: 1\n")
+    base.rename(base.with_name("base.yaml"))
+    apply_profile(profile("over: base.yaml\nseed: 6\n"), path=params_file)
+    assert load_params(path=params_file) == load_params({"seed": 6, "processes": 1})
+    before = params_file.read_bytes()
+    with pytest.raises(FileNotFoundError, match="absent.yaml is missing"):
+        apply_profile(profile("over: absent.yaml\nseed: 7\n"), path=params_file)
+    with pytest.raises(ValueError, match="profile.yaml: over = 'profile.yaml' leads back"):
+        apply_profile(profile("over: profile.yaml\nseed: 7\n"), path=params_file)
+    assert params_file.read_bytes() == before
+
+
+def test_a_profile_of_the_repository_is_applied_by_its_name(params_file):
+    apply_profile(Path("smoke"), path=params_file)
+    assert load_params(path=params_file).processes == 1
 
 
 def test_a_profile_adds_a_data_set(params_file, profile):

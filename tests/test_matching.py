@@ -75,6 +75,19 @@ def test_feature_distance(network, randn):
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_real_images_go_through_the_network_a_few_at_once(network, randn, monkeypatch, name, count):
+    real, synthetic = randn(5, 1, SIZE_PX, SIZE_PX), randn(1, 1, SIZE_PX, SIZE_PX)
+    labels = torch.tensor([0, 0, 1, 2, 0])
+    together = DISTANCES[name](network, real, labels, synthetic, labels[:1]).item()
+    monkeypatch.setattr(matching, "AT_ONCE_PX", count * SIZE_PX**2)
+    batches = []
+    network.body.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    assert DISTANCES[name](network, real, labels, synthetic, labels[:1]).item() == pytest.approx(together, rel=1e-10)
+    assert batches == [*{1: [1] * 5, 3: [3, 2]}[count], 1]  # the synthetic image last
+
+
+@pytest.mark.parametrize("name", ["dc", "dm"])
 def test_gradient_of_the_distance_equals_finite_differences(network, randn, name):
     real, synthetic = randn(5, 1, SIZE_PX, SIZE_PX), randn(2, 1, SIZE_PX, SIZE_PX).requires_grad_()
     labels = torch.zeros(5, dtype=torch.long)

@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from ld3m.config import apply_profile
+from ld3m.config import apply_profile, load_params
 from ld3m.paths import PROFILES, ROOT
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-# config, schema and paths turn params.yaml into values, which DVC tracks one by one; progress only prints
-UNTRACKED = {"config", "schema", "paths", "progress"}
+# config, schema and paths turn params.yaml into values, which DVC tracks one by one; cost and progress only print, and
+# memory names what to lower
+UNTRACKED = {"config", "schema", "paths", "progress", "cost", "memory"}
 USER = "somebody-special"
 # the executed notebooks show figures, but no stage but `tables` writes one
 PRESENTATION = {"figures", "tables"}
@@ -60,6 +61,23 @@ def test_a_stage_depends_on_its_notebook_and_on_exactly_the_modules_it_uses(name
     listed = {Path(dep).stem for dep in stage["deps"] if dep.startswith("ld3m/")}
     assert listed == used
     assert notebook in stage["deps"]
+
+
+def value(values, key):
+    for part in key.partition(".${")[0].split("."):
+        values = values[part]
+    return values
+
+
+def test_a_stage_depends_on_the_switch_of_the_released_protocol_where_that_changes_a_value_it_uses():
+    """DVC reads params.yaml itself, where `paper: true` changes no other value."""
+    ours, released = (load_params({"paper": paper}).model_dump() for paper in (False, True))
+    for key in ("dataset", "datasets", "grid", "more", "ablations.settings"):  # what stages are made for
+        assert value(ours, key) == value(released, key)
+    for name, stage in STAGES.items():
+        keys = set(stage.get("do", stage)["params"])
+        changed = {key for key in keys - {"paper"} if value(ours, key) != value(released, key)}
+        assert ("paper" in keys) == bool(changed), name
 
 
 def test_the_main_table_needs_no_gan():

@@ -48,8 +48,8 @@ def test_the_imagenet_profiles_have_the_published_sizes(applied, size_px, depth,
 
 @pytest.mark.parametrize("size_px", [128, 256])
 def test_the_default_is_the_corrected_protocol_and_paper_the_released_one(applied, size_px):
-    corrected, _ = applied(f"imagenet{size_px}")
-    released, _ = applied(f"imagenet{size_px}", "paper")
+    corrected, file = applied(f"imagenet{size_px}")
+    released = load_params({"paper": True}, path=file)
 
     def switches(params):
         ld3m = params.spaces.ld3m
@@ -69,7 +69,7 @@ def test_the_default_is_the_corrected_protocol_and_paper_the_released_one(applie
     for params in (corrected, released):
         assert (params.data.size_px, params.networks["convnet"].width) == (size_px, 128)
         assert params.evaluate.seeds == 5 and params.evaluate.recipe.ema_decay == 0.995
-        assert set(params.evaluate.recipe.epochs.values()) == {1000}
+        assert {params.recipe(name, ipc)["epochs"] for name in params.networks for ipc in (1, 10)} == {1000}
         assert params.evaluate.recipe.learning_rates["vgg11"] == 1e-4
         for objective, rate in {"dc": 0.1, "dm": 1.0, "mtt": 1000.0}.items():
             budget = params.budget(objective, "ld3m")
@@ -83,9 +83,24 @@ def test_the_default_is_the_corrected_protocol_and_paper_the_released_one(applie
         )
 
 
-def test_paper_alone_fits_the_committed_profile(applied):
-    params, _ = applied("paper")
-    assert params.dataset == load_params().dataset and params.spaces.ld3m.noise == "redrawn"
+@pytest.mark.parametrize("profiles", [(), ("cifar10",), ("imagenet128",), ("imagenet256",)])
+def test_the_switch_is_the_profile_applied_by_hand(applied, profiles):
+    _, file = applied(*profiles)
+    switched = load_params({"paper": True}, path=file)
+    by_hand, _ = applied(*profiles, "paper")
+    assert switched == by_hand.model_copy(update={"paper": True})
+
+
+def test_the_switch_in_the_file_is_followed_by_every_reader(applied):
+    _, file = applied()
+    file.write_text(file.read_text().replace("paper: false", "paper: true"))
+    params = load_params(path=file)
+    assert params == load_params({"paper": True}) and params.spaces.ld3m.noise == "redrawn"
+    assert load_params({"paper": False}, path=file) == load_params()
+    settings = ablation_settings("skip_learn", path=file)
+    assert {params.spaces.ld3m.noise for params, *_ in settings.values()} == {"redrawn"}
+    (changed, *_), kept = settings["mean, Z"], params.spaces.ld3m
+    assert changed.spaces.ld3m == kept.model_copy(update={"skip": "mean", "learn": "z"})  # a setting wins over paper
 
 
 def test_a_folder_takes_flips_and_a_share_of_train_for_validation(applied):
