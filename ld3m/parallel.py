@@ -2,6 +2,7 @@
 neither on how many there are nor on where they are."""
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -174,6 +175,12 @@ def end_workers() -> None:
         return
     executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` also removes its shared files
     getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
+    reusable_executor._executor = None
+    del executor
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(timeout=1)
+    gc.collect()  # the last to hold a semaphore takes it off the tracker's list: an error once that has stopped
     _stop_trackers()
 
 
