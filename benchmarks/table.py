@@ -1,8 +1,8 @@
 """The table of ratios: its rows, the clock they are measured by, and the file they are kept in.
 
-Every row compares two ways to compute the same, timed in turns in one process. `ratio` is `other` over `ours`: above 1 is
-ahead, in time and in memory. Rows of the benchmark `roofline` are the other way round: their ratio is the share of the
-machine's rate that is reached.
+Every row compares two ways to compute the same, timed in turns in one process. `ratio` is `other` over `ours`: above 1
+is ahead, in time and in memory. Rows of the benchmark `roofline` are the other way round: their ratio is the share of
+the machine's rate that is reached.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 from ld3m import paths
 from ld3m.devices import describe
 from ld3m.measure import clock
+from ld3m.progress import silent
 from ld3m.storage import write_bytes
 
 FILE = paths.TABLES / "benchmarks.csv"
@@ -105,6 +106,7 @@ def main(measure: Callable[..., list[Row]], description: str | None, arguments: 
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the numbers say nothing")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
-    rows = measure(smoke=given.smoke)
+    with silent():
+        rows = measure(smoke=given.smoke)
     show(rows)
     write(rows, given.out)
