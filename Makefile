@@ -52,7 +52,7 @@ report: embedded ## run the whole pipeline: more spaces and controls, ablations,
 	@echo 'report    reports/index.html'
 
 test: embedded ## run the tests
-	@$(PY) -m pytest -q
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 test-all: embedded ## run the slow tests too, some of them on a Ray cluster of this machine (installs Ray; about half an hour)
 	@$(PIP) install --quiet -e '.[cluster]'

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from ld3m.paths import PARAMS, PROFILES
 from ld3m.schema import Params
@@ -116,9 +116,10 @@ def _lay(values: Any, profile: Path, above: tuple[Path, ...] = ()) -> None:
     """Merges a profile into `values`, after the one beside it that it names as `over`."""
     overlay = _read(profile)
     if base := overlay.pop("over", None):
-        if profile in above:
-            raise ValueError(f"{profile.name}: over = {base!r} leads back to this profile")
-        _lay(values, profile.with_name(str(base)), (*above, profile))
+        below = profile.parent / str(base)
+        if below in (profile, *above):
+            raise ValueError(f"{profile.name}: over = {base!r} leads back to a profile that it lies under")
+        _lay(values, below, (*above, profile))
     _merge(values, overlay, origin=profile.name, under="")
 
 
@@ -134,11 +135,16 @@ def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> 
 
 def _read(path: Path) -> Any:
     try:
-        values = YAML(typ="safe").load(Path(path).read_text())
+        text = Path(path).read_text()
+        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe").parse(text)):
+            raise ValueError("aliases are not allowed: a few lines of them can stand for more values than memory holds")
+        values = YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; `git checkout {Path(path).name}` restores it") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # ruamel raises many kinds: for a date that does not exist, for what is nested too deep
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values")
     return values

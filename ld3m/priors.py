@@ -118,12 +118,14 @@ def _read_link(folder: Path) -> dict[str, Any]:
         link = json.loads((folder / LINK).read_text())
         classes = [int(index) for index in link["classes"]]
         return {"source": str(link["source"]), "classes": classes, "sha256": link["sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / LINK} is broken ({error!r}): {PIPELINE}") from error
 
 
 def _linked(folder: Path) -> Prior:
     link = _read_link(folder)
+    if (paths.ROOT / link["source"] / LINK).is_file():
+        raise ValueError(f"{folder / LINK} names {link['source']}, which stands for another prior itself: {PIPELINE}")
     prior = with_classes(load_prior(link["source"]), link["classes"])
     if prior.fingerprint() != link["sha256"]:
         raise ValueError(
@@ -196,7 +198,7 @@ def _class_name(folder: Path) -> str | None:
     """The class of a model of diffusers; None where that cannot be read."""
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return FORMER.get(name, name)
 

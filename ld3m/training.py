@@ -123,8 +123,8 @@ def require_finite(losses: Tensor, *, advice: str) -> None:
     """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
     broken = (~losses.isfinite()).nonzero()
     if len(broken):
-        step = int(broken[0, 0])
-        raise ValueError(f"step {step}: the loss is {losses[step].tolist()}; {advice}")
+        first = tuple(broken[0])
+        raise ValueError(f"step {int(first[0])}: the loss is {losses[first].item()}; {advice}")
 
 
 def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
