@@ -12,7 +12,7 @@ from benchmarks import evaluation, experts, iteration, memory, objectives, rende
 from benchmarks.table import FILE, show, write
 from ld3m.progress import silent
 
-ALL = (iteration, memory, rendering, objectives, experts, evaluation, roofline)
+ALL = (iteration, memory, rendering, objectives, evaluation, roofline, experts)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,15 +20,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the numbers say nothing")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
+    began = time.monotonic()
     for k, module in enumerate(ALL, 1):
         name = module.__name__.removeprefix("benchmarks.")
         print(f"[{k} of {len(ALL)}, {time.monotonic() - began:.0f} s] {name}", flush=True)
         with silent():
             measured = module.measure(smoke=given.smoke)
         show(measured)
-        rows += measured
-    write(rows, given.out)
+        write(measured, given.out)
     print(f"{given.out}, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
 
 
