@@ -55,7 +55,7 @@ def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
     _write_csv(folder, "gradient_norms", norms.agg(["mean", "min", "max"]).reset_index())
     _write_csv(folder, "prior", _check(paths.prior_check_folder(params.dataset)))
-    if any(space == "glad" for _, space, _ in found):
+    if more and any(space == "glad" for _, space, _ in found):
         _write_csv(folder, "gan", _check(paths.gan_check_folder(params.dataset)))
     if more:
         _write_csv(folder, "metrics", read_metrics(params, found))

@@ -1,10 +1,7 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ld3m import paths
 from ld3m.data import Dataset, Normalization, Split
@@ -78,31 +75,3 @@ def directional_derivative(function, points, directions, *, h=1e-6):
         ahead = function(*(p + h * d for p, d in zip(points, directions, strict=True)))
         behind = function(*(p - h * d for p, d in zip(points, directions, strict=True)))
     return (float(ahead) - float(behind)) / (2 * h)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that still live; `peak` is the most so far."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage):
-        if storage in self.known:
-            return
-        self.known.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, size).atexit = False
-
-    def _release(self, size):
-        self.live -= size

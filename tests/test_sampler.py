@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import LiveBytes, directional_derivative, make_prior, relative_difference
+from conftest import directional_derivative, make_prior, relative_difference
 from diffusers import DDIMScheduler
 
+from benchmarks.memory import LiveBytes
 from ld3m import sampler
 from ld3m.sampler import noised, reverse, sample, skip_weight, timesteps
 

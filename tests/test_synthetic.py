@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, LiveBytes, make_prior, relative_difference
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
+from benchmarks.memory import LiveBytes
 from ld3m import sampler, synthetic
 from ld3m.data import Normalization
 from ld3m.gan import build_generator

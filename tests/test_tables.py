@@ -3,6 +3,7 @@ import statistics
 
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 
 from ld3m import paths, published, report
 from ld3m.ablations import write_records
@@ -292,6 +293,17 @@ def test_differences_of_several_runs_are_paired_by_run(with_more):
     half = T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
     row = changes.loc[("ld3m", "pixel")]
     assert [row.n, row["mean"], row.ci_high - row["mean"]] == pytest.approx([3, statistics.mean(gaps), half], rel=1e-6)
+
+
+def test_dvc_knows_the_tables_one_by_one():
+    """It removes outputs before it makes them again: the folder holds tables of no stage too."""
+    stages = YAML(typ="safe").load((paths.ROOT / "dvc.yaml").read_text())["stages"]
+    for name, stage in stages.items():
+        outs = {next(iter(out)): next(iter(out.values())) for out in stage.get("outs", []) if isinstance(out, dict)}
+        listed = {out: options for out, options in outs.items() if out.startswith("reports/tables")}
+        wanted = {f"reports/tables/{table}" for table in TABLES} if name == "tables" else set()
+        assert set(listed) == wanted
+        assert all(options == {"cache": False} for options in listed.values())
 
 
 def test_the_spread_of_networks_and_of_runs_are_told_apart(with_more):

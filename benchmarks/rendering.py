@@ -1,0 +1,31 @@
+"""Rendering a set of ten images a class, forward and backward, in as few calls of the denoiser as
+`spaces.ld3m.render_batch` allows, against one class after another."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks.table import Row, in_turns, less_is_better, main
+from ld3m.config import load_params
+from ld3m.experiment import Experiment
+from ld3m.synthetic import LD3MCodes
+
+
+def iteration(codes: LD3MCodes) -> None:
+    images = codes.render(step=0)
+    images.backward(torch.ones_like(images))
+
+
+def measure(*, smoke: bool) -> list[Row]:
+    experiment = Experiment(load_params())
+    ipc = 2 if smoke else 10
+    codes = experiment.synthetic("ld3m", ipc, **({"steps": 1} if smoke else {}))
+    ways = {"ours": partial(iteration, codes), "other": partial(iteration, replace(codes, render_batch=ipc))}
+    seconds = in_turns(ways, rounds=1 if smoke else 3)
+    name, device = "one class after another", experiment.params.on_device
+    return [less_is_better("rendering", name, **seconds, unit="s", device=device)]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)

@@ -1,0 +1,70 @@
+"""The limit: how much of the rate of one large float32 matrix product an LD3M iteration reaches.
+
+`ratio` is the share of the limit: `ours` is the GFLOP/s of rendering a set and of its backward pass down to `z` and
+`c`, decoder included, `other` is that of the product of two square matrices on as many threads. Counted are matrix
+products, convolutions and attention, by torch's own formulas. The embedded prior renders ten images in the steps of
+params.yaml; the prior of the size of `cin256-v2`, with random weights, one image of 128 px in two steps.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.full_size import PAPER, SMOKE, random_split, start
+from benchmarks.rendering import iteration
+from benchmarks.table import Row, in_turns, main, share_of_limit
+from ld3m.compvis import build
+from ld3m.config import load_params
+from ld3m.experiment import Experiment
+from ld3m.synthetic import LD3MCodes
+
+SIDE = 1536  # of the matrices
+
+
+class Flop(TorchDispatchMode):
+    """Counts as torch's `FlopCounterMode`, which also counts by module, but not in an `autograd.grad` in a backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def compared(name: str, codes: LD3MCodes, *, rounds: int, device: str, side: int) -> Row:
+    with Flop() as count:
+        iteration(codes)
+    a, b = torch.randn(2, side, side, device=device)
+    ways = {"ours": partial(iteration, codes), "limit": partial(torch.mm, a, b)}
+    ways["limit"]()
+    seconds = in_turns(ways, rounds=rounds)
+    rates = {"ours": count.total / seconds["ours"] / 1e9, "limit": 2 * side**3 / seconds["limit"] / 1e9}
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return share_of_limit("roofline", f"matrix product; {name}{threads}", **rates, unit="GFLOP/s", device=device)
+
+
+def measure(*, smoke: bool) -> list[Row]:
+    experiment, threads = Experiment(load_params()), torch.get_num_threads()
+    given = dict(device=experiment.params.on_device, side=256 if smoke else SIDE)
+    embedded = experiment.synthetic("ld3m", 1)
+    rows = []
+    for count in (1, threads) if given["device"] == "cpu" else (threads,):
+        torch.set_num_threads(count)
+        rows.append(compared("embedded prior", embedded, rounds=1 if smoke else 11, **given))
+    scale = replace(SMOKE if smoke else PAPER, classes=1, real_batch=1)
+    prior = build(scale.kind, seed=0).to(given["device"])
+    split = random_split(scale, scale.sizes_px[0], torch.device(given["device"]))
+    codes = start(split, prior, ipc=1, steps=2, render_batch=1)
+    rows.append(compared("prior of full size", codes, rounds=1 if smoke else 3, **given))
+    return rows
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)

@@ -1,0 +1,67 @@
+"""The benchmarks of the table, everything tiny: they run, compare equals, and keep each other's rows."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import __main__ as everything
+from benchmarks import iteration, memory, table
+from benchmarks.table import Row, less_is_better, require_same
+
+NAMES = {"ld3m_iteration", "ld3m_memory_in_steps", "rendering", "dc_step", "dm_step", "mtt_step", "mtt_memory"}
+NAMES |= {"experts", "evaluation", "roofline"}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Benchmarks set how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(file):
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_all_benchmarks_run(tmp_path, capsys):
+    everything.main(["--smoke", "--out", str(tmp_path / "benchmarks.csv")])
+    found = rows(tmp_path / "benchmarks.csv")
+    assert list(found[0]) == ["benchmark", "compared_with", "ratio", "ours", "other", "unit", "device"]
+    assert {row["benchmark"] for row in found} == NAMES
+    keys = [(row["benchmark"], row["compared_with"]) for row in found]
+    assert len(set(keys)) == len(keys)
+    for row in found:
+        ours, other = float(row["ours"]), float(row["other"])
+        expected = ours / other if row["benchmark"] == "roofline" else other / ours
+        assert float(row["ratio"]) == pytest.approx(expected, rel=2e-3) and expected > 0
+        assert row["unit"] and "threads" in row["device"] or not row["device"].endswith("threads")
+    flat = [float(row["ratio"]) for row in found if row["compared_with"].startswith("one step with gradient")]
+    assert len(flat) == 2 and min(flat) > 1 / 1.1
+    said = capsys.readouterr().out
+    assert "[1 of 7, 0 s] iteration" in said and "4T floor" in said
+
+
+def test_one_script_replaces_its_own_rows_alone(tmp_path):
+    file = tmp_path / "benchmarks.csv"
+    given = dict(ours=1.0, unit="s", device="cpu")
+    other = less_is_better("zebra", "horse, striped", other=2.0, **given)
+    table.write([other, less_is_better("ld3m_memory_in_steps", "of before", other=3.0, **given)], file)
+    table.main(memory.measure, None, ["--smoke", "--out", str(file)])
+    found = table.read(file)
+    assert [row for row in found if row.benchmark != "ld3m_memory_in_steps"] == [other]
+    assert len(found) == 4 and all(row.compared_with != "of before" for row in found)
+    table.write([Row(**vars(other) | {"ratio": 9.0})], file)
+    assert table.read(file)[-1].ratio == 9.0 and len(table.read(file)) == 4
+
+
+def test_ways_that_compute_something_else_are_not_compared(monkeypatch):
+    with pytest.raises(ValueError, match="differ by 0.5"):
+        require_same([torch.ones(2)], [2 * torch.ones(2)], what="two", within=0.1)
+    with pytest.raises(ValueError, match="differ by nan"):
+        require_same([torch.full((1,), torch.nan)], [torch.ones(1)], what="two", within=0.1)
+    monkeypatch.setattr(iteration, "plain", lambda prior, z, c, **given: z + 0 * c.sum())
+    with pytest.raises(ValueError, match="the gradients of ours and of plain autograd"):
+        iteration.measure(smoke=True)
