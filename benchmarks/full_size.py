@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flop import Flop
 from ld3m.compvis import KINDS, Kind, build
 from ld3m.data import Normalization, Split
 from ld3m.devices import describe
@@ -288,13 +288,13 @@ def measure(
         iterate(codes, objective, optimizer, 0)  # compiles
         first = machine.seconds(lambda: iterate(codes, objective, optimizer, 0))
     else:
-        counts = [FlopCounterMode(display=False)]
+        counts = [Flop()]
 
         def counted(distance: Callable) -> Callable:
             """Counting does not see into other threads, so the classes are counted there."""
 
             def call(*arguments: Any) -> Tensor:
-                counts.append(FlopCounterMode(display=False))
+                counts.append(Flop())
                 with counts[-1]:
                     return distance(*arguments)
 
@@ -303,7 +303,7 @@ def measure(
         counting = class_matching(case.objective, split, scale, counted)
         with counts[0]:
             first = machine.seconds(lambda: iterate(codes, counting, optimizer, 0))
-        flop = sum(count.get_total_flops() for count in counts)
+        flop = sum(count.total for count in counts)
     times = []
     wanted = 5 if first < SLOW_S / 5 else 3 if first < SLOW_S else 1
     while len(times) < wanted and time.monotonic() + 1.5 * first < deadline:

@@ -10,9 +10,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from benchmarks.flop import Flop
 from benchmarks.full_size import PAPER, SMOKE, random_split, start
 from benchmarks.rendering import iteration
 from benchmarks.table import Row, in_turns, main, share_of_limit
@@ -22,20 +21,6 @@ from ld3m.experiment import Experiment
 from ld3m.synthetic import LD3MCodes
 
 SIDE = 1536  # of the matrices
-
-
-class Flop(TorchDispatchMode):
-    """Counts as torch's `FlopCounterMode`, which also counts by module, but not in an `autograd.grad` in a backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=output)
-        return output
 
 
 def compared(name: str, codes: LD3MCodes, *, rounds: int, device: str, side: int) -> Row:

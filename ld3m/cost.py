@@ -297,11 +297,13 @@ def iteration(
     process than the parameters say."""
     rendering, matching = meter.rendering(space, ipc), meter.matching(objective, ipc)
     parts = ipc * meter.classes / rendering.wide.full
-    threads = meter.params.processes if alone and objective in DISTANCES and meter.params.on_device == "cpu" else 1
-    seconds = parts * rendering.seconds(steps if space == "ld3m" else None) + threads * matching.seconds()
+    threads = 1 if alone else meter.params.threads
+    at_once = min(threads, ceil(parts))  # rendering is tried in one thread, DC and DM in all
+    rendered = parts / at_once * rendering.seconds(steps if space == "ld3m" else None)
+    seconds = rendered + (meter.params.threads / threads if objective in DISTANCES else 1) * matching.seconds()
     units = ("real images", "rounds of classes") if objective in DISTANCES else ("images", "steps of the student")
     tried = "; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units))))
-    return seconds, peak_of(rendering, matching, device=meter.params.on_device), tried
+    return seconds, peak_of(*at_once * [rendering], matching, device=meter.params.on_device), tried
 
 
 def many(runs: range) -> str:

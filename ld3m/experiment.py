@@ -113,6 +113,7 @@ class Experiment:
         given = getattr(self.params.spaces, space).model_dump() | changes
         if space == "pixel":
             return start_pixels(pixels, labels, **shared, **given)
+        shared["threads"] = self.params.threads
         if space == "glad":
             return start_glad(labels, gan=self.gan, **shared, **given)
         del given["prior"], given["precision"], given["compile"]  # of `self.prior`
@@ -125,21 +126,15 @@ class Experiment:
         new_network = self.new_network(self.params.distill.network)
         shared = dict(strategy=self.params.data.augmentation, seed=derive(self.seed, name))
         if name in DISTANCES:
-            threads = self.params.processes if self.params.on_device == "cpu" else 1
-            shared["classes_at_once"] = classes_at_once(
-                name,
-                classes=len(self.dataset.train.classes),
-                threads=threads,
-                real_batch=given.real_batch,
-                size_px=self.params.data.size_px,
-            )
+            together = classes_at_once(name, real_batch=given.real_batch, size_px=self.params.data.size_px)
             return ClassMatching(
                 distance=DISTANCES[name],
                 split=self.dataset.train,
                 normalization=self.dataset.normalization,
                 new_network=new_network,
                 real_batch=given.real_batch,
-                threads=threads,
+                threads=self.params.threads,
+                classes_at_once=together,
                 **shared,
             )
         return TrajectoryMatching(

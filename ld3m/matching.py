@@ -22,6 +22,7 @@ from ld3m.networks import unflatten
 from ld3m.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
+CLASSES_AT_ONCE = 5
 Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -75,12 +76,10 @@ def real_at_once(shape: tuple[int, ...]) -> int:
 DISTANCES: dict[str, Distance] = {"dc": gradient_distance, "dm": feature_distance}
 
 
-def classes_at_once(distance: str, *, classes: int, threads: int, real_batch: int, size_px: int) -> int:
-    """How many classes to take through the network in one pass: for DM a thread's share of them, as far as memory
-    allows. DC needs the gradient of every class."""
-    if distance == "dc":
-        return 1
-    return max(1, min(-(-classes // threads), AT_ONCE_PX // (real_batch * size_px**2)))
+def classes_at_once(distance: str, *, real_batch: int, size_px: int) -> int:
+    """How many classes to take through the network in one pass: for DM several, as far as memory allows, but few enough
+    for threads to share them. DC needs the gradient of every class."""
+    return 1 if distance == "dc" else max(1, min(CLASSES_AT_ONCE, AT_ONCE_PX // (real_batch * size_px**2)))
 
 
 @dataclass(frozen=True)

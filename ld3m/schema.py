@@ -438,6 +438,11 @@ class Params(Model):
         """What `device` stands for on this machine."""
         return choose_device(self.device)
 
+    @property
+    def threads(self) -> int:
+        """In how many a single run does what can be done side by side: a GPU needs none."""
+        return self.processes if self.on_device == "cpu" else 1
+
     def in_grid(self, objective: str, space: str, ipc: int) -> bool:
         """Whether the main table has a cell, or a control (objective "none", its name as space)."""
         if objective == "none":

@@ -18,6 +18,7 @@ from ld3m.diffusion import Prior
 from ld3m.gan import Generator
 from ld3m.sampler import Skip, noised, reverse, sample
 from ld3m.seeds import generator
+from ld3m.threads import in_parts
 
 Clamp = Literal["none", "hard", "soft"]
 Noise = Literal["stored", "redrawn"]
@@ -62,6 +63,7 @@ class LD3MCodes:
     noise: Noise
     render_batch: int  # images that go through the U-Net at once: lower it where memory is short
     seed: int
+    threads: int = 1  # so many such batches at once
 
     def render(self, *, step: int | None = None) -> Tensor:
         if self.noise == "stored" or step is None:
@@ -77,8 +79,7 @@ class LD3MCodes:
         return _noise(self.fixed["eps"].shape, self.seed, "redrawn", place, step).to(self.fixed["eps"])
 
     def _render(self, tensors: dict[str, Tensor]) -> Tensor:
-        parts = torch.arange(len(self.labels)).split(self.render_batch)
-        return torch.cat([self._part({name: tensor[index] for name, tensor in tensors.items()}) for index in parts])
+        return in_parts(self._part, tensors, size=self.render_batch, threads=self.threads)
 
     @torch.no_grad()
     def path(self, index: Tensor) -> Tensor:
@@ -125,11 +126,13 @@ class GladCodes:
     normalization: Normalization
     layer: int
     render_batch: int  # images that go through the generator at once: lower it where memory is short
+    threads: int = 1  # so many such batches at once
 
     def render(self, *, step: int | None = None) -> Tensor:
-        parts = zip(*(self.learnables[name].split(self.render_batch) for name in ("f", "w")), strict=True)
-        images = [checkpoint(self._render, f, w, use_reentrant=False, preserve_rng_state=False) for f, w in parts]
-        return torch.cat(images)
+        return in_parts(self._part, self.learnables, size=self.render_batch, threads=self.threads)
+
+    def _part(self, codes: dict[str, Tensor]) -> Tensor:
+        return checkpoint(self._render, codes["f"], codes["w"], use_reentrant=False, preserve_rng_state=False)
 
     def _render(self, f: Tensor, w: Tensor) -> Tensor:
         return self.normalization.to_images(self.gan.synthesize(f, w, self.layer))
@@ -162,6 +165,7 @@ def start_ld3m(
     encoder_input: Literal["pixels", "images"],
     render_batch: int,
     seed: int,
+    threads: int = 1,
 ) -> LD3MCodes:
     """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], from samples of the prior, or from standard normal
     latents; the conditioning starts from the class embeddings.
@@ -198,6 +202,7 @@ def start_ld3m(
         noise=noise,
         render_batch=render_batch,
         seed=seed,
+        threads=threads,
     )
 
 
@@ -211,6 +216,7 @@ def start_glad(
     mean_w: bool | Literal["auto"],
     render_batch: int,
     seed: int,
+    threads: int = 1,
 ) -> GladCodes:
     """Starts from generated images of the classes, as GLaD does; a GAN has no encoder, so real images are not used.
 
@@ -233,7 +239,7 @@ def start_glad(
     learnables = {"f": torch.cat(parts).clone(), "w": w[:, layer:].clone()}
     for tensor in learnables.values():
         tensor.requires_grad_()
-    return GladCodes(labels, learnables, gan, normalization, layer, render_batch)
+    return GladCodes(labels, learnables, gan, normalization, layer, render_batch, threads)
 
 
 def shifted(normalization: Normalization) -> Normalization:

@@ -84,9 +84,9 @@ def test_the_arithmetic_is_counted_with_its_backward_pass():
     ]
     step = counted[2] - counted[1]
     assert step == pytest.approx(counted[1] - counted[0])
-    with full_size.FlopCounterMode(display=False) as one:
+    with full_size.Flop() as one:
         prior.denoise(torch.zeros(6, 3, 8, 8), 1, prior.null(6))  # guided: three images twice
-    assert 2.9 < step / (one.get_total_flops() / 1e12) < 3.1
+    assert 2.9 < step / (one.total / 1e12) < 3.1
 
 
 def test_bf16_is_near_fp32_and_gives_fp32():

@@ -409,7 +409,7 @@ def test_a_random_dit(dit_folder, randn):
         pytest.param("unet_folder", "inductor", marks=SLOW),
     ],
 )
-def test_a_compiled_denoiser_is_the_same_up_to_rounding_and_compiled_twice(request, randn, monkeypatch, source, backend):
+def test_a_compiled_denoiser_is_the_same_up_to_rounding_compiled_twice(request, randn, monkeypatch, source, backend):
     counter = CompileCounterWithBackend(backend)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     folder, z_T, found = request.getfixturevalue(source), randn(2, 4, SIDE, SIDE).float().requires_grad_(), []
