@@ -319,10 +319,10 @@ class Experiment:
                 with checkpoint.step(lambda: rows):
                     learn, skip, steps = settings[k]
                     synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
-                    images = synthetic.render()
                     for network in range(given.networks):
+                        images = synthetic.render()
                         _, grad = objective(images.detach(), synthetic.labels, step=network)
-                        (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad, retain_graph=True)
+                        (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad)
                         rows.append((skip, learn, steps, network, grad.norm().item()))
         return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
 

@@ -209,15 +209,3 @@ def _records(params: Params, found: list[Cell], key: str) -> pd.DataFrame:
 def _artefact(params: Params, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of run 0 of a distilled cell."""
     return read_artefact(paths.distilled_folder(params.place(*cell, 0), "-".join(map(str, cell)), 0))
-
-
-def with_table(readme: str, table: str) -> str:
-    """The text of a README with the table between its two marks."""
-    before, _, rest = readme.partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- /table -->\n")
-    return f"{before}<!-- table -->\n{table}<!-- /table -->\n{after}"
-
-
-if __name__ == "__main__":
-    readme = paths.ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), (paths.TABLES / "main.md").read_text()))
