@@ -5,10 +5,12 @@ import re
 import subprocess
 import tarfile
 
+import pandas as pd
 import pytest
 import torch
 
 import ld3m
+from ld3m import paths
 from ld3m.config import load_params
 from ld3m.paths import ROOT
 from ld3m.readme import filled
@@ -33,6 +35,27 @@ def test_every_number_in_the_readme_is_that_of_the_committed_tables(committed):
     assert readme == filled(readme, committed / "reports"), "run `python -m ld3m.readme`"
 
 
+def test_the_committed_tables_show_what_the_readme_says(committed):
+    changes = pd.read_csv(committed / "reports/tables/differences.csv")
+    against_real = changes[(changes.minus == "random_real") & (changes.architecture == "convnet")]
+    assert len(against_real) == 6 and (against_real.ci_low > 0).all()
+    unseen = changes[(changes.minus == "pixel") & (changes.architecture == "unseen")].set_index("objective")
+    assert (unseen["mean"] > 0.02).all() and (unseen.ci_low > 0).to_dict() == {"dc": False, "dm": False, "mtt": False}
+    scores = pd.read_csv(committed / "reports/tables/scores.csv")
+    best = scores[(scores.objective == "dm") & (scores.space == "ld3m") & (scores.architecture == "convnet")]
+    assert best["mean"].item() >= 0.88
+    norms = pd.read_csv(committed / "reports/tables/gradient_norms.csv").set_index(["learned", "skip", "steps"])["mean"]
+    assert norms["z", "x0", 20] > norms["z", "x0", 5]
+    assert all(norms["z", skip, 20] < norms["z", skip, 5] / 2 for skip in ("mean", "none"))
+    assert all(norms["z_T", skip, 20] > 0.9 * norms["z_T", skip, 5] for skip in ("x0", "mean", "none"))
+
+
+def test_the_lines_written_by_hand_are_short():
+    before, _, rest = README.partition("<!-- table -->")
+    by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
+    assert [line for line in by_hand if len(line) > 120] == []
+
+
 def test_every_file_that_the_readme_links_to_is_there():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(targets) > 5
@@ -51,3 +74,5 @@ def test_the_recipe_for_a_distilled_set_has_ten_lines_runs_and_is_that_of_the_pa
     recipe, convnet = load_params().evaluate.recipe, load_params().networks["convnet"]
     assert (float(rate), int(epochs)) == (recipe.learning_rates["convnet"], recipe.epochs["convnet"])
     assert f"width={convnet.width}" in block
+    cell = paths.distilled_folder(load_params().place("dm", "ld3m", 1, 0), "dm-ld3m-1", 0)
+    assert f'ld3m.load("{cell.relative_to(ROOT)}")' in block
