@@ -40,7 +40,7 @@ def measure(*, smoke: bool) -> list[Row]:
     given = dict(device=experiment.params.on_device, side=256 if smoke else SIDE)
     embedded = experiment.synthetic("ld3m", 1)
     rows = []
-    for count in (1, threads) if given["device"] == "cpu" else (threads,):
+    for count in sorted({1, threads}) if given["device"] == "cpu" else (threads,):
         torch.set_num_threads(count)
         rows.append(compared("embedded prior", embedded, rounds=1 if smoke else 11, **given))
     scale = replace(SMOKE if smoke else PAPER, classes=1, real_batch=1)
