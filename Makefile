@@ -54,9 +54,9 @@ report: embedded ## run the whole pipeline: more spaces and controls, ablations,
 test: embedded ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
-test-all: embedded ## run the slow tests too, some of them on a Ray cluster of this machine (installs Ray; about half an hour)
+test-all: embedded ## run the slow tests too, some of them on a Ray cluster of this machine or with models of full size (installs Ray; 8 GB, about half an hour)
 	@$(PIP) install --quiet -e '.[cluster]'
-	@$(PY) -m pytest -q -m ''
+	@LD3M_FULL_SIZE=1 $(PY) -m pytest -q -m ''
 
 # Passive threads, because ones that spin wherever another process also wants a core are timed too.
 bench: embedded ## measure speed and memory against plain ways of doing the same (8 minutes on two idle cores)

@@ -45,7 +45,8 @@ def ours(prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidanc
 def plain(
     prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidance: float, checkpointed: bool = False
 ) -> Tensor:
-    """The chain as one would write it: nothing is kept from step to step, and autograd does the rest."""
+    """The chain as one would write it: nothing is kept from step to step, and autograd does the rest. The skip's latent
+    is quantised in every step, as in the released code."""
     ts = list(range(1, 1000, 1000 // steps))[:steps]
     a = prior.alpha_bar[ts[-1]].item()
     z_t = a**0.5 * z + (1 - a) ** 0.5 * eps

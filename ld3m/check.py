@@ -1,8 +1,9 @@
-"""What can be known before any long work: parameters, data, prior and disk, checked in seconds.
+"""What can be known before any long work: parameters, data, priors and disk, checked in seconds once data are decoded.
 
 python -m ld3m.check
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,7 @@ def _trained(
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     try:
         params = load_params()
         for ablation in params.ablations.settings:

@@ -161,7 +161,7 @@ class Checkpoint:
                 content = _read(self.previous)
             except ValueError as other:
                 raise ValueError(f"{problem}; {other}; {self._anew()}") from other
-            print(f"{problem}: {self.previous.name}, the state before it, takes its place", flush=True)
+            print(f"{problem}; {self.previous.name}, the state before it, takes its place", flush=True)
             os.replace(self.previous, self.file)
             return content
 
@@ -213,14 +213,16 @@ def _unlock(file: Path, descriptor: int) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     """`configuration` and `state` of a file that `Checkpoint.save` wrote; ValueError where it is not as written."""
-    tensors, content = read_tensors(file)
     try:
+        tensors, content = read_tensors(file)
         digest = content.pop("sha256")
         if digest != _hash(tensors, content):
             raise ValueError("its hash is not that of what it holds")
         return {"configuration": content["configuration"], "state": _unpack(content["state"], tensors)}
+    except OSError:
+        raise
     except Exception as error:  # what is not as written raises about anything
-        raise ValueError(f"{file} is broken ({error!r})") from error
+        raise ValueError(f"{file} is broken ({(error.__cause__ or error)!r})") from error
 
 
 def _hash(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:

@@ -77,6 +77,8 @@ def validate(values: Any, *, origin: str) -> Params:
     except ValidationError as error:
         lines = [f"{origin} is not valid:"]
         for problem in error.errors(include_url=False):
+            if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
+                continue  # too short without its wrong entries, which have lines of their own
             key = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
             message = problem["msg"].removeprefix("Value error, ")
             wrong = "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else message
@@ -155,7 +157,7 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case ["apply", profile]:
                 apply_profile(Path(profile))
-                print(f"params.yaml now has the values of {profile}; next: dvc repro")
+                print(f"params.yaml now has the values of {profile}; next: python -m ld3m.check, then dvc repro tables")
             case ["check"]:
                 load_params()
                 print("params.yaml is valid")

@@ -9,6 +9,7 @@ space and its objective do: they take turns, and are tried apart. Left out are d
 images of controls, and figures.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -410,9 +411,12 @@ def main(profiles: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profiles", nargs="*", help="laid over params.yaml: names in profiles/, or files")
+    given = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # libraries read it when they are loaded, and they are by now
         os.execve(sys.executable, [sys.executable, "-m", "ld3m.cost", *sys.argv[1:]], os.environ | ENVIRONMENT)
     try:
-        main(sys.argv[1:])
+        main(given.profiles)
     except (ValueError, OSError) as problem:
         sys.exit(str(problem))

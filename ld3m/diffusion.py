@@ -273,7 +273,10 @@ def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
     if not prior.is_conditional:
         return prior
     if outside := [index for index in classes if not 0 <= index < prior.classes]:
-        raise ValueError(f"the classes {outside} are not the prior's, which are 0 to {prior.classes - 1}")
+        raise ValueError(
+            f"prior.classes: {outside} are not of the prior, which has 0 to {prior.classes - 1}; null takes those of "
+            "the subset, or all"
+        )
     rows = prior.embedding.weight[[*classes, prior.classes]]
     return replace(prior, embedding=nn.Embedding.from_pretrained(rows.clone())).frozen()
 

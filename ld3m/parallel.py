@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
@@ -19,9 +19,12 @@ import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.checkpoint import SIGNALS, Checkpoint, Interrupted
 from ld3m.progress import progress
+
+ATTEMPTS = 3  # at a task whose worker is lost
 
 
 def fan_out(
@@ -38,7 +41,7 @@ def fan_out(
 
     `cluster` is the address of a Ray cluster ("auto": the one that this machine belongs to), whose processors then work
     instead of `processes`: it must find this package and the files that tasks name in the same places, on a file system
-    that its nodes share. A task whose worker is lost is run again, three times at most.
+    that its nodes share. The tasks of lost workers are run again, here or there, `ATTEMPTS` times in all.
 
     What the functions print is lost where there are several processes: their lines would mix. Every result (JSON values
     or tensors) is written to `checkpoint` when it is there; those that an interrupted call left there are taken as they
@@ -49,7 +52,7 @@ def fan_out(
     with checkpoint or Checkpoint() as checkpoint, _passed_on(is_alone) as signals:
         checkpoint.resume(results.update)
         calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results and not signals)
-        arriving = _arriving(calls, processes) if cluster is None else _arriving_from(cluster, calls)
+        arriving = _arriving(calls, processes, signals) if cluster is None else _arriving_from(cluster, calls)
         for _ in progress(len(tasks), label=label, start=len(results)):
             k, result = next(arriving, (None, None))
             if k is None:
@@ -62,15 +65,33 @@ def fan_out(
     return [results[k] for k in range(len(tasks))]
 
 
-def _arriving(calls: Iterator[tuple], processes: int) -> Iterator[tuple[int, Any]]:
+def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Iterator[tuple[int, Any]]:
     """Keys and results of the tasks that were not ended, whichever is there first."""
     if processes == 1:
         yield from (_on_one_thread(*call) for call in calls)
         return
-    with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-        parallel = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
-        outcomes = parallel(delayed(_in_worker)(*call) for call in calls)
-    yield from (outcome for outcome in outcomes if outcome is not None)
+    sent: dict[int, tuple] = {}
+
+    def sending(calls: Iterator[tuple]) -> Iterator[Any]:
+        for call in calls:
+            sent[call[1]] = call
+            yield delayed(_in_worker)(*call)
+
+    for attempts_left in reversed(range(ATTEMPTS)):
+        with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
+            parallel = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
+            outcomes = parallel(sending(chain(list(sent.values()), calls)))
+        try:
+            for outcome in outcomes:
+                if outcome is not None:
+                    del sent[outcome[0]]
+                    yield outcome
+            return
+        except TerminatedWorkerError:  # its other workers are ended with it
+            if signals:
+                return
+            if not attempts_left:
+                raise
 
 
 def _arriving_from(cluster: str, calls: Iterator[tuple]) -> Iterator[tuple[int, Any]]:

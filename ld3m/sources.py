@@ -20,7 +20,6 @@ from ld3m.paths import ROOT
 if TYPE_CHECKING:
     import datasets  # importing it takes 1.5 s, hence inside the functions
 
-EMBEDDED = "for the embedded data run `dvc pull data.dvc`"
 CHUNK = 512  # images whose encoded bytes are in memory at once
 GROUP = 16  # images a thread decodes before it asks for more
 NAMED = 5  # broken images that an error names
@@ -64,7 +63,7 @@ def read_split(source: str, split: str, *, key: str) -> "datasets.Dataset":
         raise FileNotFoundError(
             f"{key}.source: {source!r} is no folder, and split {split!r} of the hub dataset of that name "
             f"could not be read ({type(error).__name__}: {error}). Without a network place {_place(split)} in a "
-            f"folder and set {key}.source in params.yaml to that folder; {EMBEDDED}"
+            f"folder and set {key}.source in params.yaml to that folder"
         ) from error
 
 
@@ -76,11 +75,16 @@ def _local_folder(source: str, split: str, *, key: str) -> Path | None:
             return folder
         raise FileNotFoundError(
             f"{key}: {folder} has no split {split!r}: place {_place(split)} there, or change {key}.splits in "
-            f"params.yaml; {EMBEDDED}"
+            f"params.yaml{_embedded(folder)}"
         )
     if is_path(source, folder):
-        raise FileNotFoundError(f"{key}.source: no folder {folder}: place {_place(split)} there; {EMBEDDED}")
+        raise FileNotFoundError(f"{key}.source: no folder {folder}: place {_place(split)} there{_embedded(folder)}")
     return None
+
+
+def _embedded(path: Path) -> str:
+    """How data that come with the repository are brought back."""
+    return "; `dvc pull data.dvc` brings the embedded data back" if path.is_relative_to(ROOT / "data") else ""
 
 
 def _place(split: str) -> str:
@@ -113,7 +117,7 @@ def _read_parquet(file: Path):
         with parquet.ParquetFile(file) as opened:
             return opened.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no readable parquet file ({error}): fetch it again; {EMBEDDED}") from error
+        raise ValueError(f"{file} is no readable parquet file ({error}): fetch it again{_embedded(file)}") from error
 
 
 def _class_names(folder: Path) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_prior_from_elsewhere_is_announced(trained):
     for changes, words in [
         ({}, "the data set has 2 classes, .* 10: list in prior.classes in params.yaml"),
         ({"prior.classes": [7]}, "prior.classes has 1 entries, the data set 2 classes"),
-        ({"prior.classes": [7, 10]}, r"classes \[10\] are not the prior's"),
+        ({"prior.classes": [7, 10]}, r"prior\.classes: \[10\] are not of the prior, which has 0 to"),
         (
             {"prior.classes": [7, 3], "datasets.mnist5k.size_px": 36},
             "size_px = 36 .*takes multiples of 8 px",

@@ -78,6 +78,12 @@ def test_an_unknown_key_is_refused_at_every_level(values, key):
     assert is_free(key) or f"{key}.typo".lstrip(".") in message and "12345" in message
 
 
+def test_a_wrong_entry_is_not_called_a_missing_one_too():
+    with pytest.raises(ValueError) as refused:
+        load_params({"grid.ipc": [0]})
+    assert str(refused.value).splitlines()[1:] == ["  grid.ipc.0: Input should be greater than or equal to 1 (got 0)"]
+
+
 @pytest.mark.parametrize("key", [key for key in mappings(COMMITTED) if not is_free(key)])
 def test_a_missing_key_is_refused_at_every_level(values, key):
     for name in at(values, key):

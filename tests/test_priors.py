@@ -527,7 +527,7 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
     [
         (dict(), "the data set has 10 classes, .*dit 1000: list in prior.classes in params.yaml"),
         (dict(classes=[1, 2]), "prior.classes has 2 entries, the data set 10 classes"),
-        (dict(labels=2, classes=[1, 1000]), r"classes \[1000\] are not the prior's, which are 0 to 999"),
+        (dict(labels=2, classes=[1, 1000]), r"prior\.classes: \[1000\] are not of the prior, which has 0 to 999"),
         (dict(subset="woof", size_px=64), "size_px = 64 does not fit this prior, which takes 32 px; .*params.yaml"),
         (dict(subset="woof", channels=1), "the data set has 1 channels, the prior 3"),
     ],
