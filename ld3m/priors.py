@@ -166,8 +166,8 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # offline, unknown and gated repositories raise about anything
         raise FileNotFoundError(
             f"prior.source: {hub_id!r} is no folder, and the hub repository of that name could not be read "
-            f"({type(error).__name__}: {error}). Without a network, or with HF_HUB_OFFLINE set, place its parts in a folder "
-            f"and set prior.source in params.yaml to that folder: {LAYOUT}"
+            f"({type(error).__name__}: {error}). Without a network, or with HF_HUB_OFFLINE set, place its parts in a "
+            f"folder and set prior.source in params.yaml to that folder: {LAYOUT}"
         ) from error
     return folder
 
