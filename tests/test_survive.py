@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -122,8 +122,9 @@ NEVER = 0
 INTERRUPTED = 7  # exit status
 
 
-def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int, threads: int) -> None:
-    """Runs a stage, and sends this process a signal after so many calls; writes how many there were."""
+@contextlib.contextmanager
+def signalled(after: int, number: int, counted: Path) -> Iterator[None]:
+    """Sends this process a signal after so many calls inside the block, and writes how many a whole block makes."""
     calls = 0
 
     def count(frame, event, argument):
@@ -131,6 +132,17 @@ def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int
         calls += 1
         if calls == after:
             os.kill(os.getpid(), number)
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    counted.write_text(str(calls))
+
+
+def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int, threads: int) -> None:
+    """Runs a stage, and sends this process a signal after so many calls."""
 
     def keep(name: str) -> Checkpoint:
         kept.append(Checkpoint(root / f"checkpoints/{name}.safetensors", minutes=minutes, configuration={"of": name}))
@@ -140,18 +152,14 @@ def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int
     os.environ["DVC_STAGE"] = "test"
     torch.set_num_threads(threads)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        sys.setprofile(count)
         try:
-            stage(keep, root / "out")
-            for checkpoint in kept:
-                checkpoint.remove()
+            with signalled(after, number, root / "calls"):
+                stage(keep, root / "out")
+                for checkpoint in kept:
+                    checkpoint.remove()
         except Interrupted as ended:
-            sys.setprofile(None)
             (root / "said").write_text(str(ended))
             sys.exit(INTERRUPTED)
-        finally:
-            sys.setprofile(None)
-    (root / "calls").write_text(str(calls))
 
 
 @pytest.fixture(scope="module")

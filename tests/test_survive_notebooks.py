@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_survive import INTERRUPTED, NEVER, content, server  # noqa: F401
+from test_survive import INTERRUPTED, NEVER, content, server, signalled  # noqa: F401
 
 from ld3m import config, paths
 from ld3m.batch import run_notebook
@@ -33,15 +33,7 @@ STAGES = {  # notebook, parameters, outputs under runs/mnist5k; in an order in w
 
 
 def attempt(root: Path, stage: str, after: int, number: int) -> None:
-    """Runs the notebook of a stage, and sends this process a signal after so many calls; writes how many there were."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += 1
-        if calls == after:
-            os.kill(os.getpid(), number)
-
+    """Runs the notebook of a stage, and sends this process a signal after so many calls."""
     os.environ |= {"DVC_STAGE": stage, "MPLBACKEND": "Agg"}
     paths.ROOT = root
     for name in ("load_params", "ablation_settings"):
@@ -49,14 +41,11 @@ def attempt(root: Path, stage: str, after: int, number: int) -> None:
     sys.stdout = sys.stderr = (root / "log").open("w")
     notebook, parameters, _ = STAGES[stage]
     file = Path(__file__).parents[1] / "notebooks" / f"{notebook}.ipynb"
-    sys.setprofile(count)
     try:
-        run_notebook(file, parameters)
+        with signalled(after, number, root / f"calls {stage}"):
+            run_notebook(file, parameters)
     except Interrupted:
         os._exit(INTERRUPTED)
-    finally:
-        sys.setprofile(None)
-    (root / f"calls {stage}").write_text(str(calls))
 
 
 def run(server, root: Path, stage: str, *, after: int = NEVER, number: int = signal.SIGKILL) -> int:  # noqa: F811
