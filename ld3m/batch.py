@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ld3m import paths
+from ld3m.checkpoint import SIGNALS
 from ld3m.config import ablation_settings, load_params
 from ld3m.schema import Params
 from ld3m.storage import write_json
@@ -33,10 +35,10 @@ GRACE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Job:
-    """Calls `run` once everything in `needs` is there; it writes `output`."""
+    """Calls `run` once everything in `needs` is there; it writes `outputs`."""
 
     name: str
-    output: Path
+    outputs: tuple[Path, ...]
     needs: tuple[Path, ...]
     run: Callable[[], None]
 
@@ -45,11 +47,11 @@ def jobs(params: Params) -> list[Job]:
     """A job for everything that the grid, `more` and the ablations ask for, in the order in which they should start."""
     name, found = params.dataset, cells(params, more=True)
     prior, gan, trajectories = paths.prior_folder(name), paths.gan_folder(name), paths.trajectories_folder(name)
-    made = [Job("prior", paths.prior_check_folder(name) / "images.safetensors", (), _notebook("00_prior"))]
+    made = [Job("prior", (paths.prior_check_folder(name) / "images.safetensors",), (), _notebook("00_prior"))]
     if any(space == "glad" for _, space, _ in found):
-        made.append(Job("gan", paths.gan_check_folder(name) / "images.safetensors", (), _notebook("00_gan")))
+        made.append(Job("gan", (paths.gan_check_folder(name) / "images.safetensors",), (), _notebook("00_gan")))
     if any(objective == "mtt" for objective, _, _ in found):
-        made.append(Job("trajectories", trajectories, (), _notebook("01_trajectories")))
+        made.append(Job("trajectories", (trajectories,), (), _notebook("01_trajectories")))
     needs = {"pixel": (), "random_real": (), "full_data": (), "glad": (gan,), "mtt": (trajectories,)}
     judged = []
     for cell in found:
@@ -60,12 +62,12 @@ def jobs(params: Params) -> list[Job]:
             place, label = params.place(*cell, runs[0]), f"{'more-' if more else ''}{title}"
             needed = needs.get(cell[1], (prior,)) + needs.get(cell[0], ())
             if cell[0] != "none":
-                distilled = paths.distilled_folder(place, title, runs[-1])
+                distilled = tuple(paths.distilled_folder(place, title, run) for run in runs)
                 made.append(Job(f"distill-{label}", distilled, needed, _notebook("02_distill", **given, more=more)))
-                needed = (distilled,)
+                needed = distilled
             scores = paths.scores_folder(place, title)
-            judged.append(Job(f"evaluate-{label}", scores, needed, _notebook("03_evaluate", **given, more=more)))
-    norms = Job("gradient-norms", paths.gradient_norms_file(name), (prior,), _notebook("04_gradient_norms"))
+            judged.append(Job(f"evaluate-{label}", (scores,), needed, _notebook("03_evaluate", **given, more=more)))
+    norms = Job("gradient-norms", (paths.gradient_norms_file(name),), (prior,), _notebook("04_gradient_norms"))
     return [*made, *judged, norms, *_ablation_jobs(params)]
 
 
@@ -81,9 +83,9 @@ def _ablation_jobs(params: Params) -> list[Job]:
                 needs = (paths.prior_folder(params.dataset),)
                 if objective == "mtt":
                     needs += (paths.trajectories_folder(params.dataset),)
-                settled.append(Job(f"ablation-{ablation}-{k}", part, needs, run))
+                settled.append(Job(f"ablation-{ablation}-{k}", (part,), needs, run))
         merge = partial(_merge, params.dataset, ablation, parts)
-        settled.append(Job(f"ablation-{ablation}", target, tuple(parts), merge))
+        settled.append(Job(f"ablation-{ablation}", (target,), tuple(parts), merge))
     return settled
 
 
@@ -118,16 +120,19 @@ def _merge(dataset: str, ablation: str, parts: list[Path]) -> None:
 
 def run(todo: list[Job], *, at_once: int, minutes: float, log_folder: Path) -> list[str]:
     """Runs the jobs whose output is not there, `at_once` of them at a time, and returns the names of those left over:
-    failed, without something they need, or not finished after `minutes`. What a job prints is in `log_folder`."""
+    failed, without something they need, or not finished after `minutes` or when a signal came. What a job prints is in
+    `log_folder`."""
     deadline = time.monotonic() + 60 * minutes
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ld3m.experiment", "ld3m.figures"])
     log_folder.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in todo if not job.output.exists()]
+    waiting = [job for job in todo if not _are_there(job.outputs)]
     running: dict[str, tuple[multiprocessing.Process, Job, float]] = {}
     left: list[str] = []
-    while (waiting or running) and time.monotonic() < deadline:
-        for job in [job for job in waiting if all(need.exists() for need in job.needs)][: at_once - len(running)]:
+    signals: list[int] = []
+    former = {number: signal.signal(number, lambda number, frame: signals.append(number)) for number in SIGNALS}
+    while (waiting or running) and time.monotonic() < deadline and not signals:
+        for job in [job for job in waiting if _are_there(job.needs)][: at_once - len(running)]:
             waiting.remove(job)
             process = context.Process(target=_logged, args=(job, log_folder / f"{job.name}.log"))
             process.start()
@@ -147,7 +152,14 @@ def run(todo: list[Job], *, at_once: int, minutes: float, log_folder: Path) -> l
     for process, *_ in running.values():
         process.join(GRACE_SECONDS)
         process.kill()
-    return left + list(running) + [job.name for job in waiting]
+    for number, handler in former.items():
+        signal.signal(number, handler)
+    unfinished = [name for name, (_, job, _) in running.items() if not _are_there(job.outputs)]
+    return left + unfinished + [job.name for job in waiting]
+
+
+def _are_there(files: tuple[Path, ...]) -> bool:
+    return all(file.exists() for file in files)
 
 
 def _logged(job: Job, log: Path) -> None:

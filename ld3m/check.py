@@ -33,8 +33,11 @@ def check(params: Params) -> list[str]:
     counts = " + ".join(str(len(split)) for split in (train, experiment.dataset.validation, experiment.dataset.test))
     shape = " x ".join(map(str, train.shape))
     lines = [f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {shape}"]
-    for ipc in params.grid.ipc:
-        initial_indices(train, ipc=ipc, seed=params.seed)
+    for key, ipc in _images_per_class(params):
+        try:
+            initial_indices(train, ipc=ipc, seed=params.seed)
+        except ValueError as problem:
+            raise ValueError(f"{key} in params.yaml: {problem}") from problem
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
     if params.spaces.ld3m.compile:
@@ -50,6 +53,17 @@ def check(params: Params) -> list[str]:
     require_space(paths.ROOT, needed + SPARE_BYTES)
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
+
+
+def _images_per_class(params: Params) -> list[tuple[str, int]]:
+    """Every key that asks for real images of each class, and how many."""
+    more = {f"more.cells.{key}": cell for key, cell in params.more.cells.items()}
+    more |= {f"more.controls.{key}": control for key, control in params.more.controls.items()}
+    return [
+        *(("grid.ipc", ipc) for ipc in params.grid.ipc),
+        ("gradient_norms.images_per_class", params.gradient_norms.images_per_class),
+        *((key, entry.ipc) for key, entry in more.items()),
+    ]
 
 
 def _try_compiler(device: str) -> None:

@@ -266,9 +266,11 @@ def _read(file: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals(placeholders):
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # broken files raise about anything; torch's own message proposes to run the code
+        with file.open("rb") as opened:
+            older = "; one of PyTorch before 1.6 has to be saved anew" if opened.read(2) == b"\x80\x02" else ""
         raise ValueError(
             f"{file} is no checkpoint of PyTorch, or a broken one ({type(error).__name__}): download it again and "
-            "compare its size"
+            f"compare its size{older}"
         ) from error
     if refused:
         raise ValueError(
@@ -277,8 +279,14 @@ def _read(file: Path) -> dict[str, Tensor]:
             "torch.save({'state_dict': weights}, 'model.ckpt')"
         )
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for key, tensor in state.items()
+    ):
         raise ValueError(f"{file} has no 'state_dict' of tensors: it is not a checkpoint of latent diffusion")
+    scale = state.get("scale_factor", torch.ones(()))
+    if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
+        raise ValueError(f"{file} has the scale_factor {scale.tolist()}, which must be one positive number")
     return state
 
 

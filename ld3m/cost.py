@@ -29,7 +29,7 @@ from ld3m.devices import describe
 from ld3m.experiment import CARD_NETWORKS, Experiment
 from ld3m.matching import DISTANCES
 from ld3m.measure import Line, Plane, clock, peak_of
-from ld3m.memory import available_bytes, too_little, used_bytes
+from ld3m.memory import available_bytes, named, too_little, used_bytes
 from ld3m.networks import flat_parameters
 from ld3m.rehearsal import Rehearsal
 from ld3m.schema import Params
@@ -88,15 +88,18 @@ class Meter:
     def rendering(self, space: str, ipc: int) -> Plane:
         images = ipc * self.classes
         width = min(images, getattr(getattr(self.params.spaces, space), "render_batch", images))
-        return self._once(("rendering", space, width), lambda: self.rehearsal.rendering(space, width=width))
+        with named(f"spaces.{space}.render_batch"):
+            return self._once(("rendering", space, width), lambda: self.rehearsal.rendering(space, width=width))
 
     def matching(self, objective: str, ipc: int) -> Plane:
-        return self._once(("matching", objective, ipc), lambda: self.rehearsal.matching(objective, ipc=ipc))
+        with named(self.params.lowers_memory(objective, "pixel")[0]):
+            return self._once(("matching", objective, ipc), lambda: self.rehearsal.matching(objective, ipc=ipc))
 
     def networks(self, architectures: Sequence[str], batch: int) -> dict[str, tuple[Line, Line]]:
         """Lines of training and of testing, tried up to the batch, or a larger one that was asked for before."""
         if lacking := [name for name in architectures if self.known.get(name, (0, None))[0] < batch]:
-            found = self.rehearsal.networks(lacking, batch=batch)
+            with named("evaluate.recipe.batch", "trajectories.batch"):
+                found = self.rehearsal.networks(lacking, batch=batch)
             self.known.update({name: (batch, lines) for name, lines in found.items()})
         return {name: self.known[name][1] for name in architectures}
 
@@ -120,7 +123,9 @@ def of_prior(meter: Meter) -> Iterator[Cost]:
         return
     prior = meter.rehearsal.new_prior()
     parts = {"autoencoder": (prior.autoencoder,), "denoiser": (prior.unet, prior.embedding)}
-    for (name, modules), line in zip(parts.items(), meter.rehearsal.prior_training(), strict=True):
+    with named("prior.autoencoder.batch", "prior.denoiser.batch"):
+        lines = meter.rehearsal.prior_training()
+    for (name, modules), line in zip(parts.items(), lines, strict=True):
         yield Cost(
             f"prior, {name}",
             images=meter.images("train"),
@@ -134,7 +139,8 @@ def of_prior(meter: Meter) -> Iterator[Cost]:
 
 
 def of_gan(meter: Meter) -> Iterator[Cost]:
-    line = meter.rehearsal.gan_training()
+    with named("gan.batch"):
+        line = meter.rehearsal.gan_training()
     yield Cost(
         "gan",
         images=meter.images("train"),

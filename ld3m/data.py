@@ -274,7 +274,7 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, key: str)
     if classes is None:
         return names
     if isinstance(classes, str):
-        classes = subsets.of_imagenet(classes, classes_there=len(names), key=f"{key}.classes")
+        classes = subsets.of_imagenet(classes, classes_there=names, key=f"{key}.classes")
     kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
     for item in kept:
         if item not in names:

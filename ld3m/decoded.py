@@ -74,8 +74,9 @@ class StoredSplit:
             with suppress(FileNotFoundError, ValueError):
                 return open_images(file, shape=needed if index is None else (count, *needed[1:])), file, index
         require_space(chosen.parent, int(np.prod(needed)))
-        where = f"{self.key}, split {self.split!r}"
-        write_parts(chosen, _npy(needed, sources.decode(self.table, image_column, rows, where=where, **shape)))
+        shared = shape | {"where": f"{self.key}, split {self.split!r}"}
+        named = sources.named_files(self.source, self.split, key=self.key)
+        write_parts(chosen, _npy(needed, sources.decode(self.table, image_column, rows, named=named, **shared)))
         return open_images(chosen, shape=needed), chosen, None
 
     def _file(self, suffix: str, *parts: Any) -> Path:

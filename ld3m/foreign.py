@@ -25,10 +25,9 @@ from torch import Tensor
 from ld3m.artefact import class_folder, read_artefact
 from ld3m.data import Dataset, Normalization
 from ld3m.paths import ROOT
-from ld3m.sources import read_split
+from ld3m.sources import FORMATS, read_split
 
 Form = Literal["unit", "normalised"]
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # decoded by PIL itself: no other program is started
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # 8 bit a channel or fewer
 ROUNDING = 1e-3  # by which values in [0, 1] may leave it
 FAR = 0.5  # by which values leave [0, 1] that can hardly be an image's

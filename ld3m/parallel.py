@@ -99,8 +99,14 @@ def _arriving_from(cluster: str, calls: Iterator[tuple]) -> Iterator[tuple[int, 
     it has all."""
     ray = _connected(cluster)
     gpus = 1 if torch.cuda.is_available() else 0
-    run = ray.remote(num_cpus=1, num_gpus=gpus)(_on_one_thread)
-    waiting = [run.remote(*call) for call in islice(calls, int(ray.cluster_resources()["GPU" if gpus else "CPU"]))]
+    kind = "GPU" if gpus else "CPU"
+    if not (at_once := int(ray.cluster_resources().get(kind, 0))):
+        raise ValueError(
+            f"cluster = {cluster!r} in params.yaml has no {kind}, which device = "
+            f"{'cuda' if gpus else 'cpu'} asks for: start its nodes with some, or set cluster to null"
+        )
+    run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_on_one_thread)
+    waiting = [run.remote(*call) for call in islice(calls, at_once)]
     while waiting:
         (done,), waiting = ray.wait(waiting)
         yield ray.get(done)

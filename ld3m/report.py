@@ -1,7 +1,4 @@
-"""Gathers what the stages wrote and writes the tables and figures of reports/.
-
-python -m ld3m.report        # copies the main table into README.md
-"""
+"""Gathers what the stages wrote and writes the tables and figures of reports/."""
 
 import json
 from pathlib import Path

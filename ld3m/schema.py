@@ -43,6 +43,10 @@ def _known(architecture: str) -> str:
     return architecture
 
 
+def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
+    return check_name(classes) if isinstance(classes, str) else classes
+
+
 def _strategy(strategy: str) -> str:
     parse_strategy(strategy)
     return strategy
@@ -50,7 +54,6 @@ def _strategy(strategy: str) -> str:
 
 Architecture = Annotated[str, AfterValidator(_known)]
 Strategy = Annotated[str, AfterValidator(_strategy)]
-Subset = Annotated[str, AfterValidator(check_name)]
 
 
 class Model(BaseModel):
@@ -75,7 +78,7 @@ class DatasetParams(Model):
     splits: Splits
     image_column: str
     label_column: str
-    classes: tuple[str | int, ...] | Subset | None
+    classes: Annotated[tuple[str | int, ...] | str, AfterValidator(_subset)] | None
     normalization: NormalizationParams | None
     augmentation: Strategy
 
@@ -333,7 +336,7 @@ class Params(Model):
     paper: Annotated[bool, Field(strict=True)]  # `config.load_params` has laid profiles/paper.yaml over the others
     device: Literal["auto", "cpu", "cuda"]
     processes: Count
-    cluster: str | None  # the address of a Ray cluster
+    cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
     grid: Grid

@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from ld3m.paths import ROOT
 if TYPE_CHECKING:
     import datasets  # importing it takes 1.5 s, hence inside the functions
 
+# Decoded by PIL itself: for others it may start a program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
 CHUNK = 512  # images whose encoded bytes are in memory at once
 GROUP = 16  # images a thread decodes before it asks for more
 NAMED = 5  # broken images that an error names
@@ -40,6 +43,8 @@ def identity(source: str, split: str, *, key: str) -> str | None:
     digest = hashlib.sha256(repr((source, names)).encode())
     for file in files:
         status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{key}: {file} is no file: remove it")
         digest.update(f"{os.path.relpath(file, folder)}\0{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
@@ -82,9 +87,20 @@ def _local_folder(source: str, split: str, *, key: str) -> Path | None:
     return None
 
 
+def named_files(source: str, split: str, *, key: str) -> Path | None:
+    """Where the files are that rows of a split may name; None for parquet files, which hold their images: a path in one
+    could be that of any file of this machine."""
+    import datasets
+
+    folder = _local_folder(source, split, key=key)
+    if folder is None:
+        return Path(datasets.config.HF_CACHE_HOME)
+    return None if _parquet_files(folder, split) else folder / split
+
+
 def _embedded(path: Path) -> str:
-    """How data that come with the repository are brought back."""
-    return "; `dvc pull data.dvc` brings the embedded data back" if path.is_relative_to(ROOT / "data") else ""
+    """How data that come with the repository are brought back, where they were changed too."""
+    return "; `dvc pull -f data.dvc` brings the embedded data back" if path.is_relative_to(ROOT / "data") else ""
 
 
 def _place(split: str) -> str:
@@ -181,11 +197,19 @@ def some(names: list[str]) -> str:
 
 
 def decode(
-    table: "datasets.Dataset", column: str, rows: np.ndarray, *, size_px: int, channels: int, where: str
+    table: "datasets.Dataset",
+    column: str,
+    rows: np.ndarray,
+    *,
+    named: Path | None,
+    size_px: int,
+    channels: int,
+    where: str,
 ) -> Iterator[np.ndarray]:
     """Yields the images of `rows`, in order, as uint8 (n, channels, size_px, size_px).
 
-    `where` names the split in errors. Every image is looked at before the ValueError that names the broken ones.
+    `named` is what `named_files` gives, `where` names the split in errors. Every image is looked at before the
+    ValueError that names the broken ones.
     """
     import datasets
 
@@ -199,7 +223,9 @@ def decode(
         try:
             if item is None:
                 raise ValueError("the cell is empty")
-            with Image.open(item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])) as image:
+            with Image.open(_encoded(item, named), formats=FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"it has {image.width} x {image.height} pixels")
                 array = np.array(to_square(image, size_px=size_px, channels=channels))
         except Exception as error:  # broken files raise about anything
             name = item["path"] if item and item["path"] else "no file name"
@@ -214,7 +240,7 @@ def decode(
     if under_dvc and len(rows) > 20 * CHUNK:
         print(f"{where}: decoding {len(rows):,} images, once", flush=True)
     with (
-        ThreadPoolExecutor() as pool,  # PIL decodes and resizes without the GIL
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # PIL decodes and resizes without the GIL
         tqdm(desc=where, total=len(rows), unit="image", disable=under_dvc, delay=2, mininterval=0.5) as bar,
     ):
         for first in range(0, len(rows), CHUNK):
@@ -227,6 +253,16 @@ def decode(
         broken.sort(key=lambda text: int(text.split()[1]))
         more = f"; {len(broken) - NAMED} more are not" if len(broken) > NAMED else ""
         raise ValueError(f"{where}, {'; '.join(broken[:NAMED])}{more}: replace or remove what is broken")
+
+
+def _encoded(item: dict, named: Path | None) -> io.BytesIO | str:
+    """The bytes of a cell, or the path of the file below `named` that it names."""
+    if item["bytes"] is not None:
+        return io.BytesIO(item["bytes"])
+    path = os.path.abspath(item["path"] or "")
+    if named is None or not Path(path).is_relative_to(os.path.abspath(named)):
+        raise ValueError("the cell names a file in the place of an image")
+    return path
 
 
 def square_version() -> str:

@@ -1,5 +1,8 @@
 """Subsets of ImageNet-1k that the literature distils, by name: ten class indices each, in the published order."""
 
+import re
+from collections.abc import Sequence
+
 IMAGENET = {
     "a": (255, 376, 984, 364, 500, 986, 333, 576, 148, 135),
     "b": (129, 916, 90, 275, 995, 874, 102, 259, 685, 139),
@@ -30,18 +33,25 @@ def check_name(name: str) -> str:
     return name
 
 
-def of_imagenet(name: str, *, classes_there: int, key: str) -> tuple[int, ...]:
-    """Class indices of a subset, for a source of `classes_there` classes; `key` is the setting that errors name.
+def of_imagenet(name: str, *, classes_there: Sequence[str], key: str) -> tuple[int, ...]:
+    """Class indices of a subset, for a source with the classes `classes_there`; `key` is the setting that errors name.
 
-    ValueError for an unknown name, and for a source that has not the 1000 classes of ImageNet-1k.
+    ValueError for an unknown name, and for a source that has not the 1000 classes of ImageNet-1k in their order: under
+    ImageNet's names of folders, sorted, as numbers, or from "tench" on, as the hub's are called.
     """
     try:
         indices = IMAGENET[check_name(name)]
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    if classes_there != IMAGENET_CLASSES:
+    if len(classes_there) != IMAGENET_CLASSES or not _are_in_order(classes_there):
         raise ValueError(
             f"{key} is {name!r}, ten of the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, but the source "
-            f"has {classes_there}: set {key} in params.yaml to null for all of them or to a list of names"
+            f"has {len(classes_there)}, from {classes_there[0]!r} on: name their folders n01440764 and so on, as "
+            f"ImageNet does, or set {key} in params.yaml to null for all of them or to a list of names"
         )
     return indices
+
+
+def _are_in_order(names: Sequence[str]) -> bool:
+    folders = all(re.fullmatch(r"n\d{8}", name) for name in names)  # which readers sort
+    return folders or names[0].startswith("tench") or list(names) == list(map(str, range(len(names))))

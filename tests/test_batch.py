@@ -1,6 +1,9 @@
 """Jobs wait for what they need, several run at once, what fails is named, and time that is up ends the rest."""
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ def fail() -> None:
 
 def job(folder: Path, name: str, *needs: str, work=write_after, **arguments) -> Job:
     call = partial(work, folder / name, **arguments) if work is write_after else work
-    return Job(name, folder / name, tuple(folder / need for need in needs), call)
+    return Job(name, (folder / name,), tuple(folder / need for need in needs), call)
 
 
 def test_a_job_waits_for_what_it_needs_and_is_not_run_twice(tmp_path, capsys):
@@ -48,6 +51,28 @@ def test_time_that_is_up_ends_what_runs(tmp_path):
     todo = [job(tmp_path, "slow", seconds=60), job(tmp_path, "later", "slow")]
     assert run(todo, at_once=2, minutes=4 / 60, log_folder=tmp_path / "logs") == ["slow", "later"]
     assert time.monotonic() - began < 30 and not (tmp_path / "slow").exists()
+
+
+def ended(folder: Path) -> None:
+    todo = [job(folder, "slow", seconds=60), job(folder, "quick")]
+    (folder / "left").write_text(" ".join(run(todo, at_once=2, minutes=5, log_folder=folder / "logs")))
+
+
+def test_a_signal_ends_what_runs(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=ended, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "quick").exists():
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert (tmp_path / "left").read_text() == "slow" and not (tmp_path / "slow").exists()
+
+
+def test_a_cell_is_done_when_every_run_is():
+    made = {each.name: each for each in jobs(load_params())}
+    cell = made["distill-more-dm-glad-1"]
+    assert [folder.name for folder in cell.outputs] == ["run-0", "run-1", "run-2"]
+    assert made["evaluate-more-dm-glad-1"].needs == cell.outputs
 
 
 def test_a_notebook_runs_with_its_parameters(tmp_path):

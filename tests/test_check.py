@@ -164,7 +164,7 @@ def test_a_store_without_its_files_is_noticed_before_anything_is_pulled(tmp_path
 
 
 def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_path):
-    with pytest.raises(FileNotFoundError, match="dvc pull data.dvc"):
+    with pytest.raises(FileNotFoundError, match="dvc pull -f data.dvc"):
         check(load_params({"datasets.mnist5k.source": "data/nowhere"}))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     lines = check(load_params())

@@ -272,10 +272,26 @@ def test_the_kind_is_seen_from_the_shapes(write):
         load_checkpoint(write({"state_dict": {"other.weight": torch.zeros(3)}}))
 
 
-@pytest.mark.parametrize("content", [{"model": 1}, [1], {"state_dict": {"a": "text"}}, {"state_dict": [1]}])
+@pytest.mark.parametrize(
+    "content",
+    [{"model": 1}, [1], {"state_dict": {"a": "text"}}, {"state_dict": [1]}, {"state_dict": {1: torch.ones(1)}}],
+)
 def test_no_state_dict(write, content):
     with pytest.raises(ValueError, match="no 'state_dict' of tensors"):
         load(write(content))
+
+
+@pytest.mark.parametrize("scale", [torch.ones(2), torch.tensor(0.0), torch.tensor(float("nan"))])
+def test_a_scale_that_is_none(state, write, scale):
+    with pytest.raises(ValueError, match=r"model\.ckpt has the scale_factor .*must be one positive number"):
+        load(write({"state_dict": state | {"scale_factor": scale}}))
+
+
+def test_a_file_of_an_older_pytorch(state, tmp_path):
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="is no checkpoint of PyTorch.*one of PyTorch before 1.6 has to be saved anew"):
+        load(file)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
@@ -361,7 +377,7 @@ def test_some_of_the_classes():
     assert subset.classes == 2 and torch.equal(subset.null(1), prior.null(1))
     assert torch.equal(subset.embed(torch.tensor([0, 1])), prior.embed(torch.tensor([7, 2])))
     subset.check(size_px=32, channels=3, classes=2)
-    with pytest.raises(ValueError, match=r"classes \[10\].*0 to 9"):
+    with pytest.raises(ValueError, match=r"prior\.classes: \[10\].*0 to 9"):
         with_classes(prior, [0, 10])
     unconditional = build(SMALL["ffhq-ldm-vq-4"], seed=0)
     assert with_classes(unconditional, [7, 2]) is unconditional

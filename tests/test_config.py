@@ -105,6 +105,7 @@ def test_a_missing_key_is_refused_at_every_level(values, key):
         ("seed", "zero"),
         ("paper", 1),
         ("processes", 0),
+        ("cluster", ""),
         ("dataset", 3),
         ("grid.objective", []),
         ("grid.objective", ["dd"]),

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 import subprocess
 import sys
 
@@ -206,7 +207,7 @@ def test_embedded_files_are_rebuilt_to_the_byte(embedded, tmp_path, monkeypatch,
         if parquet.read_metadata(kept).created_by != parquet.read_metadata(built).created_by:
             pytest.skip("data/mnist5k was written by another version of pyarrow")
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (built, kept)]
-        assert digests[0] == digests[1], f"{kept} is not what this code builds: run `dvc pull data.dvc`"
+        assert digests[0] == digests[1], f"{kept} is not what this code builds: run `dvc pull -f data.dvc`"
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "test.parquet",
         "train.parquet",
@@ -449,7 +450,7 @@ def test_missing_paths_say_what_to_place(tmp_path, monkeypatch):
     for source in (tmp_path / "none", "./none", "../none", "data/none", "tests/none", "a/b/c", "no such"):
         with pytest.raises(FileNotFoundError, match=r"datasets\.toy\.source.*train\.parquet") as error:
             data.load_dataset(source, **SETTINGS)
-        assert ("`dvc pull data.dvc`" in str(error.value)) == (source == "data/none")
+        assert ("`dvc pull -f data.dvc`" in str(error.value)) == (source == "data/none")
 
 
 def test_a_missing_split_says_what_to_place(folder):
@@ -511,6 +512,51 @@ def test_corrupt_files_of_an_image_folder_are_named(tmp_path):
     (tmp_path / "train" / "dog").mkdir()
     with pytest.raises(ValueError, match="split 'train' has no images of class 'dog'"):
         data.load_dataset(tmp_path, **SETTINGS)
+
+
+def test_a_path_in_a_parquet_file_is_not_opened(folder, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(noise(7)))
+    cells = [{"bytes": png(noise(0)), "path": None}] * 3 + [{"bytes": None, "path": str(secret)}]
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    write_parquet(folder / "test.parquet", [1, 1, 0, 0], feature=names, images=cells)
+    with pytest.raises(ValueError, match=r"row 3 \(.*secret\.png\).*names a file in the place of an image"):
+        data.load_dataset(folder, **SETTINGS)
+
+
+def image_folder(place):
+    for split in SPLITS:
+        for name in ("cat", "dog"):
+            (place / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.fromarray(noise(number)).save(place / split / name / f"{number}.png")
+    return place
+
+
+def test_an_image_for_which_pillow_starts_a_program_is_refused(tmp_path, monkeypatch):
+    place, started = image_folder(tmp_path / "images"), tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    Image.fromarray(noise(3)).save(place / "train/cat/2.png", "EPS")
+    with pytest.raises(ValueError, match=r"train/cat/2\.png\) is not a readable image"):
+        data.load_dataset(place, **SETTINGS)
+    assert not started.exists()
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    place = image_folder(tmp_path / "images")
+    os.mkfifo(place / "train/cat/2.png")
+    with pytest.raises(ValueError, match=r"datasets\.toy: .*train/cat/2\.png is no file: remove it"):
+        data.load_dataset(place, **SETTINGS)
+
+
+def test_an_image_too_large_to_be_one_is_named(tmp_path, monkeypatch):
+    place = image_folder(tmp_path / "images")
+    Image.new("L", (40, 30)).save(place / "train/cat/2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"train/cat/2\.png\).*it has 40 x 30 pixels"):
+        data.load_dataset(place, **SETTINGS)
 
 
 # One image

@@ -176,6 +176,7 @@ def test_a_changed_parquet_file_is_noticed(tmp_path, opened):
 def test_a_hub_dataset_is_known_by_its_fingerprint(folder, opened, monkeypatch):
     rows, _ = opened
     tables = {split: sources._read_image_folder(folder / split) for split in ("train", "test")}
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder)  # where those of the hub lie
     monkeypatch.setattr(datasets, "load_dataset", lambda source, *, split: tables[split])
     expected = load("org/toy").fingerprint
     assert load("org/toy").fingerprint == expected and len(rows) == 30

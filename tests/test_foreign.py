@@ -196,7 +196,7 @@ def test_the_hugging_face_dataset_is_one_for_the_library_and_for_our_loader(tmp_
     assert table.features["label"].names == list(NAMES) and table["label"][:] == labels.tolist()
     np.testing.assert_array_equal(np.asarray(table[3]["image"]), ((pixels[3, 0] + 1) * 127.5).round().numpy())
     ours = read_split(str(tmp_path / "exported"), "train", key="toy")
-    settings = {"size_px": SIZE_PX, "channels": 1, "where": "toy"}
+    settings = {"size_px": SIZE_PX, "channels": 1, "named": None, "where": "toy"}
     uint8 = torch.from_numpy(np.concatenate(list(decode(ours, "image", np.arange(len(ours)), **settings))))
     assert torch.equal(uint8.float() / 127.5 - 1, pixels)
 

@@ -310,7 +310,6 @@ def test_the_same_tables_give_the_same_bytes(folders, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes() == html.render(*folders).encode()
 
 
-@pytest.mark.skipif(not paths.REPORT.exists(), reason="the stage `report` has not run yet")
 @pytest.mark.skipif(not paths.REPORT.exists(), reason="`make report` has not been run")
 def test_the_report_of_this_checkout_shows_its_tables_and_figures():
     assert paths.REPORT.read_text() == html.render(paths.FULL / "tables", paths.FULL / "figures"), "run `make report`"

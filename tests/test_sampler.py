@@ -189,11 +189,11 @@ def test_without_eta_no_noise_is_used(prior, randn):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-def peak_bytes(prior, process, *, steps, side=16):
+def peak_bytes(prior, process, *, steps, side=16, skip="mean"):
     z_T = torch.zeros(1, 2, side, side, dtype=torch.float64, requires_grad=True)
     c = prior.embed(torch.tensor([0])).clone().requires_grad_()
     with LiveBytes() as meter:
-        process(prior, z_T, c, z=z_T, steps=steps, guidance=3, skip="mean", eta=0.0, eps=None).sum().backward()
+        process(prior, z_T, c, z=z_T, steps=steps, guidance=3, skip=skip, eta=0.0, eps=None).sum().backward()
     return meter.peak
 
 
@@ -201,6 +201,11 @@ def test_memory_is_that_of_one_step_with_gradient_whatever_the_number_of_steps(p
     one = peak_bytes(prior, plain_reverse, steps=1)
     assert peak_bytes(prior, reverse, steps=20) < 1.1 * one
     assert peak_bytes(prior, plain_reverse, steps=5) > 3 * one  # the meter sees what the chain saves
+
+
+@pytest.mark.parametrize("skip", ["x0", "mean", "none"])
+def test_the_peak_of_forty_steps_is_that_of_five(prior, skip):
+    assert peak_bytes(prior, reverse, steps=40, skip=skip) <= 1.15 * peak_bytes(prior, reverse, steps=5, skip=skip)
 
 
 def test_a_step_is_two_forwards_and_one_backward_and_guidance_one_batch(prior, randn, monkeypatch):

@@ -53,11 +53,31 @@ def test_an_unknown_subset_lists_those_there_are(thousand):
         ValueError, match=r"datasets\.toy\.classes: .*no subset 'dogs'.*a, b, c, .*woof, .*marine.*\[dogs\]"
     ):
         data.load_dataset(thousand, **SETTINGS, classes="dogs")
-    with pytest.raises(ValueError, match=r"datasets\.mnist5k\.classes.*no subset 'dogs'.*marine"):
+    with pytest.raises(ValueError) as refused:
         load_params({"datasets.mnist5k.classes": "dogs"})
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.startswith("  datasets.mnist5k.classes: there is no subset 'dogs'") and "marine" in line
     assert load_params({"datasets.mnist5k.classes": "woof"}).dataset_arguments()["classes"] == "woof"
 
 
 def test_a_subset_needs_the_thousand_classes():
-    with pytest.raises(ValueError, match=r"mnist5k\.classes is 'woof'.*1000 classes.*the source has 10: set"):
+    with pytest.raises(ValueError, match=r"mnist5k\.classes is 'woof'.*1000 classes.*the source has 10, from '0' on: "):
         data.load_dataset(**load_params({"datasets.mnist5k.classes": "woof"}).dataset_arguments())
+
+
+@pytest.mark.parametrize(
+    "names, known",
+    [
+        ([f"n{index:08d}" for index in range(1000)], True),
+        (["tench, Tinca tinca", *(f"class {index}" for index in range(999))], True),
+        ([str(index) for index in range(1000)], True),
+        (sorted(str(index) for index in range(1000)), False),
+        ([f"animal {index:03d}" for index in range(1000)], False),
+    ],
+)
+def test_a_thousand_classes_that_are_not_seen_to_be_imagenet_s_are_refused(names, known):
+    if known:
+        assert subsets.of_imagenet("nette", classes_there=names, key="classes") == subsets.IMAGENET["nette"]
+    else:
+        with pytest.raises(ValueError, match=r"classes is 'nette'.*from '.*' on: name their folders n01440764"):
+            subsets.of_imagenet("nette", classes_there=names, key="classes")
