@@ -132,6 +132,7 @@ def test_a_prior_without_a_part_is_an_error(trained, part):
 def test_the_command_fails_where_the_prior_is_broken(trained, monkeypatch):
     cut(trained["prior"] / "unet/diffusion_pytorch_model.safetensors")
     monkeypatch.delitem(sys.modules, "ld3m.check")
+    monkeypatch.setattr(sys, "argv", ["check.py"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("ld3m.check", run_name="__main__")
     assert "dvc checkout -f prior" in str(end.value.code)
@@ -168,4 +169,26 @@ def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_p
         check(load_params({"datasets.mnist5k.source": "data/nowhere"}))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     lines = check(load_params())
-    assert all(any(f"the stage `{stage}` trains it" in line for line in lines) for stage in ("prior", "gan"))
+    for stage in ("prior", "gan"):
+        (line,) = [line for line in lines if line.startswith(stage)]
+        assert f"the stage `{stage}` trains it" in line and f"`dvc pull --allow-missing {stage}`" in line
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"grid.ipc": [1, 400]}, "grid.ipc"),
+        ({"gradient_norms.images_per_class": 400}, "gradient_norms.images_per_class"),
+        (
+            {"more.cells": {"dm-pixel-400": {"objective": "dm", "space": "pixel", "ipc": 400, "runs": 1}}},
+            "more.cells.dm-pixel-400",
+        ),
+        (
+            {"more.controls": {"herding-400": {"control": "herding", "ipc": 400, "runs": 1}}},
+            "more.controls.herding-400",
+        ),
+    ],
+)
+def test_more_images_a_class_than_there_are_is_known_before_any_work(changes, key):
+    with pytest.raises(ValueError, match=rf"{key} in params.yaml: ipc is 400, but class .* images: choose ipc in 1"):
+        check(load_params(changes))

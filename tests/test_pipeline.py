@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from ld3m.config import apply_profile, load_params
 from ld3m.paths import PROFILES, ROOT
+from ld3m.storage import read_tensors
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 # config, schema and paths turn params.yaml into values, which DVC tracks one by one; cost and progress only print, and
@@ -254,3 +255,34 @@ def test_a_folder_of_images_is_distilled_and_judged(tmp_path):
     values = [value for score in scores for value in score["accuracy"]["0"]]
     assert len(scores) == 3 and all(0 <= value <= 1 for value in values)  # two judges, and one without augmentation
     assert len(list((clone / "cache/decoded").glob("images-*.npy"))) == 2  # made by the first stage, read by the others
+
+
+@pytest.mark.slow
+def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_path):
+    import datasets
+
+    clone, source = new_clone(tmp_path / "clone", "cifar10.yaml", "smoke.yaml"), tmp_path / "cifar10"
+    overlay = tmp_path / "here.yaml"
+    overlay.write_text(f"grid: {{objective: [dm], ipc: [1]}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
+    apply_profile(overlay, path=clone / "params.yaml")
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))
+    source.mkdir()
+    for split, count in {"train": 100, "test": 20}.items():
+        pictures = [Image.effect_noise((32, 32), 60).convert("RGB") for _ in range(count)]
+        columns = {"img": pictures, "label": [k % 10 for k in range(count)]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(source / f"{split}.parquet")
+    dvc(clone, "repro", "evaluate@dm-ld3m-1")
+    assert len(list((clone / "runs/cifar10/distilled/dm-ld3m-1/run-0/images").rglob("*.png"))) == 10
+    assert len(list((clone / "runs/cifar10/scores/dm-ld3m-1").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_an_experiment_has_the_parameters_that_it_is_given(tmp_path):
+    clone = new_clone(tmp_path / "clone", "smoke.yaml")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("add", "-A"), (*author, "commit", "-q", "-m", "start")):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    dvc(clone, "exp", "run", "-S", "distill.mtt.ld3m.iterations=3", "distill@mtt-ld3m-1")
+    _, metadata = read_tensors(clone / "runs/mnist5k/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
+    assert len(metadata["history"]) == 3
