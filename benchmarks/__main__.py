@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import evaluation, experts, iteration, memory, objectives, rendering, roofline
 from benchmarks.table import FILE, show, write
+from ld3m.parallel import end_workers
 from ld3m.progress import silent
 
 ALL = (iteration, memory, rendering, objectives, evaluation, roofline, experts)
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"[{k} of {len(ALL)}, {time.monotonic() - began:.0f} s] {name}", flush=True)
         with silent():
             measured = module.measure(smoke=given.smoke)
+        end_workers()  # or those that wait for more work are timed with the next
         show(measured)
         write(measured, given.out)
     print(f"{given.out}, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)

@@ -101,7 +101,7 @@ def measure(*, smoke: bool) -> list[Row]:
     for name in ("plain autograd", "released scheme"):
         require_same(found["ours"], found[name], what=f"the gradients of ours and of {name}", within=1e-3)
     ways["4T floor"] = partial(floor, prior, z, c, steps=given["steps"])
-    seconds = in_turns(ways, rounds=1 if smoke else 15)
+    seconds = in_turns(ways, rounds=1 if smoke else 9)
     return [
         less_is_better("ld3m_iteration", name, ours=seconds["ours"], other=other, unit="s", device=device)
         for name, other in seconds.items()
