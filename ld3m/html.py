@@ -312,7 +312,8 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
     changes = found.get("ablation_changes", pd.DataFrame(columns=part.columns)).astype({"setting": str})
     changes = changes[(changes.ablation == name) & (changes.architecture == UNSEEN)].set_index("setting")
     for key, group in part.groupby(keys, sort=False):
-        row = {name.capitalize(): NAMES.get(value, value) for name, value in zip(keys, key, strict=True)}
+        row = {"Setting": key[0]}
+        row |= {name.capitalize(): NAMES.get(value, value) for name, value in zip(keys[1:], key[1:], strict=True)}
         for score in group.itertuples():
             row[NAMES[score.architecture]] = f"{100 * score.mean:.1f} ± {100 * (score.ci_high - score.mean):.1f}"
         if len(changes):

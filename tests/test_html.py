@@ -91,7 +91,7 @@ def folders(tmp_path):
     ablations = scores(
         [
             ("<toy>", ablation, setting, "dm", "ld3m", 1, a)
-            for ablation, settings in {"steps": [2, 10], "defects": ["corrected", "noise redrawn"]}.items()
+            for ablation, settings in {"steps": [2, 10], "defects": ["none", "noise redrawn"]}.items()
             for setting in settings
             for a in ARCHITECTURES
         ]
