@@ -131,29 +131,31 @@ def run(todo: list[Job], *, at_once: int, minutes: float, log_folder: Path) -> l
     left: list[str] = []
     signals: list[int] = []
     former = {number: signal.signal(number, lambda number, frame: signals.append(number)) for number in SIGNALS}
-    while (waiting or running) and time.monotonic() < deadline and not signals:
-        for job in [job for job in waiting if _are_there(job.needs)][: at_once - len(running)]:
-            waiting.remove(job)
-            process = context.Process(target=_logged, args=(job, log_folder / f"{job.name}.log"))
-            process.start()
-            running[job.name] = process, job, time.monotonic()
-        if not running:
-            break
-        for name, (process, _, began) in list(running.items()):
-            if not process.is_alive():
-                del running[name]
-                is_done = process.exitcode == 0
-                left += [] if is_done else [name]
-                outcome = "done" if is_done else f"failed, see {log_folder / name}.log"
-                print(f"{name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
-        time.sleep(0.2)
-    for process, *_ in running.values():
-        process.terminate()  # what is at work finishes its step and writes its state
-    for process, *_ in running.values():
-        process.join(GRACE_SECONDS)
-        process.kill()
-    for number, handler in former.items():
-        signal.signal(number, handler)
+    try:
+        while (waiting or running) and time.monotonic() < deadline and not signals:
+            for job in [job for job in waiting if _are_there(job.needs)][: at_once - len(running)]:
+                waiting.remove(job)
+                process = context.Process(target=_logged, args=(job, log_folder / f"{job.name}.log"))
+                process.start()
+                running[job.name] = process, job, time.monotonic()
+            if not running:
+                break
+            for name, (process, _, began) in list(running.items()):
+                if not process.is_alive():
+                    del running[name]
+                    is_done = process.exitcode == 0
+                    left += [] if is_done else [name]
+                    outcome = "done" if is_done else f"failed, see {log_folder / name}.log"
+                    print(f"{name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
+            time.sleep(0.2)
+    finally:
+        for process, *_ in running.values():
+            process.terminate()  # what is at work finishes its step and writes its state
+        for process, *_ in running.values():
+            process.join(GRACE_SECONDS)
+            process.kill()
+        for number, handler in former.items():
+            signal.signal(number, handler)
     unfinished = [name for name, (_, job, _) in running.items() if not _are_there(job.outputs)]
     return left + unfinished + [job.name for job in waiting]
 
