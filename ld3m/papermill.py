@@ -8,9 +8,12 @@ does not.
 """
 
 import signal
+import sys
 
-from jupyter_client.provisioning import LocalProvisioner
-from papermill.cli import papermill
+sys.modules["rfc3987_syntax"] = None  # of jsonschema, for IRIs, which no notebook has: a grammar that takes two seconds
+
+from jupyter_client.provisioning import LocalProvisioner  # noqa: E402
+from papermill.cli import papermill  # noqa: E402
 
 PATIENCE_SECONDS = 600
 
