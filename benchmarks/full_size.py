@@ -16,7 +16,6 @@ import argparse
 import csv
 import ctypes
 import gc
-import resource
 import signal
 import statistics
 import tempfile
@@ -40,9 +39,11 @@ from ld3m.devices import describe
 from ld3m.diffusion import Prior
 from ld3m.experts import Experts
 from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.measure import clock
 from ld3m.memory import is_out_of_memory
 from ld3m.networks import build as build_network
 from ld3m.networks import flat_parameters
+from ld3m.progress import forget_peak, peak_gib
 from ld3m.seeds import derive
 from ld3m.storage import write_tensors
 from ld3m.synthetic import LD3MCodes, start_ld3m
@@ -202,24 +203,13 @@ def iterate(codes: LD3MCodes, objective: Any, optimizer: torch.optim.Optimizer, 
 
 @dataclass
 class Machine:
-    """A device, its memory, and its clock."""
+    """A device and its memory."""
 
     device: torch.device
 
     @property
     def name(self) -> str:
         return describe(self.device.type, threads=torch.get_num_threads())
-
-    def seconds(self, function: Callable[[], Any]) -> float:
-        self.wait()
-        began = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - began
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def return_freed(self) -> None:
         """Lets the C library return every large piece of memory that is freed, so that the process holds what its
@@ -231,18 +221,9 @@ class Machine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists():
+        else:
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept for later
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is in use now
-
-    def peak_gib(self) -> float:
-        """Since `reset_peak`: memory of tensors on CUDA, resident memory of the process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        if peak := [line for line in _lines("/proc/self/status") if line.startswith("VmHWM")]:
-            return int(peak[0].split()[1]) / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes, since the process began
+        forget_peak()
 
     def reserved_gib(self) -> float | str:
         return torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else ""
@@ -252,11 +233,7 @@ class Machine:
         a, b = (torch.randn(side, side, device=self.device).bfloat16() for _ in range(2))
         for _ in range(3):
             a @ b
-        return 2 * side**3 / statistics.median(self.seconds(lambda: a @ b) for _ in range(10)) / 1e12
-
-
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).exists() else []
+        return 2 * side**3 / statistics.median(clock(lambda: a @ b) for _ in range(10)) / 1e12
 
 
 @contextmanager
@@ -286,7 +263,7 @@ def measure(
     flop = 0
     if case.compiled:  # counting does not see into compiled code
         iterate(codes, objective, optimizer, 0)  # compiles
-        first = machine.seconds(lambda: iterate(codes, objective, optimizer, 0))
+        first = clock(lambda: iterate(codes, objective, optimizer, 0))
     else:
         counts = [Flop()]
 
@@ -302,16 +279,16 @@ def measure(
 
         counting = class_matching(case.objective, split, scale, counted)
         with counts[0]:
-            first = machine.seconds(lambda: iterate(codes, counting, optimizer, 0))
+            first = clock(lambda: iterate(codes, counting, optimizer, 0))
         flop = sum(count.total for count in counts)
     times = []
     wanted = 5 if first < SLOW_S / 5 else 3 if first < SLOW_S else 1
     while len(times) < wanted and time.monotonic() + 1.5 * first < deadline:
-        times.append(machine.seconds(lambda: iterate(codes, objective, optimizer, 1 + len(times))))
+        times.append(clock(lambda: iterate(codes, objective, optimizer, 1 + len(times))))
     seconds = statistics.median(times or [first])
     return {
         "ms_per_iteration": 1000 * seconds,
-        "peak_gib": machine.peak_gib(),
+        "peak_gib": peak_gib(),
         "hours_for_10000_iterations": seconds * 10000 / 3600,
         "reserved_gib": machine.reserved_gib(),
         "timed_iterations": len(times),
@@ -444,7 +421,7 @@ def proof(scale: Scale, machine: Machine, table: Table, *, classes: int, steps: 
             )
             optimizer = torch.optim.SGD(list(codes.learnables.values()), lr=0.0)
             losses: list[float] = []
-            seconds = machine.seconds(lambda: losses.append(iterate(codes, objective, optimizer, 0)))  # noqa: B023
+            seconds = clock(lambda: losses.append(iterate(codes, objective, optimizer, 0)))  # noqa: B023
         norms = {name: codes.learnables[name].grad.norm().item() for name in ("z", "c")}
         table.add(
             {
@@ -456,7 +433,7 @@ def proof(scale: Scale, machine: Machine, table: Table, *, classes: int, steps: 
                 "real_batch": "" if name == "mtt" else scale.real_batch,
                 "render_batch": 1,
                 "seconds": seconds,
-                "peak_gib": machine.peak_gib(),
+                "peak_gib": peak_gib(),
                 "loss": losses[0],
                 "grad_norm_z": norms["z"],
                 "grad_norm_c": norms["c"],

@@ -204,7 +204,7 @@ def of_cell(meter: Meter, objective: str, space: str, ipc: int, runs: range, *, 
 
 
 def of_gradient_norms(meter: Meter) -> Iterator[Cost]:
-    """Every skip with each latent at every number of steps: an iteration of DM for each network."""
+    """Every skip with each latent at every number of steps: an iteration of DM."""
     given = meter.params.gradient_norms
     ipc = given.images_per_class
     chains = [iteration(meter, "dm", "ld3m", ipc, steps=steps) for steps in given.steps]
@@ -212,7 +212,7 @@ def of_gradient_norms(meter: Meter) -> Iterator[Cost]:
         "gradient norms",
         images=ipc * meter.classes,
         parameters=ipc * meter.classes * meter.rehearsal.learned("ld3m"),
-        iterations=6 * given.networks * len(chains),
+        iterations=6 * len(chains),
         seconds=sum(seconds for seconds, *_ in chains) / len(chains),
         peak=chains[0][1],
         lower=meter.params.lowers_memory("dm", "ld3m"),

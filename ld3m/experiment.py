@@ -305,7 +305,8 @@ class Experiment:
         return tensors["images"].to(self.params.on_device), tensors["labels"]
 
     def gradient_norms(self) -> pd.DataFrame:
-        """Norm of the DM gradient of what is learned, at iteration 0: columns skip, learned, steps, network, norm."""
+        """The norms of every image's DM gradient of what is learned, at iteration 0: columns skip, learned, steps,
+        image, norm."""
         given = self.params.gradient_norms
         objective = self.objective("dm")
         settings = [
@@ -315,16 +316,17 @@ class Experiment:
         configuration = self.configuration("dm", "ld3m", given.images_per_class) | given.model_dump()
         with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
             checkpoint.resume(rows.extend)
-            for k in progress(len(settings), label="gradient norms", start=len(rows) // given.networks):
+            done = len(rows) // (given.images_per_class * len(self.dataset.train.classes))
+            for k in progress(len(settings), label="gradient norms", start=done):
                 with checkpoint.step(lambda: rows):
                     learn, skip, steps = settings[k]
                     synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
-                    for network in range(given.networks):
-                        images = synthetic.render()
-                        _, grad = objective(images.detach(), synthetic.labels, step=network)
-                        (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad)
-                        rows.append((skip, learn, steps, network, grad.norm().item()))
-        return pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
+                    images = synthetic.render()
+                    _, grad = objective(images.detach(), synthetic.labels, step=0)
+                    (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad)
+                    norms = grad.flatten(1).norm(dim=1).tolist()
+                    rows.extend((skip, learn, steps, image, norm) for image, norm in enumerate(norms))
+        return pd.DataFrame(rows, columns=["skip", "learned", "steps", "image", "norm"])
 
     def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
         """Plain values that say how a cell was made, and which a resumed run must find unchanged."""

@@ -155,14 +155,14 @@ def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
 
 def gradient_norms(norms: pd.DataFrame) -> Figure:
     """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation:
-    the mean over networks, with bars from the smallest to the largest where there are several.
+    the mean over images, with bars from the smallest to the largest where there are several.
 
-    Columns: skip, learned ("z" or "z_T"), steps, network, norm.
+    Columns: skip, learned ("z" or "z_T"), steps, image, norm.
     """
     frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
     grid = sns.relplot(
         frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
-        errorbar=("pi", 100) if norms.network.nunique() > 1 else None, err_style="bars", height=2.9, aspect=1.15,
+        errorbar=("pi", 100) if norms.image.nunique() > 1 else None, err_style="bars", height=2.9, aspect=1.15,
     )  # fmt: skip
     grid.set(xscale="log", yscale="log", xlabel="number of steps T", ylabel="gradient norm of what is learned")
     for axis, learned in zip(grid.axes.flat, grid.col_names, strict=True):

@@ -270,7 +270,7 @@ def _gradients(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> S
         wide = norms.assign(text=norms["mean"].map("{:.3g}".format), skip="skip " + norms["skip"])
         wide = wide.pivot(index=["learned", "steps"], columns="skip", values="text").reset_index().astype(str)
         frame = wide.rename_axis(columns=None).rename(columns={"learned": "Learned", "steps": "T"})
-        blocks.append(Table("gradient-norms", "Mean norm over networks", frame, headers=2))
+        blocks.append(Table("gradient-norms", "Mean norm over images", frame, headers=2))
     if "paper" in found and blocks:
         norms = found["paper"].query("source == 'gradient norm'")
         frame = pd.DataFrame([["norm of Z × 10⁴", *norms.value.map("{:.1f}".format)]], columns=["T", *norms.setting])

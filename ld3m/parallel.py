@@ -1,6 +1,7 @@
 """Fan-out of independent tasks over processes, of this machine or of a Ray cluster, one thread each: results depend
 neither on how many there are nor on where they are."""
 
+import atexit
 import contextlib
 import gc
 import io
@@ -208,13 +209,23 @@ def end_workers() -> None:
         if thread.name == "QueueFeederThread":
             thread.join(timeout=1)
     gc.collect()  # the last to hold a semaphore takes it off the tracker's list: an error once that has stopped
-    _stop_trackers()
-
-
-def _stop_trackers() -> None:
-    """Stops the two processes that look after shared memory, which ignore the signal by which a kernel ends its
-    children. There is no public way: where a version of joblib or Python has another one, they end with the kernel."""
-    for module in (loky_tracker, multiprocessing_tracker):
-        tracker = getattr(module, "_resource_tracker", None)
-        if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
+    for tracker in _trackers():
+        if tracker._pid is not None:  # else it is another process's, or has ended
             tracker._stop()
+    atexit.unregister(_start_no_tracker)
+    atexit.register(_start_no_tracker)  # before what joblib has registered: the last comes first
+
+
+def _trackers() -> list[Any]:
+    """The two processes that look after shared memory, which ignore the signal by which a kernel ends its children.
+    There is no public way to stop them: where a version of joblib or Python has another one, they end with the kernel.
+    """
+    found = [getattr(module, "_resource_tracker", None) for module in (loky_tracker, multiprocessing_tracker)]
+    return [tracker for tracker in found if hasattr(tracker, "_stop") and hasattr(tracker, "_pid")]
+
+
+def _start_no_tracker() -> None:
+    """At exit joblib takes folders that it never made off the tracker's list, and starts one to tell. That would hold
+    a Jupyter kernel's output open, and the kernel waits for its end: for minutes."""
+    for tracker in _trackers():
+        tracker._send = lambda *message: None

@@ -102,7 +102,7 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
     distils = f"{NAMES[params.distill.network]}{depth}, width {network.width}"
     iterations = [
         f"{NAMES[objective]} "
-        + ", ".join(f"{NAMES[space]} {params.budget(objective, space).iterations}" for space in grid.space)
+        + ", ".join(f"{NAMES[space]} {_iterations(params, objective, space, ipcs)}" for space in grid.space)
         for objective in grid.objective
     ]
     widths = [f"{NAMES[name]} {params.networks[name].width}" for name in grid.architecture]
@@ -134,3 +134,10 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
         ("Start of the pixel baseline", "noise", params.spaces.pixel.start),
     ]
     return pd.DataFrame(rows, columns=["setting", "paper", "ours"])
+
+
+def _iterations(params: Params, objective: str, space: str, ipcs: list[int]) -> str:
+    usual = params.budget(objective, space).iterations
+    counts = {ipc: params.budget(objective, space, ipc).iterations for ipc in ipcs}
+    others = [f" ({count} for {ipc} images a class)" for ipc, count in counts.items() if count != usual]
+    return f"{usual}{''.join(others)}"

@@ -278,7 +278,6 @@ class EvaluateParams(Model):
 class GradientNormParams(Model):
     steps: Annotated[tuple[Steps, ...], Field(min_length=1), Distinct]
     images_per_class: Count
-    networks: Count
 
 
 class AblationParams(Model):
@@ -302,12 +301,14 @@ class Grid(Model):
 
 class MoreCell(Model):
     """`runs` sets, all that is random drawn anew for each. The grid has the first of its cells: for these one more at
-    least is added."""
+    least is added. `iterations`, of a cell that the grid lacks, replaces those of `distill`: for larger sets, whose
+    iterations take longer."""
 
     objective: Objective
     space: Space
     ipc: Count
     runs: Count
+    iterations: Count | None = None
 
 
 class MoreControl(Model):
@@ -569,7 +570,9 @@ class Params(Model):
             name: given.learning_rates[name] * (1 if name == "student_lr" else ipc)
             for name in sorted(self._learnables(objective, space))
         }
-        return given.model_copy(update={"learning_rates": rates})
+        entry = None if self.in_grid(objective, space, ipc) else self.more.cells.get(f"{objective}-{space}-{ipc}")
+        iterations = entry and entry.iterations or given.iterations
+        return given.model_copy(update={"learning_rates": rates, "iterations": iterations})
 
     def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:
         """The settings that a cell needs less memory with, the lower they are."""

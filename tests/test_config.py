@@ -61,7 +61,7 @@ def profile(tmp_path):
     return write
 
 
-OPTIONAL = {"depth", "norms"}  # of a network: the keys that may be left out
+OPTIONAL = {"networks": {"depth", "norms"}, "more.cells": {"iterations"}}  # what their entries may leave out
 
 
 def test_the_params_file_holds_exactly_the_values_that_are_read():
@@ -87,7 +87,7 @@ def test_a_wrong_entry_is_not_called_a_missing_one_too():
 @pytest.mark.parametrize("key", [key for key in mappings(COMMITTED) if not is_free(key)])
 def test_a_missing_key_is_refused_at_every_level(values, key):
     for name in at(values, key):
-        if name in OPTIONAL:
+        if name in OPTIONAL.get(key.rpartition(".")[0], ()):
             continue
         lacking = copy.deepcopy(values)
         del at(lacking, key)[name]
@@ -427,6 +427,15 @@ def test_the_command_fails_with_a_message_and_no_traceback(monkeypatch, params_f
     params_file.write_text(params_file.read_text().replace("seed: ", "seed: -1", 1))
     with pytest.raises(SystemExit, match=message):
         command(monkeypatch, params_file, *arguments)
+
+
+def test_a_cell_that_the_grid_lacks_may_have_iterations_of_its_own():
+    entry = {"objective": "dm", "space": "ld3m", "ipc": 10, "runs": 1, "iterations": 7}
+    params = load_params({"more.cells": {"dm-ld3m-10": entry}, "distill.dm.ld3m.iterations": 9})
+    assert [params.budget("dm", space, ipc).iterations for space, ipc in (("ld3m", 10), ("ld3m", 1))] == [7, 9]
+    for others in ({"more.cells": {"dm-ld3m-10": entry | {"iterations": None}}}, {"grid.ipc": [1, 10]}):
+        params = load_params({"more.cells": {"dm-ld3m-10": entry}, "distill.dm.ld3m.iterations": 9} | others)
+        assert params.budget("dm", "ld3m", 10).iterations == 9
 
 
 @pytest.mark.parametrize("ablation", PARAMS.ablations.settings)

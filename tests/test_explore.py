@@ -93,10 +93,10 @@ def test_the_images_stand_below_what_their_space_starts_from(monkeypatch, space)
     assert shown["distilled 2"].equal(normalization.to_pixels(learned)[1::2])
 
 
-def test_gradient_norms_of_one_network_have_no_bars():
+def test_gradient_norms_of_one_image_have_no_bars():
     rows = [("x0", "z", steps, k, steps + k) for steps in (5, 10) for k in range(2)]
-    norms = pd.DataFrame(rows, columns=["skip", "learned", "steps", "network", "norm"])
-    bars = [len(figures.gradient_norms(part).axes[0].containers) for part in (norms, norms[norms.network == 0])]
+    norms = pd.DataFrame(rows, columns=["skip", "learned", "steps", "image", "norm"])
+    bars = [len(figures.gradient_norms(part).axes[0].containers) for part in (norms, norms[norms.image == 0])]
     assert bars == [1, 0]
 
 

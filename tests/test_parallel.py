@@ -1,13 +1,16 @@
-"""Workers of this machine that are lost: their tasks are run again, a few times."""
+"""Workers of this machine: those that are lost, whose tasks are run again a few times, and that none is left."""
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.checkpoint import Checkpoint
 from ld3m.parallel import ATTEMPTS, end_workers, fan_out
+from ld3m.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +44,25 @@ def test_a_task_that_kills_every_worker_is_an_error_which_keeps_what_is_done(tmp
         results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint)
     assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
     assert results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint) == [k * k for k in range(6)]
+
+
+LEFT_AT_EXIT = """
+import atexit
+from pathlib import Path
+
+children = lambda: " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/children"))
+atexit.register(lambda: print("left:", children()))  # after all that is registered later
+
+from ld3m.parallel import end_workers, fan_out
+
+for _ in range(2):
+    fan_out(dict, [{"k": k} for k in range(4)], processes=2, label="tasks")
+end_workers()
+"""
+
+
+def test_no_process_is_left_at_exit_that_would_hold_a_kernel_s_output_open():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LEFT_AT_EXIT]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert run.stdout.splitlines()[-1].strip() == "left:"

@@ -84,7 +84,7 @@ def params(tmp_path, monkeypatch):
         if objective != "none":
             cost = {"iterations": 20, "seconds": 5.0 + ipc, "peak_mib": 700.0}
             write_json(paths.cost_file(DATASET, f"{objective}-{space}-{ipc}", 0), cost)
-    norms = [{"skip": "x0", "learned": "z", "steps": 5, "network": k, "norm": 2.0 + k} for k in range(2)]
+    norms = [{"skip": "x0", "learned": "z", "steps": 5, "image": k, "norm": 2.0 + k} for k in range(2)]
     write_json(paths.gradient_norms_file(DATASET), norms)
     return params
 
