@@ -56,7 +56,8 @@ test: embedded ## run the tests
 
 test-all: embedded ## run the slow tests too, some of them on a Ray cluster of this machine or with models of full size (installs Ray; 8 GB, about half an hour)
 	@$(PIP) install --quiet -e '.[cluster]'
-	@LD3M_FULL_SIZE=1 $(PY) -m pytest -q -m ''
+	@export LD3M_FULL_SIZE=1 LD3M_KILLS=$$(date +%s); \
+	  echo "stages are killed at the moments of LD3M_KILLS=$$LD3M_KILLS"; $(PY) -m pytest -q -m ''
 
 # Passive threads, because ones that spin wherever another process also wants a core are timed too.
 bench: embedded ## measure speed and memory against plain ways of doing the same (8 to 14 minutes on two idle cores)

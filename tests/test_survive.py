@@ -1,7 +1,8 @@
 """Every long stage is killed at random moments and ended by signals; what comes out is what an undisturbed run gives.
 
 A moment is a number of calls: a run is killed when it has made so many calls of functions, in Python or of C. So every
-place of the code has its turn, that between two renames too, and a moment that was found stays where it is.
+place of the code has its turn, that between two renames too, and a moment that was found stays where it is. The moments
+are always the same, but where the environment's LD3M_KILLS draws others, as in `make test-all`.
 Children are forked from one server, which has imported what they need.
 """
 
@@ -39,6 +40,7 @@ from ld3m.synthetic import start_ld3m, start_pixels
 from ld3m.train_gan import fit_gan
 from ld3m.train_prior import fit_autoencoder, fit_denoiser
 
+KILLS = os.environ.get("LD3M_KILLS", "")
 NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
 CONVNET = partial(NETWORK, "convnet", width=4, depth=1)
 RECIPE = dict(
@@ -202,7 +204,7 @@ def undisturbed(server, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(server, undisturbed, tmp_path, stage):
-    (expected, calls), draw = undisturbed(stage), random.Random(stage.__name__)
+    (expected, calls), draw = undisturbed(stage), random.Random(f"{stage.__name__} {KILLS}")
     ends = [run(server, stage, tmp_path, after=draw.randrange(1, calls)) for _ in range(3)]
     assert ends[0] == -signal.SIGKILL
     if ends[-1] != 0:
@@ -217,7 +219,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(server, undis
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_ended_by_a_signal_and_resumed_gives_the_same_bytes(server, undisturbed, tmp_path, stage, number):
-    (expected, calls), draw = undisturbed(stage), random.Random(f"{stage.__name__} {number}")
+    (expected, calls), draw = undisturbed(stage), random.Random(f"{stage.__name__} {number} {KILLS}")
     end = partial(run, server, stage, tmp_path, minutes=float("inf"), number=number)
     ends = [end(after=draw.randrange(calls // 5, calls // 3)) for _ in range(2)]
     assert ends[0] == INTERRUPTED

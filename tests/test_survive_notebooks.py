@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_survive import INTERRUPTED, NEVER, content, server, signalled  # noqa: F401
+from test_survive import INTERRUPTED, KILLS, NEVER, content, server, signalled  # noqa: F401
 
 from ld3m import config, paths
 from ld3m.batch import run_notebook
@@ -72,7 +72,7 @@ def whole(server, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_notebook_that_is_killed_goes_on_and_writes_the_same_bytes(server, whole, tmp_path, stage):  # noqa: F811
-    root, draw = tmp_path / "killed", random.Random(stage)
+    root, draw = tmp_path / "killed", random.Random(f"{stage} {KILLS}")
     shutil.copytree(whole, root)
     calls = int((whole / f"calls {stage}").read_text())
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
