@@ -13,10 +13,13 @@ from pathlib import Path
 from ld3m import paths
 
 PACKAGE = Path(__file__).parent
-# config, schema and paths turn params.yaml into values, which DVC tracks one by one; cost and progress only print, and
-# memory names what to lower
-UNTRACKED = {"config", "schema", "paths", "progress", "cost", "memory"}
-# executed notebooks show figures and tables, but only these two write them
+# cost and progress only print, memory names what to lower, and paths are those of dvc.yaml.
+UNTRACKED = {"cost", "progress", "memory", "paths"}
+# They turn params.yaml into arguments, and what else they import they only check. The priors get plain values, and a new
+# parameter shall not train them again.
+PARAMETERS = {"config", "schema"}
+PRIORS = {"00_prior", "00_gan"}
+# Executed notebooks show figures and tables, but only these two write them.
 PRESENTATION = {"figures", "tables"}
 WRITERS = {"05_tables", "06_report"}
 
@@ -25,11 +28,16 @@ def used(notebook: str) -> list[Path]:
     """The files of this package that the result of a notebook depends on: modules, and templates of the same names."""
     cells = json.loads((paths.ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    ignored = UNTRACKED if notebook in WRITERS else UNTRACKED | PRESENTATION
+    ignored = UNTRACKED.copy()
+    if notebook not in WRITERS:
+        ignored |= PRESENTATION
+    if notebook in PRIORS:
+        ignored |= PARAMETERS
     found, waiting = set(), _imported(source) - ignored
     while waiting:
         found.add(module := waiting.pop())
-        waiting |= _imported((PACKAGE / f"{module}.py").read_text()) - ignored - found
+        imports = _imported((PACKAGE / f"{module}.py").read_text()) - ignored - found
+        waiting |= imports & PARAMETERS if module in PARAMETERS else imports
     return sorted(file for module in found for file in PACKAGE.glob(f"{module}.*"))
 
 

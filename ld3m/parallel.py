@@ -10,8 +10,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain, islice
 from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
@@ -76,7 +78,7 @@ def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Ite
     def sending(calls: Iterator[tuple]) -> Iterator[Any]:
         for call in calls:
             sent[call[1]] = call
-            yield delayed(_in_worker)(*call)
+            yield delayed(_in_worker)(os.getpid(), *call)
 
     for attempts_left in reversed(range(ATTEMPTS)):
         with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
@@ -170,9 +172,10 @@ def _passed_on(is_alone: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _in_worker(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:
+def _in_worker(parent: int, function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:
     """None where a signal ended the task: at once, or as its own checkpoint has it. Between tasks signals are ignored,
     or they would end the worker."""
+    _end_with(parent)
     try:
         for number in SIGNALS:
             signal.signal(number, _end_task)
@@ -182,6 +185,19 @@ def _in_worker(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tu
         return None
     finally:
         _ignore_signals()
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Kills this process, too, when its parent is killed: else it would hold the checkpoint of its task until that is
+    done, and nobody could go on from there."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_task(number: int, frame: Any) -> None:
@@ -199,33 +215,23 @@ def end_workers() -> None:
     Jupyter kernel's exit."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-    if getattr(reusable_executor, "_executor", None) is None:
-        return
-    executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` also removes its shared files
-    getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
-    reusable_executor._executor = None
-    del executor
-    for thread in threading.enumerate():
-        if thread.name == "QueueFeederThread":
-            thread.join(timeout=1)
-    gc.collect()  # the last to hold a semaphore takes it off the tracker's list: an error once that has stopped
-    for tracker in _trackers():
-        if tracker._pid is not None:  # else it is another process's, or has ended
-            tracker._stop()
-    atexit.unregister(_start_no_tracker)
-    atexit.register(_start_no_tracker)  # before what joblib has registered: the last comes first
+    if getattr(reusable_executor, "_executor", None) is not None:
+        executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` removes its shared files
+        getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
+        reusable_executor._executor = None
 
 
-def _trackers() -> list[Any]:
-    """The two processes that look after shared memory, which ignore the signal by which a kernel ends its children.
-    There is no public way to stop them: where a version of joblib or Python has another one, they end with the kernel.
+@atexit.register  # after joblib's own: so it comes before joblib's, and before a Jupyter kernel closes its output
+def _end_trackers() -> None:
+    """Ends the two processes that look after shared memory. They hold a Jupyter kernel's output open, whose end it
+    waits for, and end when it ends. Whoever has something to tell them after that would start them anew.
+
+    There is no public way: where a version of joblib or Python has another one, they end with the kernel.
     """
-    found = [getattr(module, "_resource_tracker", None) for module in (loky_tracker, multiprocessing_tracker)]
-    return [tracker for tracker in found if hasattr(tracker, "_stop") and hasattr(tracker, "_pid")]
-
-
-def _start_no_tracker() -> None:
-    """At exit joblib takes folders that it never made off the tracker's list, and starts one to tell. That would hold
-    a Jupyter kernel's output open, and the kernel waits for its end: for minutes."""
-    for tracker in _trackers():
-        tracker._send = lambda *message: None
+    end_workers()
+    gc.collect()  # the last to hold a semaphore takes it off the tracker's list
+    for module in (loky_tracker, multiprocessing_tracker):
+        tracker = getattr(module, "_resource_tracker", None)
+        if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
+            tracker._stop()
+            tracker._send = lambda *message: None

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -66,3 +68,35 @@ def test_no_process_is_left_at_exit_that_would_hold_a_kernel_s_output_open():
     command = [sys.executable, "-c", LEFT_AT_EXIT]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
     assert run.stdout.splitlines()[-1].strip() == "left:"
+
+
+def sleeping(folder, k):
+    (folder / str(k)).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_workers_end_with_the_process_that_is_killed_so_that_another_may_go_on(tmp_path):
+    code = "import sys; from pathlib import Path; from test_parallel import *; " + (
+        "fan_out(sleeping, [dict(folder=Path(sys.argv[1]), k=k) for k in range(2)], processes=2, label='tasks')"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len([file for file in tmp_path.iterdir() if file.read_text()]) == 2, seconds=90)
+    workers = [int(file.read_text()) for file in tmp_path.iterdir()]
+    run.kill()
+    run.wait()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers), seconds=10)
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(holds, *, seconds):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -49,8 +49,10 @@ def test_an_edit_of_a_module_concerns_the_notebooks_whose_result_it_can_change()
     assert concerned("html.py") == concerned("html.j2") == {"06_report"}
     assert concerned("train_gan.py") == {"00_gan"} and concerned("ablations.py") == {"04_ablations"}
     assert concerned("experts.py") == cells | {"01_trajectories"} and concerned("seeds.py") == set(uses)
-    for printing in ("cost.py", "progress.py", "config.py"):
-        assert concerned(printing) == set()
+    assert (
+        concerned("schema.py") == set(uses) - {"00_prior", "00_gan"}
+        and concerned("cost.py") == concerned("progress.py") == set()
+    )
 
 
 def test_the_file_of_a_notebook_has_the_hash_of_every_module(tmp_path, monkeypatch):
