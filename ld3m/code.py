@@ -15,7 +15,7 @@ from ld3m import paths
 PACKAGE = Path(__file__).parent
 # cost and progress only print, memory names what to lower, and paths are those of dvc.yaml.
 UNTRACKED = {"cost", "progress", "memory", "paths"}
-# They turn params.yaml into arguments, and what else they import they only check. The priors get plain values, and a new
+# They turn params.yaml into arguments, and what else they import they only check. The priors get plain values: a new
 # parameter shall not train them again.
 PARAMETERS = {"config", "schema"}
 PRIORS = {"00_prior", "00_gan"}
