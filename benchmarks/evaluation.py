@@ -6,8 +6,9 @@ the schedule and the averaged model of torch as they come, on one thread or on a
 (set, architecture) score, so of all its seeds.
 
 Both must compute the same: after five epochs the weights of a network of every architecture have moved alike, up to
-rounding. Hundreds of epochs later rounding has made other networks of them, whose mean accuracies are printed and may
-differ as those of other seeds do.
+rounding, and both find the same accuracy of the same network (tests/test_benchmarks.py compares them in float64).
+Hundreds of epochs later rounding has made other networks of them, whose mean accuracies are printed and may differ as
+those of other seeds do.
 """
 
 import statistics
@@ -32,7 +33,7 @@ from ld3m.evaluate import Judged
 from ld3m.experiment import Experiment
 from ld3m.networks import flat_parameters
 from ld3m.seeds import derive, forked, generator
-from ld3m.training import train
+from ld3m.training import accuracy, train
 
 Scores = dict[str, list[float]]  # {architecture: an accuracy in [0, 1] a seed}
 ALIKE = 0.15  # no recipe is so far from itself: three networks of one architecture have a standard deviation of 0.05
@@ -96,7 +97,8 @@ def _accuracy(network: nn.Module, test: TensorDataset) -> float:
     return right / len(test)
 
 
-def _require_same_training(judged: Judged, networks: dict[str, Callable]) -> None:
+def _require_same_training(judged: Judged, networks: dict[str, Callable], test: TensorDataset) -> None:
+    images, labels = test.tensors
     train_set = TensorDataset(judged.fetch(torch.arange(len(judged.labels))), judged.labels)
     for architecture, recipe in judged.recipes.items():
         brief, new = recipe | {"epochs": 5}, networks[architecture]
@@ -105,6 +107,8 @@ def _require_same_training(judged: Judged, networks: dict[str, Callable]) -> Non
         other = _train(textbook(new(seed=0)), train_set, seed=0, **brief)
         moved = [flat_parameters(network) - begin for network in (one, other)]
         require_same(moved[:1], moved[1:], what=f"the trainings of {architecture} of ours and of the loop", within=1e-2)
+        if (found := accuracy(other, images.__getitem__, labels)) != (again := _accuracy(other, test)):
+            raise ValueError(f"{architecture}: ours finds an accuracy of {found}, the loop one of {again}")
 
 
 def measure(*, smoke: bool) -> list[Row]:
@@ -128,7 +132,7 @@ def measure(*, smoke: bool) -> list[Row]:
         "DataLoader loop, one thread": partial(plain, judged, networks, test, threads=1),
         f"DataLoader loop, {threads} threads": partial(plain, judged, networks, test, threads=threads),
     }
-    _require_same_training(judged, networks)
+    _require_same_training(judged, networks, test)
     brief = {name: recipe | {"epochs": 1} for name, recipe in judged.recipes.items()}
     experiment.judge([replace(judged, recipes=brief)], real)  # starts the processes
     seconds = in_turns({name: partial(kept, name, way) for name, way in ways.items()}, rounds=1)

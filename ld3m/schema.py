@@ -19,8 +19,9 @@ from ld3m.synthetic import DEFAULT_LEARNED
 Objective = Literal["dc", "dm", "mtt"]
 Space = Literal["pixel", "glad", "ld3m"]
 Control = Literal["random_real", "herding", "k_center", "iteration0", "prior_samples"]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Processes = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
@@ -336,7 +337,7 @@ class Params(Model):
     seed: Whole
     paper: Annotated[bool, Field(strict=True)]  # `config.load_params` has laid profiles/paper.yaml over the others
     device: Literal["auto", "cpu", "cuda"]
-    processes: Count
+    processes: Processes
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str

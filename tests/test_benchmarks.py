@@ -4,10 +4,14 @@ import csv
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from benchmarks import __main__ as everything
-from benchmarks import iteration, memory, table
+from benchmarks import evaluation, iteration, memory, table
+from benchmarks.experts import textbook
 from benchmarks.table import Row, less_is_better, require_same
+from ld3m.networks import build
+from ld3m.training import accuracy, train
 
 NAMES = {"ld3m_iteration", "ld3m_memory_in_steps", "rendering", "dc_step", "dm_step", "mtt_step", "mtt_memory"}
 NAMES |= {"experts", "evaluation", "roofline"}
@@ -65,3 +69,23 @@ def test_ways_that_compute_something_else_are_not_compared(monkeypatch):
     monkeypatch.setattr(iteration, "plain", lambda prior, z, c, **given: z + 0 * c.sum())
     with pytest.raises(ValueError, match="the gradients of ours and of plain autograd"):
         iteration.measure(smoke=True)
+
+
+@pytest.mark.parametrize(
+    "name, size", [("convnet", {"width": 8, "depth": 2}), ("vgg11", {"width": 4}), ("vit", {"width": 32, "depth": 1})]
+)
+def test_ours_and_the_plain_loop_end_with_the_same_network_and_accuracy_in_float64(randn, name, size):
+    """Over a whole training, in batches, with augmentation, dropout, warm-up and a moving average."""
+    images, labels = randn(12, 3, 32, 32), torch.arange(12) % 3
+    recipe = dict(epochs=40, batch=5, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
+    recipe |= {"strategy": "color_crop_cutout_flip_scale_rotate"}
+
+    def new():
+        return build(name, channels=3, size_px=32, classes=3, seed=0, **size).double()
+
+    ours = train(new(), images.__getitem__, labels, seed=4, **recipe)
+    plain = evaluation._train(textbook(new()), TensorDataset(images, labels), seed=4, **recipe)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    test = TensorDataset(randn(70, 3, 32, 32), torch.arange(70) % 3)
+    assert accuracy(ours, test.tensors[0].__getitem__, test.tensors[1]) == evaluation._accuracy(plain, test)

@@ -276,7 +276,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("stage, rounding", [(prior, 2e-3), (dm_ld3m, 1e-5)], ids=["prior", "dm_ld3m"])
+@pytest.mark.parametrize(
+    "stage, rounding",
+    [(prior, 2e-3), (gan, 2e-3), (dm_ld3m, 1e-5), (mtt_pixel, 1e-4)],
+    ids=["prior", "gan", "dm_ld3m", "mtt_pixel"],
+)
 def test_on_two_threads_it_is_the_same_within_rounding_and_twice_the_same(
     server, undisturbed, tmp_path, stage, rounding
 ):
