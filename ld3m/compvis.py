@@ -342,15 +342,13 @@ def _some(names: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    from ld3m.priors import save_prior  # which itself reads checkpoints
+    from ld3m.priors import require_own, save_prior  # which itself reads checkpoints
 
     try:
         match sys.argv[1:]:
-            case [file, folder]:
-                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float32)
-                print(folder)
-            case [file, folder, "half"]:
-                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float16)
+            case [file, folder, *rest] if rest in ([], ["half"]):
+                require_own(Path(folder))  # before a minute of reading
+                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float16 if rest else torch.float32)
                 print(folder)
             case _:
                 sys.exit(__doc__)

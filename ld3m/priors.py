@@ -46,6 +46,11 @@ FORMER = {"Transformer2DModel": "DiTTransformer2DModel"}  # what released DiT mo
 EMBEDDER = "class_embedder/model.safetensors"
 PLACES = (("unet", "transformer"), ("vqvae", "vae"), ("scheduler",))
 FURTHER = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim")  # conditioning of U-Nets
+OWN = (  # the files of a prior that is written here
+    *(f"{part}/config.json" for part in ("unet", "vqvae")),
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")),
+    *("scheduler/scheduler_config.json", EMBEDDER, LINK),
+)
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors")
 LAYOUT = (
     "a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and "
@@ -103,6 +108,7 @@ def fitting_prior(
 def link_prior(folder: Path, *, source: str, **fitting: Any) -> None:
     """Lets `folder` stand for `fitting_prior(source, **fitting)`: nothing is copied, and `load_prior` refuses a source
     that has changed since."""
+    require_own(folder)
     prior, chosen = fitting_prior(source, **fitting)
     with new_folder(folder) as partial:
         write_json(partial / LINK, {"source": source, "classes": chosen, "sha256": prior.fingerprint()})
@@ -135,9 +141,23 @@ def _linked(folder: Path) -> Prior:
     return prior
 
 
+def require_own(folder: Path) -> None:
+    """Raises FileExistsError for a folder that holds anything but what is written here: a prior takes its place."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a new folder for the prior")
+    there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if others := sorted(str(name) for path in there if str(name := path.relative_to(folder)) not in OWN):
+        raise FileExistsError(
+            f"{folder} holds what is no part of a prior written here ({some(others)}) and would be lost: name a new or "
+            "empty folder for the prior; nothing was changed"
+        )
+
+
 def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Writes a prior of `build_prior` or of a CompVis checkpoint, weights as `dtype`, whole or not at all:
-    `load_prior` gives what was stored."""
+    `load_prior` gives what was stored. What `require_own` accepts is replaced."""
+    require_own(folder)
     if prior.prediction != "epsilon" or not torch.equal(prior.alpha_bar, cin256_alpha_bar()):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the others' folders")
     with new_folder(folder) as partial:

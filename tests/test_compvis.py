@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import types
@@ -168,6 +169,17 @@ def test_converted_once(pair, tmp_path, dtype):
     prior = load_checkpoint(file, kind=kind)
     save_prior(prior, tmp_path / "prior", dtype=dtype)
     assert load_prior(tmp_path / "prior").fingerprint() == prior.to(dtype).to(torch.float32).fingerprint()
+
+
+@pytest.mark.parametrize("folder", [".", "model.ckpt"])
+def test_a_checkpoint_is_not_converted_over_itself(write, monkeypatch, tmp_path, folder):
+    file = write({"state_dict": {}})
+    content = file.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["compvis.py", str(file), str(tmp_path / folder)])
+    monkeypatch.delitem(sys.modules, "ld3m.compvis")
+    with pytest.raises(SystemExit, match="model.ckpt.* name a new"):  # before the checkpoint, which is none, is read
+        runpy.run_module("ld3m.compvis", run_name="__main__")
+    assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
 
 
 def test_the_file_may_go_once_it_is_loaded(state, write):

@@ -113,12 +113,50 @@ def test_a_missing_file(saved, tmp_path, file):
 def test_save_replaces_the_whole_folder(tmp_path):
     folder = tmp_path / "deeper" / "prior"
     save_prior(make_prior(), folder)
-    (folder / "unet/stray.bin").write_bytes(b"old")
+    (folder / "source.json").write_text("of a link that was here before")
     new = make_prior(seed=1)
     save_prior(new, folder)
     assert load_prior(folder).fingerprint() == as_stored(new).fingerprint()
-    assert not (folder / "unet/stray.bin").exists()
+    assert not (folder / "source.json").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["prior"]
+
+
+@pytest.mark.parametrize("other", ["model.ckpt", "unet/model.ckpt", "unet/diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize("has_prior", [False, True])
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path, dit_folder, other, has_prior):
+    folder = tmp_path / "cin256-v2"
+    if has_prior:
+        save_prior(make_prior(), folder)
+    (folder / other).parent.mkdir(parents=True, exist_ok=True)
+    (folder / other).write_bytes(b"the only copy")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    fitting = FITTING | {"subset": "woof"}
+    for write in (partial(save_prior, make_prior(seed=1)), partial(link_prior, source=str(dit_folder), **fitting)):
+        with pytest.raises(FileExistsError, match=f"cin256-v2 holds what is no part .*{other}.*empty folder"):
+            write(folder=folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cin256-v2"]
+
+
+def test_a_file_or_a_linked_folder_is_not_replaced(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"the only copy")
+    with pytest.raises(FileExistsError, match="model.ckpt is a file: name a new folder"):
+        save_prior(make_prior(), tmp_path / "model.ckpt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/unet").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="folder holds what is no part of a prior"):
+        save_prior(make_prior(), tmp_path / "folder")
+    assert (tmp_path / "model.ckpt").read_bytes() == b"the only copy"
+
+
+def test_a_prior_may_be_written_into_an_empty_folder_and_over_a_link(tmp_path, dit_folder):
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    save_prior(make_prior(), folder)
+    link_prior(folder, source=str(dit_folder), **FITTING | {"subset": "woof"})
+    assert linked_source(folder) == str(dit_folder) and not (folder / "unet").exists()
+    save_prior(make_prior(), folder)
+    assert linked_source(folder) is None
 
 
 def test_a_save_that_fails_leaves_the_former_prior(tmp_path, monkeypatch):
