@@ -81,7 +81,7 @@ def _source(params: Params, labels: int) -> str:
     """The prior that the stage `prior` links to; one that does not fit is an error."""
     prior, classes = fitting_prior(labels=labels, **params.prior_source_arguments())
     for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
-        timesteps(steps, total=len(prior.alpha_bar))
+        timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
     latents = " x ".join(map(str, prior.latent_shape(params.data.size_px)))
     shown = ", ".join(map(str, classes[:10])) + (" ..." if classes[10:] else "")
     return f"{params.prior.source}: latents {latents}, classes {shown or 'none'}"

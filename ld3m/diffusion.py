@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
+
+@dataclass(frozen=True)
+class Spacing:
+    """Which timesteps of training the sampler takes, in the words of diffusers; by default CompVis's.
+
+    `leading` counts up from `offset`, `trailing` down from the last timestep, `linspace` takes both ends.
+    """
+
+    kind: Literal["leading", "trailing", "linspace"] = "leading"
+    offset: int = 1
+    ends_clean: bool = False  # whether alpha_bar after the last step is 1, or that of the first timestep of training
+
+
+COMPVIS = Spacing()
+
 # How each kind of denoiser is asked: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
 DENOISERS = {
     "UNet2DConditionModel": lambda unet, z_t, t, c: unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0],
@@ -50,6 +65,7 @@ class Prior:
     embedding: nn.Embedding  # (classes + 1, D), the last row the null class; without classes that is one number
     alpha_bar: Tensor  # (T,) float64 on the CPU: the products of 1 - beta, eq. 1
     prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
+    spacing: Spacing = COMPVIS
     precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
 
     @property
@@ -191,6 +207,8 @@ class Prior:
         digest.update(self.alpha_bar.cpu().numpy().tobytes())
         if self.prediction != "epsilon":
             digest.update(self.prediction.encode())
+        if self.spacing != COMPVIS:
+            digest.update(repr(self.spacing).encode())
         return digest.hexdigest()
 
 

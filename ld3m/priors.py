@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from ld3m import paths
 from ld3m.compvis import load_checkpoint
 from ld3m.diffusion import (
+    COMPVIS,
     DENOISERS,
     Prediction,
     Prior,
+    Spacing,
     alpha_bar_of,
     cin256_alpha_bar,
     cin256_schedule,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 LINK = "source.json"
+SPACINGS = ("leading", "trailing", "linspace")
 AUTOENCODERS = ("VQModel", "AutoencoderKL")
 FORMER = {"Transformer2DModel": "DiTTransformer2DModel"}  # what released DiT models call themselves
 EMBEDDER = "class_embedder/model.safetensors"
@@ -158,7 +161,9 @@ def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16
     """Writes a prior of `build_prior` or of a CompVis checkpoint, weights as `dtype`, whole or not at all:
     `load_prior` gives what was stored. What `require_own` accepts is replaced."""
     require_own(folder)
-    if prior.prediction != "epsilon" or not torch.equal(prior.alpha_bar, cin256_alpha_bar()):
+    if (prior.prediction, prior.spacing) != ("epsilon", COMPVIS) or not torch.equal(
+        prior.alpha_bar, cin256_alpha_bar()
+    ):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the others' folders")
     with new_folder(folder) as partial:
         for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
@@ -254,22 +259,39 @@ def _conditioning(denoiser: "ModelMixin", file: Path) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight)
 
 
-def _read_schedule(folder: Path) -> tuple[Tensor, Prediction]:
-    """alpha_bar, and what the denoiser predicts."""
+def _read_schedule(folder: Path) -> tuple[Tensor, Prediction, Spacing]:
+    """alpha_bar, what the denoiser predicts, and the timesteps of sampling: those of the DDIMScheduler that diffusers
+    makes of the same configuration."""
     import diffusers
 
+    file = f"{folder.name}/scheduler_config.json"
     name = json.loads((folder / "scheduler_config.json").read_text()).get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ValueError(f"{folder.name}/scheduler_config.json is of {name}, which is no scheduler of diffusers")
+        raise ValueError(f"{file} is of {name}, which is no scheduler of diffusers")
     scheduler = kind.from_pretrained(folder, local_files_only=True)
-    prediction, known = scheduler.config.get("prediction_type", "epsilon"), get_args(Prediction)
+    given, known = scheduler.config, get_args(Prediction)
+    prediction = given.get("prediction_type", "epsilon")
     if not hasattr(scheduler, "betas") or prediction not in known:
         raise ValueError(
-            f"{folder.name}/scheduler_config.json is a {name} with prediction_type {prediction!r}, which must be a "
-            f"schedule of betas with one of {', '.join(known)}"
+            f"{file} is a {name} with prediction_type {prediction!r}, which must be a schedule of betas with one of "
+            f"{', '.join(known)}"
         )
-    return alpha_bar_of(scheduler), prediction
+    spacing = Spacing(
+        given.get("timestep_spacing", "leading"), given.get("steps_offset", 0), given.get("set_alpha_to_one", True)
+    )
+    if spacing.kind not in SPACINGS or type(spacing.offset) is not int or spacing.offset < 0:
+        raise ValueError(
+            f"{file} has timestep_spacing {spacing.kind!r} and steps_offset {spacing.offset!r}, which must be one of "
+            f"{', '.join(SPACINGS)} and a whole number from 0"
+        )
+    alpha_bar = alpha_bar_of(scheduler)
+    if spacing.kind != "leading" and not alpha_bar[-1] > 0:
+        raise ValueError(
+            f"{file} starts where no signal is left (timestep_spacing {spacing.kind!r} with rescale_betas_zero_snr), "
+            "from where no latent can be learned"
+        )
+    return alpha_bar, prediction, spacing
 
 
 def _check_parts(prior: Prior) -> None:

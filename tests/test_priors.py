@@ -29,7 +29,7 @@ from ld3m import compvis, paths, priors
 from ld3m.artefact import read_artefact
 from ld3m.batch import run_notebook
 from ld3m.config import load_params
-from ld3m.diffusion import Prior, with_classes, with_random_unet, with_random_weights
+from ld3m.diffusion import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
 from ld3m.experiment import Experiment
 from ld3m.paths import PROFILES
 from ld3m.priors import fitting_prior, link_prior, linked_source, load_prior, save_prior
@@ -43,7 +43,14 @@ WEIGHTS = (
     "class_embedder/model.safetensors",
 )
 SIZE_PX, SIDE = 32, 8  # of the images and latents of the models below
-SCHEDULE = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # the timesteps are those of `reverse`
+SPACINGS = [  # as DiT-XL/2 has it, as CompVis, as Stable Diffusion's successors, and what is left
+    dict(),
+    dict(steps_offset=1, set_alpha_to_one=False),
+    dict(timestep_spacing="trailing"),
+    dict(timestep_spacing="trailing", set_alpha_to_one=False),
+    dict(timestep_spacing="linspace", steps_offset=1),
+    dict(steps_offset=3),
+]
 SLOW = pytest.mark.skipif("LD3M_FULL_SIZE" not in os.environ, reason="set LD3M_FULL_SIZE=1: minutes, 8 GB, a compiler")
 
 
@@ -331,11 +338,10 @@ def test_the_gradient_for_the_conditioning_equals_finite_differences(request, ra
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_path, prediction):
     folder = shutil.copytree(dit_folder, tmp_path / "dit")
-    DDIMScheduler(prediction_type=prediction, **SCHEDULE).save_pretrained(folder / "scheduler")
+    DDIMScheduler(prediction_type=prediction, clip_sample=False).save_pretrained(folder / "scheduler")
     prior = load_prior(folder).to(torch.float64)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0)  # DiT's, in float64
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     parts = [
         DiTTransformer2DModel.from_pretrained(folder / "transformer"),
         AutoencoderKL.from_pretrained(folder / "vae"),
@@ -353,16 +359,18 @@ def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_p
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction):
+@pytest.mark.parametrize("spacing", [given for given in SPACINGS if given.get("timestep_spacing") != "linspace"])
+def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction, spacing):
     """With another number of timesteps, and betas that grow otherwise."""
-    betas = dict(num_train_timesteps=400, beta_schedule="squaredcos_cap_v2")
-    scheduler, unet = DDIMScheduler(prediction_type=prediction, **betas, **SCHEDULE), make_unet()
+    betas = dict(num_train_timesteps=400, beta_schedule="scaled_linear", beta_end=0.015, clip_sample=False)
+    scheduler, unet = DDIMScheduler(prediction_type=prediction, **betas, **spacing), make_unet()
     prior = load_prior(write(tmp_path / "unet", unet=unet, scheduler=scheduler, embedding=embeddings()))
     prior, unet, state = prior.to(torch.float64), unet.double(), randn(2, 4, SIDE, SIDE)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    if not scheduler.config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(5)
-    assert scheduler.timesteps.tolist() == timesteps(5, total=400)[::-1]
+    assert scheduler.timesteps.tolist() == timesteps(5, total=400, spacing=prior.spacing)[::-1]
     c, labels = embeddings().double(), torch.tensor([9, 2])
     with torch.no_grad():
         ours = reverse(prior, state, prior.embed(labels), z=state, steps=5, guidance=1, skip="none")
@@ -370,6 +378,47 @@ def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction):
             state = scheduler.step(unet(state, t, c[labels][:, None]).sample, t, state).prev_sample
     assert (len(prior.alpha_bar), prior.classes) == (400, 10)
     assert relative_difference(ours, state) < 1e-10
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing):
+    scheduler = DDIMScheduler(**spacing)
+    scheduler.save_pretrained(copied / "scheduler")
+    prior = load_prior(copied)
+    for steps in (1, 2, 3, 5, 7, 10, 20, 50, 250, 1000):
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.tolist()[::-1]
+        if expected[-1] < 1000:
+            assert timesteps(steps, total=1000, spacing=prior.spacing) == expected
+        else:
+            with pytest.raises(ValueError, match=f"steps = {steps}: .* into the 1000 timesteps of training from [13]"):
+                timesteps(steps, total=1000, spacing=prior.spacing)
+    assert prior.spacing.ends_clean == scheduler.config.set_alpha_to_one
+
+
+def test_a_scheduler_of_another_kind_is_sampled_as_ddim_with_its_configuration(copied):
+    for other in (DDPMScheduler(), diffusers.PNDMScheduler(), diffusers.EulerDiscreteScheduler(steps_offset=1)):
+        other.save_pretrained(copied / "scheduler")
+        ddim = DDIMScheduler.from_pretrained(copied / "scheduler")
+        ddim.set_timesteps(10)
+        spacing = load_prior(copied).spacing
+        assert timesteps(10, total=1000, spacing=spacing) == ddim.timesteps.tolist()[::-1]
+        assert spacing.ends_clean == ddim.config.set_alpha_to_one
+
+
+def test_the_embedded_prior_and_checkpoints_are_sampled_as_compvis_does(saved):
+    embedded = DDIMScheduler.from_pretrained(paths.prior_folder("mnist5k") / "scheduler")
+    embedded.set_timesteps(5)
+    for prior in (load_prior(paths.prior_folder("mnist5k")), load_prior(saved[0]), saved[1]):
+        assert prior.spacing == Spacing("leading", 1, ends_clean=False) == COMPVIS
+        assert embedded.timesteps.tolist() == timesteps(5, total=1000, spacing=prior.spacing)[::-1]
+    assert not embedded.config.set_alpha_to_one
+
+
+def test_a_prior_of_another_spacing_is_another_prior(copied):
+    before = load_prior(copied).fingerprint()
+    DDPMScheduler(steps_offset=1).save_pretrained(copied / "scheduler")
+    assert load_prior(copied).fingerprint() != before
 
 
 def test_the_noise_of_every_kind_of_prediction(dit_folder, randn):
@@ -498,6 +547,12 @@ def test_tensors_that_are_missing_or_unknown_are_named(copied):
         (dict(autoencoder=diffusers.AutoencoderTiny()), "AutoencoderTiny.*must be VQModel or AutoencoderKL"),
         (dict(autoencoder=make_autoencoder(latents_mean=(0.1,) * 4)), "channel by channel"),
         (dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEuler.*must be a schedule of betas"),
+        (
+            dict(scheduler=DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")),
+            "starts where no signal is left .timestep_spacing 'trailing' with rescale_betas_zero_snr",
+        ),
+        (dict(scheduler=DDIMScheduler(timestep_spacing="karras")), "'karras' .* one of leading, trailing, linspace"),
+        (dict(scheduler=DDIMScheduler(steps_offset=-1)), "steps_offset -1, which must be .* a whole number from 0"),
         (dict(scheduler=diffusers.EDMEulerScheduler()), "EDMEuler.*must be a schedule of betas"),
         (
             dict(scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
@@ -609,7 +664,8 @@ def test_a_prior_that_does_not_fit_leaves_no_link(dit_folder, tmp_path):
 
 
 def test_only_what_can_be_read_again_is_written(dit_folder, tmp_path):
-    for prior in (load_prior(dit_folder), replace(make_prior(), prediction="sample")):
+    others = replace(make_prior(), prediction="sample"), replace(make_prior(), spacing=Spacing("trailing"))
+    for prior in (load_prior(dit_folder), *others):
         with pytest.raises(ValueError, match="only priors with the noise schedule of cin256-v2 are written"):
             save_prior(prior, tmp_path / "prior")
 
