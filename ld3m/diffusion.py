@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
 
+class Unfit(ValueError):
+    """A prior that is whole, but not the one that the parameters or the data ask for."""
+
+
 @dataclass(frozen=True)
 class Spacing:
     """Which timesteps of training the sampler takes, in the words of diffusers; by default CompVis's.
@@ -97,12 +101,12 @@ class Prior:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of square images, or a ValueError where the prior cannot take the size."""
+        """(c, h, w) of the latents of square images, or an `Unfit` where the prior cannot take the size."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
         unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
-            raise ValueError(
+            raise Unfit(
                 f"size_px = {size_px} does not fit this prior, which takes {'' if is_fixed else 'multiples of '}{unit} "
                 "px; set datasets.<name>.size_px in params.yaml, or choose another prior"
             )
@@ -110,15 +114,15 @@ class Prior:
         return self.latent_channels, side, side
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
-        """Raises ValueError where the prior and the data set do not fit each other."""
+        """Raises `Unfit` where the prior and the data set do not fit each other."""
         self.latent_shape(size_px)
         if channels != self.channels:
-            raise ValueError(
+            raise Unfit(
                 f"the data set has {channels} channels, the prior {self.channels}; "
                 "set datasets.<name>.channels in params.yaml to the prior's"
             )
         if self.is_conditional and classes != self.classes:
-            raise ValueError(
+            raise Unfit(
                 f"the data set has {classes} classes, the prior was trained on {self.classes}; "
                 "restore datasets.<name>.classes in params.yaml, or train a prior on these with `dvc repro prior`"
             )

@@ -29,6 +29,7 @@ from ld3m.diffusion import (
     Prediction,
     Prior,
     Spacing,
+    Unfit,
     alpha_bar_of,
     cin256_alpha_bar,
     cin256_schedule,
@@ -48,7 +49,7 @@ AUTOENCODERS = ("VQModel", "AutoencoderKL")
 FORMER = {"Transformer2DModel": "DiTTransformer2DModel"}  # what released DiT models call themselves
 EMBEDDER = "class_embedder/model.safetensors"
 PLACES = (("unet", "transformer"), ("vqvae", "vae"), ("scheduler",))
-FURTHER = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim")  # conditioning of U-Nets
+FURTHER = ("class_embed_type", "addition_embed_type", "encoder_hid_dim")  # conditioning of U-Nets
 OWN = (  # the files of a prior that is written here
     *(f"{part}/config.json" for part in ("unet", "vqvae")),
     *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")),
@@ -75,15 +76,26 @@ def load_prior(source: str | Path) -> Prior:
     return _read_folder(path if path.is_dir() or is_path(str(source), path) else _fetch(str(source)))
 
 
-def fitting_prior(
-    source: str, *, size_px: int, channels: int, labels: int, classes: Sequence[int] | None, subset: str | None
+def fitting_prior(source: str, **fitting: Any) -> tuple[Prior, tuple[int, ...]]:
+    """`fitted` of the prior of a source."""
+    return fitted(load_prior(source), source=source, **fitting)
+
+
+def fitted(
+    prior: Prior,
+    *,
+    source: str,
+    size_px: int,
+    channels: int,
+    labels: int,
+    classes: Sequence[int] | None,
+    subset: str | None,
 ) -> tuple[Prior, tuple[int, ...]]:
-    """The prior of a source with those of its classes that belong to a data set's `labels`, and their indices there.
+    """The prior with those of its classes that belong to a data set's `labels`, and their indices there.
 
     `classes` gives them; None takes those of `subset`, the name of a subset of ImageNet-1k, out of ImageNet's 1000, or
-    all of a prior with as many classes as labels. ValueError where prior and data set do not fit.
+    all of a prior with as many classes as labels. ValueError, naming the `source`, where prior and data set do not fit.
     """
-    prior = load_prior(source)
     if not prior.is_conditional:
         if classes is not None:
             raise ValueError(f"prior.classes is {list(classes)}, but {source} has no classes: set it to null")
@@ -137,7 +149,7 @@ def _linked(folder: Path) -> Prior:
         raise ValueError(f"{folder / LINK} names {link['source']}, which stands for another prior itself: {PIPELINE}")
     prior = with_classes(load_prior(link["source"]), link["classes"])
     if prior.fingerprint() != link["sha256"]:
-        raise ValueError(
+        raise Unfit(
             f"{link['source']} has changed since the stage `prior` looked at it: restore it, or accept it with "
             "`dvc repro -f prior`"
         )
@@ -202,30 +214,61 @@ def _read_folder(folder: Path) -> Prior:
     missing = [" or ".join(names) for names, there in found.items() if not there]
     if not missing:
         unet, autoencoder, scheduler = (there[0] for there in found.values())
+        if _config(unet).get("num_class_embeds") is not None:
+            raise ValueError(
+                f"the prior in {folder} cannot be used: {unet.name}/config.json has num_class_embeds, so the model "
+                "looks the number of a class up in a table of its own, where nothing can be learned. U-Nets can be "
+                f"used that attend to a vector for every class ({EMBEDDER}) or take no classes, and DiTs"
+            )
         if _class_name(unet) == "UNet2DConditionModel" and not (folder / EMBEDDER).parent.is_dir():
             missing = ["class_embedder"]
     if missing:
-        raise FileNotFoundError(f"no prior in {folder}: {', '.join(missing)} missing. {LAYOUT}; {PIPELINE}")
+        raise FileNotFoundError(_nothing(folder, missing))
     try:
         denoiser = _read_model(unet, tuple(DENOISERS))
         embedding = _conditioning(denoiser, folder / EMBEDDER)
         prior = Prior(denoiser, _read_model(autoencoder, AUTOENCODERS), embedding, *_read_schedule(scheduler))
         _check_parts(prior)
     except Exception as error:  # diffusers and safetensors raise many kinds for a truncated or foreign file
+        again = "`dvc checkout -f prior` restores the pipeline's" if _is_ours(folder) else "prior.source names them"
         raise ValueError(
-            f"the prior in {folder} cannot be read ({error}): place its files there again; `dvc checkout -f prior` "
-            "restores the pipeline's"
+            f"the prior in {folder} cannot be read ({error}): place its files there again; {again}"
         ) from error
     return prior.frozen()
 
 
-def _class_name(folder: Path) -> str | None:
-    """The class of a model of diffusers; None where that cannot be read."""
+def _is_ours(folder: Path) -> bool:
+    """Whether the pipeline makes what is in a folder, and `prior.source` does not."""
+    return folder.is_relative_to(paths.ROOT / "runs")
+
+
+def _nothing(folder: Path, missing: list[str]) -> str:
+    """What is said of a folder without these parts of a prior."""
+    parts = f"no prior in {folder}: {', '.join(missing)} missing"
+    if _is_ours(folder):
+        return f"{parts}. {LAYOUT}; {PIPELINE}"
+    if not folder.is_dir():
+        return (
+            f"prior.source: no prior in {folder}, there is no such folder: set prior.source in params.yaml to a "
+            "folder, a model.ckpt of CompVis or a hub id"
+        )
+    if checkpoints := sorted(folder.glob("*.ckpt")):
+        return f"prior.source: {parts}, but there is a checkpoint: set prior.source in params.yaml to {checkpoints[0]}"
+    return f"prior.source: {parts}. {LAYOUT}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """That of a model of diffusers; empty where it cannot be read."""
     try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return FORMER.get(name, name)
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _class_name(folder: Path) -> str | None:
+    name = _config(folder).get("_class_name")
+    return FORMER.get(name, name) if isinstance(name, str) else None
 
 
 def _read_model(folder: Path, allowed: Sequence[str]) -> "ModelMixin":
@@ -302,6 +345,6 @@ def _check_parts(prior: Prior) -> None:
             f"the denoiser takes {given.in_channels} channels and gives {given.out_channels}, latents have {latent}"
         )
     if more := [key for key in FURTHER if given.get(key) is not None]:
-        raise ValueError(f"the denoiser wants more than one vector a class: {', '.join(more)}")
+        raise ValueError(f"the denoiser asks for more than the one vector of a class: {', '.join(more)}")
     if prior.autoencoder.config.get("latents_mean") is not None:
         raise ValueError("the autoencoder's latents are scaled channel by channel (latents_mean), not by one factor")

@@ -1,6 +1,7 @@
 """The cost of the work before it is done: what is counted, what is tried, and what will not fit."""
 
 import re
+import shutil
 from math import ceil
 
 import pytest
@@ -162,6 +163,26 @@ def test_what_is_not_there_is_replaced_and_said(monkeypatch):
     assert rehearsal.rendering("ld3m", width=3).seconds() > 0
     assert rehearsal.matching("mtt", ipc=1).seconds() > 0  # without experts
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_broken_prior_is_not_replaced_by_a_stand_in(monkeypatch, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"cut short")
+    params = load_params({"prior.source": str(tmp_path / "model.ckpt"), "more.cells": {}})
+    with pytest.raises(ValueError, match="model.ckpt is no checkpoint of PyTorch, or a broken one"):
+        _ = Rehearsal(params).prior
+    folder = tmp_path / paths.prior_folder("mnist5k").relative_to(paths.ROOT)
+    shutil.copytree(paths.prior_folder("mnist5k"), folder)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    given = {"prior.source": str(folder), "more.cells": {}}
+    rehearsal = Rehearsal(load_params(given))
+    assert rehearsal.prior.classes == 10 and rehearsal.absent["prior"].startswith(f"{folder} in the place of the prior")
+    with pytest.raises(ValueError, match="size_px = 36 does not fit this prior"):
+        _ = Rehearsal(
+            load_params({"prior.source": str(folder), "datasets.mnist5k.size_px": 36, "more.cells": {}})
+        ).prior
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="prior cannot be read .*dvc checkout -f prior"):
+        _ = Rehearsal(load_params()).prior
 
 
 def test_a_notebook_says_what_it_costs_and_refuses_what_does_not_fit(monkeypatch, capsys):

@@ -32,7 +32,7 @@ from ld3m.config import load_params
 from ld3m.diffusion import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
 from ld3m.experiment import Experiment
 from ld3m.paths import PROFILES
-from ld3m.priors import fitting_prior, link_prior, linked_source, load_prior, save_prior
+from ld3m.priors import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
 from ld3m.sampler import reverse, timesteps
 from ld3m.subsets import IMAGENET
 
@@ -42,6 +42,7 @@ WEIGHTS = (
     "vqvae/diffusion_pytorch_model.safetensors",
     "class_embedder/model.safetensors",
 )
+TABLE = "unet/config.json has num_class_embeds, .*a table of its own, where nothing can be learned"
 SIZE_PX, SIDE = 32, 8  # of the images and latents of the models below
 SPACINGS = [  # as DiT-XL/2 has it, as CompVis, as Stable Diffusion's successors, and what is left
     dict(),
@@ -88,14 +89,28 @@ def test_no_prior(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no prior in .*nowhere: unet or transformer, vqvae or vae, scheduler missing.*dvc"
     ):
+        load_prior("runs/nowhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"prior\.source: no prior in .*nowhere, there is no such fold"
+    ) as caught:
         load_prior(tmp_path / "nowhere")
+    assert "dvc" not in str(caught.value) and "unet" not in str(caught.value)
+
+
+def test_a_folder_with_a_checkpoint_is_answered_with_its_name(tmp_path):
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(
+        FileNotFoundError, match=rf"set prior\.source in params\.yaml to {tmp_path}/model\.ckpt"
+    ) as caught:
+        load_prior(tmp_path)
+    assert "dvc" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["unet or transformer", "vqvae or vae", "scheduler", "class_embedder"])
 def test_a_part_is_missing(saved, tmp_path, part):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     shutil.rmtree(folder / part.split()[0])
-    with pytest.raises(FileNotFoundError, match=f"broken: {part} missing.*class_embedder/model.safetensors.*dvc"):
+    with pytest.raises(FileNotFoundError, match=f"prior.source: .*broken: {part} missing.*{EMBEDDER}$"):
         load_prior(folder)
 
 
@@ -105,7 +120,7 @@ def test_a_truncated_file(saved, tmp_path, file, kept):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+    with pytest.raises(ValueError, match="broken cannot be read.*prior.source"):
         load_prior(folder)
 
 
@@ -113,7 +128,7 @@ def test_a_truncated_file(saved, tmp_path, file, kept):
 def test_a_missing_file(saved, tmp_path, file):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     (folder / file).unlink()
-    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+    with pytest.raises(ValueError, match="broken cannot be read.*prior.source"):
         load_prior(folder)
 
 
@@ -542,7 +557,13 @@ def test_tensors_that_are_missing_or_unknown_are_named(copied):
     ("changes", "message"),
     [
         (dict(unet=make_unet(), embedding=embeddings()[:, :7].clone()), r"the shape \(11, 7\).*\(classes \+ 1, 8\)"),
-        (dict(unet=make_unet(num_class_embeds=3), embedding=embeddings()), "more than one vector.*num_class_embeds"),
+        (
+            dict(unet=make_unet(class_embed_type="identity"), embedding=embeddings()),
+            "more than the one vector.*class_embed_type",
+        ),
+        (dict(unet=make_unet(num_class_embeds=3), embedding=embeddings()), TABLE),
+        (dict(unet=make_unet(num_class_embeds=3)), TABLE),
+        (dict(unet=make_unet(kind=UNet2DModel, attention_head_dim=4, num_class_embeds=3)), TABLE),
         (dict(unet=make_unet(in_channels=9), embedding=embeddings()), "takes 9 channels and gives 4, latents have 4"),
         (dict(autoencoder=diffusers.AutoencoderTiny()), "AutoencoderTiny.*must be VQModel or AutoencoderKL"),
         (dict(autoencoder=make_autoencoder(latents_mean=(0.1,) * 4)), "channel by channel"),
@@ -649,7 +670,7 @@ def test_a_link_stands_for_its_source_until_that_changes(copied, tmp_path):
     with pytest.raises(ValueError, match="copied has changed since.*dvc repro -f prior"):
         load_prior(folder)
     shutil.rmtree(copied)
-    with pytest.raises(FileNotFoundError, match="no prior in .*copied"):
+    with pytest.raises(FileNotFoundError, match=r"prior\.source: no prior in .*copied"):
         load_prior(folder)
     for content in ("{}", '{"source": 1, "classes": ["a"], "sha256": ""}', "[]", "no JSON"):
         (folder / "source.json").write_text(content)
