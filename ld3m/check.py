@@ -17,6 +17,7 @@ from ld3m.config import ablation_settings, load_params
 from ld3m.data import initial_indices
 from ld3m.diffusion import Prior
 from ld3m.experiment import Experiment
+from ld3m.experts import snapshot_bytes
 from ld3m.gan import load_generator
 from ld3m.networks import flat_parameters
 from ld3m.priors import fitted, load_prior
@@ -51,10 +52,10 @@ def check(params: Params) -> list[str]:
     else:
         lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), load_prior, _prior)}")
     lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), load_generator, _gan)}")
-    snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
-    weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
-    needed = snapshots * weights.nbytes
+    given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
+    needed = snapshot_bytes(network, count=given.experts, epochs=given.epochs)
     require_space(paths.ROOT, needed + SPARE_BYTES)
+    snapshots = given.experts * (given.epochs + 1)
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ld3m.devices import usable_precision
 from ld3m.seeds import forked
 
 if TYPE_CHECKING:
@@ -184,8 +185,9 @@ class Prior:
         return self
 
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
-        """The same prior whose denoiser and decoder compute in that type; what goes in and comes out keeps its own."""
-        return replace(self, precision=getattr(torch, precision))
+        """The same prior whose denoiser and decoder compute in that type, where its device has it; what goes in and
+        comes out keeps its own."""
+        return replace(self, precision=getattr(torch, usable_precision(precision, self.embedding.weight.device)))
 
     def compiled(self) -> "Prior":
         """The same prior whose denoiser torch compiles when it first runs (in place): the same up to rounding."""

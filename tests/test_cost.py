@@ -12,7 +12,9 @@ from ld3m.config import ablation_settings, load_params
 from ld3m.cost import Meter, announce, duration
 from ld3m.measure import Line, Plane, Taken
 from ld3m.memory import TooLittleMemory
+from ld3m.networks import flat_parameters
 from ld3m.rehearsal import Rehearsal
+from ld3m.storage import write_tensors
 
 GIB = 2**30
 
@@ -199,6 +201,26 @@ def test_a_notebook_says_what_it_costs_and_refuses_what_does_not_fit(monkeypatch
         TooLittleMemory, match=rf"dm-ld3m-1 needs about 2\.00 GiB, 1\.50 GiB are there: lower {lower} in"
     ):
         announce(cost.of_cell, params, "dm", "ld3m", 1, range(1))
+
+
+def test_trajectories_say_what_they_take_on_the_disk(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cost, "Rehearsal", Known)
+    params = load_params({"trajectories.experts": 2, "networks.convnet": {"width": 8, "depth": 3}})
+    announce(cost.of_trajectories, params)
+    printed = capsys.readouterr().out
+    network = Known(params).new_network("convnet")(seed=0)
+    (found,) = cost.of_trajectories(Meter(Known(params)))
+    assert re.search(rf"^trajectories: .* GiB on .*; {found.disk / 2**20:,.1f} MiB of the disk\n$", printed)
+    draw = {"snapshots": flat_parameters(network).detach().expand(params.trajectories.epochs + 1, -1)}
+    write_tensors(tmp_path / "expert", draw, {"expert": 0})
+    assert 2 * (tmp_path / "expert").stat().st_size == pytest.approx(found.disk, rel=0.01)
+
+
+def test_anybodys_set_costs_what_ours_of_as_many_images_does(meter):
+    for count, ipc in ((10, 1), (100, 10)):
+        assert list(cost.of_foreign(meter, count)) == list(cost.of_judging(meter, ipc, range(1)))
+    (few,), (more,) = cost.of_foreign(meter, 12), cost.of_foreign(meter, 14)
+    assert (few.images, more.images) == (12, 14) and few.total < more.total
 
 
 def test_durations_are_read_easily():

@@ -298,7 +298,7 @@ def test_a_dit_asked_with_rows_of_its_table_is_the_dit_asked_with_labels(dit_fol
     for t in (401, torch.tensor([1, 401, 901, 999])):
         expected = theirs(z_t, torch.as_tensor(t).expand(4), labels).sample[:, :4]  # the other four are sigma
         assert torch.equal(prior.denoise(z_t, t, c), expected)
-    halved = prior.to(torch.float32).in_precision("bfloat16").denoise(z_t.float(), t, c.float())
+    halved = replace(prior.to(torch.float32), precision=torch.bfloat16).denoise(z_t.float(), t, c.float())
     assert halved.dtype == torch.float32 and relative_difference(halved, expected) < 0.05
 
 
