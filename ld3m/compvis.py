@@ -3,7 +3,8 @@
     python -m ld3m.compvis model.ckpt FOLDER          once, for `load_prior`: in float32
     python -m ld3m.compvis model.ckpt FOLDER half     half the size
 
-`prior.source` in params.yaml may name either, the file or the folder.
+FOLDER is a new one, or that of an earlier prior, which is replaced. `prior.source` in params.yaml may name either, the
+file or the folder.
 
 `cin256-v2`, conditional on ImageNet's 1000 classes (`diffusion.with_classes` takes those of a subset), and
 `ffhq-ldm-vq-4`, without classes; the models of CelebA-HQ and of LSUN bedrooms with VQ-f4 are of the second kind too.

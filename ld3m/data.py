@@ -207,8 +207,8 @@ def load_dataset(
 
     What is decoded is kept in files, which on the CPU are mapped, not read: see `decoded`.
 
-    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there
-    or under `data/`, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
+    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there or one
+    folder down, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
     source's split for train, validation and test; validation may be a fraction, taken by `seed` from each
     class of train. `classes` keeps these names or indices, relabelled in this order, or those of a subset of
     ImageNet-1k by its name (`subsets`). Without `normalization` train is measured. Images are made square by

@@ -4,7 +4,7 @@ A diffusers folder holds, as diffusers writes them,
 
     unet/ or transformer/   a UNet2DConditionModel, UNet2DModel or DiTTransformer2DModel
     vqvae/ or vae/          a VQModel or AutoencoderKL
-    scheduler/              the noise schedule, and what the denoiser predicts
+    scheduler/              the noise schedule, what the denoiser predicts, and the timesteps of sampling
     class_embedder/         for a UNet2DConditionModel: model.safetensors with `weight` (classes + 1, D), what it
                             attends to for every class, and last for the null class
 
