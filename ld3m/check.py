@@ -1,4 +1,5 @@
-"""What can be known before any long work: parameters, data, priors and disk, checked in seconds once data are decoded.
+"""What can be known before any long work: parameters, data, priors and disk, checked in seconds once data are decoded;
+a prior from elsewhere before they are.
 
 python -m ld3m.check
 """
@@ -14,10 +15,12 @@ import torch
 from ld3m import paths
 from ld3m.config import ablation_settings, load_params
 from ld3m.data import initial_indices
+from ld3m.diffusion import Prior
 from ld3m.experiment import Experiment
+from ld3m.experts import snapshot_bytes
 from ld3m.gan import load_generator
 from ld3m.networks import flat_parameters
-from ld3m.priors import fitting_prior, load_prior
+from ld3m.priors import fitted, load_prior
 from ld3m.sampler import timesteps
 from ld3m.schema import Params
 from ld3m.storage import require_space
@@ -29,6 +32,7 @@ TRAINING_MINUTES = {"prior": 15, "gan": 6}
 
 def check(params: Params) -> list[str]:
     """One line for each thing that is in order; the first that is not is an error which says what to change."""
+    prior = _from_elsewhere(params) if params.prior.source else None
     experiment = Experiment(params)
     train = experiment.dataset.train
     counts = " + ".join(str(len(split)) for split in (train, experiment.dataset.validation, experiment.dataset.test))
@@ -43,15 +47,15 @@ def check(params: Params) -> list[str]:
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
     if params.spaces.ld3m.compile:
         _try_compiler(params.on_device)
-    if params.prior.source:
-        lines.append(f"prior   {_source(params, len(train.classes))}")
+    if prior:
+        lines.append(f"prior   {_source(params, prior, len(train.classes))}")
     else:
         lines.append(f"prior   {_trained(experiment, 'prior', paths.prior_folder(params.dataset), load_prior, _prior)}")
     lines.append(f"gan     {_trained(experiment, 'gan', paths.gan_folder(params.dataset), load_generator, _gan)}")
-    snapshots = params.trajectories.experts * (params.trajectories.epochs + 1)
-    weights = flat_parameters(experiment.new_network(params.distill.network)(seed=0))
-    needed = snapshots * weights.nbytes
+    given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
+    needed = snapshot_bytes(network, count=given.experts, epochs=given.epochs)
     require_space(paths.ROOT, needed + SPARE_BYTES)
+    snapshots = given.experts * (given.epochs + 1)
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
 
@@ -77,11 +81,18 @@ def _try_compiler(device: str) -> None:
         ) from error
 
 
-def _source(params: Params, labels: int) -> str:
-    """The prior that the stage `prior` links to; one that does not fit is an error."""
-    prior, classes = fitting_prior(labels=labels, **params.prior_source_arguments())
+def _from_elsewhere(params: Params) -> Prior:
+    """The prior that the stage `prior` links to, as far as it can be judged without the data."""
+    prior = load_prior(params.prior.source)
+    prior.check(size_px=params.data.size_px, channels=params.data.channels, classes=prior.classes)
     for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
-        timesteps(steps, total=len(prior.alpha_bar))
+        timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
+    return prior
+
+
+def _source(params: Params, prior: Prior, labels: int) -> str:
+    """That prior; one that does not fit the classes of the data is an error."""
+    prior, classes = fitted(prior, labels=labels, **params.prior_source_arguments())
     latents = " x ".join(map(str, prior.latent_shape(params.data.size_px)))
     shown = ", ".join(map(str, classes[:10])) + (" ..." if classes[10:] else "")
     return f"{params.prior.source}: latents {latents}, classes {shown or 'none'}"

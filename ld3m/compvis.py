@@ -3,7 +3,8 @@
     python -m ld3m.compvis model.ckpt FOLDER          once, for `load_prior`: in float32
     python -m ld3m.compvis model.ckpt FOLDER half     half the size
 
-`prior.source` in params.yaml may name either, the file or the folder.
+FOLDER is a new one, or that of an earlier prior, which is replaced. `prior.source` in params.yaml may name either, the
+file or the folder.
 
 `cin256-v2`, conditional on ImageNet's 1000 classes (`diffusion.with_classes` takes those of a subset), and
 `ffhq-ldm-vq-4`, without classes; the models of CelebA-HQ and of LSUN bedrooms with VQ-f4 are of the second kind too.
@@ -31,9 +32,16 @@ from ld3m.seeds import forked
 Weights = Literal["auto", "ema", "model"]
 
 HARMLESS = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.")  # of these modules, nothing is imported either
-SCHEDULE = ("alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "logvar", "lvlb_weights", "posterior_", "sqrt_")
-OTHER = ("cond_ids", "first_stage_model.loss.", "loss.", "model_ema.", "scale_factor")  # no part of the prior
-LISTED = 20  # keys of one kind that an error names
+SCHEDULE = {  # the buffers that the schedule leaves, none of which is read but `alphas_cumprod` and `scale_factor`
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("lvlb_weights", "logvar", "cond_ids", "scale_factor"),
+}
+COUNTERS = {"model_ema.decay", "model_ema.num_updates"}  # of the moving average
+# The loss of the autoencoder, which needs no list here: no name in it could be of the prior.
+LOSS = tuple(f"first_stage_model.loss.{part}" for part in ("discriminator.", "perceptual_loss.", "logvar"))
+LISTED = 20  # keys that an error names of a file of another kind
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
 
@@ -95,7 +103,8 @@ def load_checkpoint(file: Path, *, kind: Kind | None = None, weights: Weights = 
     ]
     if not kind.classes:
         sources[-1] = {}
-    known = {source.key for part in sources for source in part.values()}
+    known = {source.key for part in sources for source in part.values()} | SCHEDULE | COUNTERS
+    known |= {_average(source.key) for source in sources[0].values()}
     if average:
         sources[0] = {key: source._replace(key=_average(source.key)) for key, source in sources[0].items()}
     _check(file, state, modules, sources, known)
@@ -280,14 +289,18 @@ def _read(file: Path) -> dict[str, Tensor]:
         )
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        for key, tensor in state.items()
+        isinstance(key, str) and isinstance(tensor, Tensor) and _is_plain(tensor) for key, tensor in state.items()
     ):
         raise ValueError(f"{file} has no 'state_dict' of tensors: it is not a checkpoint of latent diffusion")
     scale = state.get("scale_factor", torch.ones(()))
     if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
         raise ValueError(f"{file} has the scale_factor {scale.tolist()}, which must be one positive number")
     return state
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are in the file: those of tensors on the device `meta` are not."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _infer(state: dict[str, Tensor], file: Path) -> Kind:
@@ -308,22 +321,25 @@ def _check(
     sources: list[dict[str, Source]],
     known: set[str],
 ) -> None:
-    """Every tensor that is needed is there in its shape, nothing unknown is, and the noise schedule is ours."""
+    """Every tensor that is needed is there, finite and in its shape, nothing unknown is, and the noise schedule is
+    ours."""
     wanted = {}
     for module, part in zip(modules, sources, strict=True):
         ours = module.state_dict()
         wanted |= {source.key: source.shape(ours[key].shape) for key, source in part.items()}
     problems = {
         "missing": [key for key in wanted if key not in state],
-        "unknown": [key for key in state if key not in wanted and key not in known and not _is_extra(key)],
+        "unknown": [key for key in state if key not in wanted and key not in known and not key.startswith(LOSS)],
         "misshapen": [
             f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
             for key, shape in wanted.items()
             if key in state and state[key].shape != shape
         ],
     }
+    if not any(problems.values()):  # what follows reads the whole file
+        problems["not finite"] = [key for key in wanted if not state[key].float().isfinite().all()]
     if any(problems.values()):
-        lines = [f"{len(keys)} {name}: {_some(sorted(keys))}" for name, keys in problems.items() if keys]
+        lines = [f"{len(keys)} {name}: {', '.join(sorted(keys))}" for name, keys in problems.items() if keys]
         raise ValueError(f"{file} is not the latent diffusion model that it seems to be; " + "; ".join(lines))
     given, ours = state.get("alphas_cumprod"), cin256_alpha_bar()
     if given is not None and (given.shape != ours.shape or not torch.allclose(given.double(), ours, rtol=1e-3)):
@@ -333,24 +349,18 @@ def _check(
         )
 
 
-def _is_extra(key: str) -> bool:
-    return key.startswith(SCHEDULE + OTHER)
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 if __name__ == "__main__":
-    from ld3m.priors import save_prior  # which itself reads checkpoints
+    from ld3m.priors import require_own, save_prior  # which itself reads checkpoints
 
     try:
         match sys.argv[1:]:
-            case [file, folder]:
-                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float32)
-                print(folder)
-            case [file, folder, "half"]:
-                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float16)
+            case [file, folder, *rest] if rest in ([], ["half"]):
+                require_own(Path(folder))  # before a minute of reading
+                save_prior(load_checkpoint(Path(file)), Path(folder), dtype=torch.float16 if rest else torch.float32)
                 print(folder)
             case _:
                 sys.exit(__doc__)

@@ -27,6 +27,7 @@ from ld3m import paths
 from ld3m.config import ablation_settings, apply_profile, load_params
 from ld3m.devices import describe
 from ld3m.experiment import CARD_NETWORKS, Experiment
+from ld3m.experts import snapshot_bytes
 from ld3m.matching import DISTANCES
 from ld3m.measure import Line, Plane, clock, peak_of
 from ld3m.memory import available_bytes, named, too_little, used_bytes
@@ -60,6 +61,7 @@ class Cost:
     tried: str = ""  # how much of an iteration was, where it was not the whole
     count: int = 1
     part: str = TABLE
+    disk: int = 0  # bytes of what other stages read of it
 
     @property
     def total(self) -> float:
@@ -160,22 +162,30 @@ def of_trajectories(meter: Meter) -> Iterator[Cost]:
     images, tested = meter.images("train"), meter.images("validation")
     trained = trainings(meter, recipes, images=images, tested=tested)
     lower = ("trajectories.batch", "processes")
-    yield trained.cost(meter, "trajectories", {network: given.experts}, lower=lower)
+    disk = snapshot_bytes(meter.rehearsal.new_network(network)(seed=0), count=given.experts, epochs=given.epochs)
+    yield trained.cost(meter, "trajectories", {network: given.experts}, lower=lower, disk=disk)
 
 
-def of_judging(meter: Meter, ipc: int, runs: range, *, sets: int = 1, part: str = TABLE) -> Iterator[Cost]:
+def of_judging(
+    meter: Meter, ipc: int, runs: range, *, count: int | None = None, sets: int = 1, part: str = TABLE
+) -> Iterator[Cost]:
     """Training networks of every architecture on the sets of some runs of a cell, or of `sets` cells, with `ipc` images
-    a class; 0 stands for the full data."""
+    a class (0: the full data), `count` in all where that is another number."""
     params, seen = meter.params, meter.params.distill.network
     counts = dict.fromkeys(params.grid.architecture, sum(map(params.networks_a_set, runs)))
     if ipc and 0 in runs:
         counts[seen] = counts.get(seen, 0) + params.networks_a_set(0)  # these without augmentation
     recipes = {name: params.recipe(name, ipc) for name in counts}
-    images = ipc * meter.classes or meter.images("train")
+    images = count or ipc * meter.classes or meter.images("train")
     trained = trainings(meter, recipes, images=images, tested=meter.images("test"))
     work = f"evaluate ipc {ipc}{many(runs)}" + (f", {sets} cells" if sets > 1 else "") if ipc else "evaluate full data"
     lower = ("evaluate.recipe.batch" if ipc else "evaluate.changes.full_data.batch", "processes")
     yield trained.cost(meter, work, counts, lower=lower, count=sets, part=part)
+
+
+def of_foreign(meter: Meter, count: int) -> Iterator[Cost]:
+    """The same for anybody's set of so many images."""
+    yield from of_judging(meter, max(1, round(count / meter.classes)), range(1), count=count)
 
 
 def of_cell(meter: Meter, objective: str, space: str, ipc: int, runs: range, *, part: str = TABLE) -> Iterator[Cost]:
@@ -357,10 +367,11 @@ def announce(of: Callable[..., Iterator[Cost]], given: Experiment | Params, *wha
     for cost in of(Meter(Rehearsal.of(experiment)), *what):
         checks = f" and {duration(cost.checks)} of checks" if cost.checks else ""
         tried = f" (tried with {cost.tried})" if cost.tried else ""
+        disk = f"; {cost.disk / 2**20:,.1f} MiB of the disk" if cost.disk else ""
         print(
             f"{cost.work}: {cost.images:,} images, {cost.parameters:,} learned parameters, {cost.iterations:,} "
             f"iterations of {duration(cost.seconds)}{checks}: {duration(cost.total)} and at most "
-            f"{cost.peak / 2**30:.2f} GiB on {describe(device)}{tried}"
+            f"{cost.peak / 2**30:.2f} GiB on {describe(device)}{tried}{disk}"
         )
         if cost.peak > (room := available_bytes(device) + used_bytes(device)):
             needed = f"{cost.work} needs about {cost.peak / 2**30:.2f} GiB, {room / 2**30:.2f} GiB are there"
@@ -397,8 +408,7 @@ def show(meter: Meter, ablations: dict[str, Settings]) -> None:
         found = [cost for cost in costs if cost.part == part]
         starts = sum(cost.count for cost in found) * start
         print(f"{part}: {duration(sum(cost.total for cost in found))}, and {duration(starts)} in which stages start")
-    weights = len(flat_parameters(meter.rehearsal.new_network(params.distill.network)(seed=0)))
-    snapshots = params.trajectories.experts * (params.trajectories.epochs + 1) * weights * 4
+    snapshots = sum(cost.disk for cost in costs)
     decoded = sum(map(meter.images, ("train", "validation", "test"))) * prod(meter.rehearsal.dataset.train.shape)
     print(f"disk: {snapshots / 2**20:,.0f} MiB of trajectories, {decoded / 2**20:,.0f} MiB of decoded images")
     for replaced in meter.rehearsal.absent.values():

@@ -207,8 +207,8 @@ def load_dataset(
 
     What is decoded is kept in files, which on the CPU are mapped, not read: see `decoded`.
 
-    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there
-    or under `data/`, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
+    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there or one
+    folder down, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
     source's split for train, validation and test; validation may be a fraction, taken by `seed` from each
     class of train. `classes` keeps these names or indices, relabelled in this order, or those of a subset of
     ImageNet-1k by its name (`subsets`). Without `normalization` train is measured. Images are made square by
@@ -228,18 +228,18 @@ def load_dataset(
     stored = {part: splits[part] for part in parts if isinstance(splits[part], str)}
     opened = {part: decoded.StoredSplit(str(source), split, key) for part, split in stored.items()}
     columns = {"image_column": image_column, "label_column": label_column}
-    labels = {part: split.labels(**columns) for part, split in opened.items()}
-    known = dict.fromkeys(class_name for names, _ in labels.values() for class_name in names)  # train's first
+    names = {part: split.names(**columns) for part, split in opened.items()}
+    known = dict.fromkeys(class_name for each in names.values() for class_name in each)  # train's first
     kept = _kept(list(known), classes, key)
+    for part, there in names.items():
+        _require(kept, set(there), stored[part], key)
+    opened = {part: split.of_classes(kept) for part, split in opened.items()}
+    labels = {part: split.labels(**columns) for part, split in opened.items()}
     relabel = {class_name: label for label, class_name in enumerate(kept)}
     chosen = {}
-    for part, (names, values) in labels.items():
-        new = np.array([relabel.get(class_name, -1) for class_name in names])[values]
-        if empty := [class_name for label, class_name in enumerate(kept) if not (new == label).any()]:
-            raise ValueError(
-                f"{key}: split {stored[part]!r} has no images of class {sources.some(empty)}: add them, or name the "
-                f"classes to keep in {key}.classes in params.yaml"
-            )
+    for part, (there, values) in labels.items():
+        new = np.array([relabel.get(class_name, -1) for class_name in there])[values]
+        _require(kept, {kept[label] for label in np.unique(new) if label >= 0}, stored[part], key)
         rows = np.flatnonzero(new >= 0)
         chosen[part] = rows, torch.from_numpy(new[rows])
     divided = {}
@@ -281,12 +281,21 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, key: str)
             near = [known for known in names if item.lower() in known.lower()]
             near = near or difflib.get_close_matches(item, names) or names
             raise ValueError(
-                f"{key}.classes: there is no class {item!r}; near or allowed are {sources.some(near)}, or an index "
-                f"in 0..{len(names) - 1}"
+                f"{key}.classes: there is no class {item!r}; indices are 0..{len(names) - 1}, near or allowed names "
+                f"are {sources.some(near)}"
             )
     if not kept or len(set(kept)) != len(kept):
         raise ValueError(f"{key}.classes is {list(classes)}: name each class to keep once")
     return kept
+
+
+def _require(kept: list[str], there: set[str], split: str, key: str) -> None:
+    """Every class has images."""
+    if empty := [class_name for class_name in kept if class_name not in there]:
+        raise ValueError(
+            f"{key}: split {split!r} has no images of class {sources.some(empty)}: add them, or name the classes to "
+            f"keep in {key}.classes in params.yaml"
+        )
 
 
 def _divide(labels: Tensor, classes: list[str], fraction: float, *, name: str, seed: int) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,16 +33,29 @@ class StoredSplit:
     source: str
     split: str
     key: str
+    classes: tuple[str, ...] | None = None  # of an image folder, those whose folders are looked into; None: all
 
     @cached_property
     def table(self) -> "datasets.Dataset":
-        return sources.read_split(self.source, self.split, key=self.key)
+        return sources.read_split(self.source, self.split, key=self.key, classes=self.classes)
 
     @cached_property
     def identity(self) -> str:
         """What changes when the source does."""
-        local = sources.identity(self.source, self.split, key=self.key)
+        local = sources.identity(self.source, self.split, key=self.key, classes=self.classes)
         return local or f"hub {self.source} {self.split} {self.table._fingerprint}"
+
+    def names(self, **columns: str) -> list[str]:
+        """The class names that the split knows; of an image folder without a look into the folders of its classes."""
+        found = sources.class_folders(self.source, self.split, key=self.key)
+        return self.labels(**columns)[0] if found is None else found
+
+    def of_classes(self, kept: Sequence[str]) -> "StoredSplit":
+        """The split for what needs these classes alone: of an image folder the others' folders may be slow to list."""
+        there = sources.class_folders(self.source, self.split, key=self.key)
+        if there is None or set(there) <= set(kept):
+            return self
+        return replace(self, classes=tuple(name for name in there if name in kept))
 
     def labels(self, *, image_column: str, label_column: str) -> tuple[list[str], np.ndarray]:
         """What `sources.read_labels` gives for the split."""
@@ -54,7 +67,7 @@ class StoredSplit:
             names, values = sources.read_labels(self.table, self.split, key=self.key, **columns)
             stored = {"names": names, "labels": values.tolist()}
             write_parts(file, [json.dumps(stored).encode()])
-        return stored["names"], np.array(stored["labels"])
+        return stored["names"], np.array(stored["labels"], dtype=np.int64)
 
     def images(
         self, rows: np.ndarray, *, count: int, image_column: str, size_px: int, channels: int

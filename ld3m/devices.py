@@ -2,6 +2,7 @@
 
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,27 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no CUDA device: set device to auto or cpu in params.yaml")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply in bfloat16: without them it is slower than float32."""
+    if hasattr(torch.cpu, "get_capabilities"):  # of newer versions of PyTorch
+        return any(there is True for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def usable_precision(precision: str, device: torch.device | str) -> str:
+    """The precision, or float32 in the place of bfloat16 on a CPU without it."""
+    if precision != "bfloat16" or torch.device(device).type != "cpu" or has_bfloat16():
+        return precision
+    _say("this CPU has no instructions for bfloat16: float32 takes its place")
+    return "float32"
+
+
+@cache
+def _say(text: str) -> None:
+    """Once a process."""
+    print(text, flush=True)
 
 
 def networks_at_once(device: torch.device | str, *, batch: int, size_px: int) -> int:

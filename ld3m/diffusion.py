@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ld3m.devices import usable_precision
 from ld3m.seeds import forked
 
 if TYPE_CHECKING:
@@ -26,6 +27,25 @@ if TYPE_CHECKING:
     )  # takes 3 s, hence inside the functions
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
+
+
+class Unfit(ValueError):
+    """A prior that is whole, but not the one that the parameters or the data ask for."""
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Which timesteps of training the sampler takes, in the words of diffusers; by default CompVis's.
+
+    `leading` counts up from `offset`, `trailing` down from the last timestep, `linspace` takes both ends.
+    """
+
+    kind: Literal["leading", "trailing", "linspace"] = "leading"
+    offset: int = 1
+    ends_clean: bool = False  # whether alpha_bar after the last step is 1, or that of the first timestep of training
+
+
+COMPVIS = Spacing()
 
 # How each kind of denoiser is asked: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
 DENOISERS = {
@@ -50,6 +70,7 @@ class Prior:
     embedding: nn.Embedding  # (classes + 1, D), the last row the null class; without classes that is one number
     alpha_bar: Tensor  # (T,) float64 on the CPU: the products of 1 - beta, eq. 1
     prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
+    spacing: Spacing = COMPVIS
     precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
 
     @property
@@ -81,12 +102,12 @@ class Prior:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of square images, or a ValueError where the prior cannot take the size."""
+        """(c, h, w) of the latents of square images, or an `Unfit` where the prior cannot take the size."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
         unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
-            raise ValueError(
+            raise Unfit(
                 f"size_px = {size_px} does not fit this prior, which takes {'' if is_fixed else 'multiples of '}{unit} "
                 "px; set datasets.<name>.size_px in params.yaml, or choose another prior"
             )
@@ -94,15 +115,15 @@ class Prior:
         return self.latent_channels, side, side
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
-        """Raises ValueError where the prior and the data set do not fit each other."""
+        """Raises `Unfit` where the prior and the data set do not fit each other."""
         self.latent_shape(size_px)
         if channels != self.channels:
-            raise ValueError(
+            raise Unfit(
                 f"the data set has {channels} channels, the prior {self.channels}; "
                 "set datasets.<name>.channels in params.yaml to the prior's"
             )
         if self.is_conditional and classes != self.classes:
-            raise ValueError(
+            raise Unfit(
                 f"the data set has {classes} classes, the prior was trained on {self.classes}; "
                 "restore datasets.<name>.classes in params.yaml, or train a prior on these with `dvc repro prior`"
             )
@@ -164,8 +185,9 @@ class Prior:
         return self
 
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
-        """The same prior whose denoiser and decoder compute in that type; what goes in and comes out keeps its own."""
-        return replace(self, precision=getattr(torch, precision))
+        """The same prior whose denoiser and decoder compute in that type, where its device has it; what goes in and
+        comes out keeps its own."""
+        return replace(self, precision=getattr(torch, usable_precision(precision, self.embedding.weight.device)))
 
     def compiled(self) -> "Prior":
         """The same prior whose denoiser torch compiles when it first runs (in place): the same up to rounding."""
@@ -191,6 +213,8 @@ class Prior:
         digest.update(self.alpha_bar.cpu().numpy().tobytes())
         if self.prediction != "epsilon":
             digest.update(self.prediction.encode())
+        if self.spacing != COMPVIS:
+            digest.update(repr(self.spacing).encode())
         return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from ld3m import data, paths
 from ld3m.artefact import read_artefact, write_artefact
 from ld3m.checkpoint import Checkpoint
 from ld3m.coresets import CORESETS
-from ld3m.diffusion import Prior, at_once, unconditional, with_random_unet, with_random_weights
+from ld3m.diffusion import Prior, Unfit, at_once, unconditional, with_random_unet, with_random_weights
 from ld3m.distill import Distilled, Objective, Synthetic, distill
 from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import Experts, open_experts
@@ -58,7 +58,7 @@ class Experiment:
     def prior(self) -> Prior:
         folder, wanted = paths.prior_folder(self.params.dataset), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
-            raise ValueError(
+            raise Unfit(
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
             )
         given, changes = self.params.data, self.params.spaces.ld3m

@@ -43,6 +43,11 @@ class Experts:
             return torch.stack([rows[epoch] for epoch in epochs])
 
 
+def snapshot_bytes(network: nn.Module, *, count: int, epochs: int) -> int:
+    """What the files of so many experts take on the disk."""
+    return count * (epochs + 1) * flat_parameters(network).nbytes
+
+
 def train_experts(
     folder: Path,
     dataset: Dataset,
@@ -63,8 +68,7 @@ def train_experts(
 
     Finished experts wait in the folder of `checkpoint`, so that an interrupted run goes on with the others.
     """
-    parameters = len(flat_parameters(new_network(seed=0)))
-    require_space(folder, 4 * count * (epochs + 1) * parameters)
+    require_space(folder, snapshot_bytes(new_network(seed=0), count=count, epochs=epochs))
     shared = dict(
         split=dataset.train,
         validation=dataset.validation,

@@ -75,7 +75,7 @@ def denoising_path(experiment: Experiment, cell: Cell) -> Figure:
         return figures.words(f"The space {NAMES[cell[1]]} has no reverse process, so nothing is denoised.")
     codes = restored(experiment, cell)
     path = codes.path(torch.arange(0, len(codes.labels), cell[2]))
-    ts = timesteps(codes.steps, total=len(codes.prior.alpha_bar))[::-1]
+    ts = timesteps(codes.steps, total=len(codes.prior.alpha_bar), spacing=codes.prior.spacing)[::-1]
     names = ["z_T, noised", *(f"after t = {t}" for t in ts)]
     pixels = experiment.dataset.normalization.to_pixels(path)
     return figures.image_rows(dict(zip(names, pixels, strict=True)), columns=_classes(experiment))

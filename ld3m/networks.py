@@ -182,7 +182,7 @@ class ViT(Network):
         if size_px % patch_px:
             raise ValueError(
                 f"size_px={size_px} of vit is not divisible by its patch of {patch_px} px; "
-                "use a multiple of 8 up to 128 px, a multiple of 16 above"
+                "set datasets.<name>.size_px in params.yaml to a multiple of 8 up to 128 px, of 16 above"
             )
         if width % 32:
             raise ValueError(f"width={width} of vit must be a multiple of 32, the size of an attention head")
@@ -244,7 +244,10 @@ def _layer_norm(width: int, norms: bool) -> nn.Module:
 
 def _require_size(name: str, size_px: int, *, smallest_px: int) -> None:
     if size_px < smallest_px:
-        raise ValueError(f"size_px={size_px} is too small for {name}; it needs at least {smallest_px} px")
+        raise ValueError(
+            f"size_px={size_px} is too small for {name}; set datasets.<name>.size_px in params.yaml to at least "
+            f"{smallest_px} px"
+        )
 
 
 ARCHITECTURES: dict[str, type[Network]] = {

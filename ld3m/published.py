@@ -25,6 +25,7 @@ COSTS = {"ld3m": (29.4, 574), "glad": (31.2, 693)}  # GB and minutes, T = 20, on
 # All 60,000 MNIST digits, pixels, ConvNet-3 of width 128, judged by the same network, percent at IPC 1 and 10: DC and
 # DSA from the readme of their repository, DM as commonly cited
 MNIST = {"DC": (91.7, 97.4), "DSA": (88.7, 97.8), "DM": (89.7, 97.5)}
+NOISE = {"redrawn": "redrawn in every pass", "stored": "drawn once, stored with the set"}
 
 
 def printed() -> pd.DataFrame:
@@ -130,7 +131,7 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
             if params.distill.validations == 1
             else f"best of {params.distill.validations + 1} on validation data, one for all judges",
         ),
-        ("Noise of the reverse process", "redrawn in every pass", "drawn once, stored with the set"),
+        ("Noise of the reverse process", NOISE["redrawn"], NOISE[ld3m.noise]),
         ("Start of the pixel baseline", "noise", params.spaces.pixel.start),
     ]
     return pd.DataFrame(rows, columns=["setting", "paper", "ours"])

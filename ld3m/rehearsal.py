@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ld3m.compvis import build_full_size
 from ld3m.data import Dataset, Normalization, Split
-from ld3m.diffusion import Prior, build_prior, with_classes
+from ld3m.diffusion import Prior, Unfit, build_prior, with_classes
 from ld3m.distill import Synthetic
 from ld3m.experiment import Experiment
 from ld3m.gan import Generator, build_generator
@@ -21,7 +21,7 @@ from ld3m.matching import DISTANCES, real_at_once
 from ld3m.measure import Line, Plane, clock, grow, grow_plane
 from ld3m.networks import flat_parameters
 from ld3m.parallel import fan_out
-from ld3m.priors import fitting_prior
+from ld3m.priors import load_prior
 from ld3m.progress import silent
 from ld3m.seeds import generator
 from ld3m.train_gan import GROUP, fit_gan
@@ -89,20 +89,23 @@ class Rehearsal(Experiment):
     def prior(self) -> Prior:
         try:
             return Experiment.prior.func(self)
-        except (FileNotFoundError, ValueError) as problem:
+        except (FileNotFoundError, Unfit) as problem:  # a broken one is an error here too
             prior, kind = self._in_its_place()
             self.absent["prior"] = f"{kind} in the place of the prior: {re.split('[.;] ', str(problem))[0]}"
         return prior.to(self.params.on_device).in_precision(self.params.spaces.ld3m.precision).frozen()
 
     def _in_its_place(self) -> tuple[Prior, str]:
-        """A prior like the one that the stage `prior` is to make or to link to, and what it is."""
-        count = len(self.dataset.train.classes)
-        if self.params.prior.source is None:
+        """A prior like the one that the stage `prior` is to make or to link to, and what it is. Which of its classes
+        the data have costs the same."""
+        count, given, source = len(self.dataset.train.classes), self.params.data, self.params.prior.source
+        if source is None:
             return self.new_prior(), "random weights"
         try:
-            return fitting_prior(labels=count, **self.params.prior_source_arguments())[0], self.params.prior.source
-        except (FileNotFoundError, ValueError):
-            return with_classes(build_full_size(LIKELY, seed=0), range(count)), f"random weights of {LIKELY}'s size"
+            prior, kind = load_prior(source), source
+        except FileNotFoundError:
+            prior, kind = build_full_size(LIKELY, seed=0), f"random weights of {LIKELY}'s size"
+        prior.check(size_px=given.size_px, channels=given.channels, classes=prior.classes)
+        return with_classes(prior, range(count)), kind
 
     @cached_property
     def gan(self) -> Generator:

@@ -20,17 +20,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ld3m.diffusion import Prior
+from ld3m.diffusion import COMPVIS, Prior, Spacing
 from ld3m.seeds import generator
 
 Skip = Literal["x0", "mean", "none"]
 
 
-def timesteps(steps: int, *, total: int) -> list[int]:
-    """The DDIM timesteps, ascending: 1, 101, ..., 901 for ten steps of a thousand in training."""
-    if not 1 <= steps < total:
-        raise ValueError(f"steps = {steps}: must lie between 1 and {total - 1}; set spaces.ld3m.steps in params.yaml")
-    return [i * (total // steps) + 1 for i in range(steps)]
+def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int]:
+    """The DDIM timesteps, ascending, of a `spacing`: CompVis's are 1, 101, ..., 901 for ten steps of a thousand in
+    training."""
+    found = []
+    if 1 <= steps <= total:
+        found = {
+            "leading": lambda: [i * (total // steps) + spacing.offset for i in range(steps)],
+            "trailing": lambda: [round(total - i * (total / steps)) - 1 for i in reversed(range(steps))],
+            "linspace": lambda: [round(i * ((total - 1) / max(1, steps - 1))) for i in range(steps)],
+        }[spacing.kind]()
+    if not found or found[-1] >= total:
+        first = f" from {spacing.offset} on" if spacing.kind == "leading" else ""
+        raise ValueError(
+            f"steps = {steps}: must be at least 1 and fit into the {total} timesteps of training{first}; set "
+            "spaces.ld3m.steps in params.yaml"
+        )
+    return found
 
 
 def skip_weight(skip: Skip, i: int, steps: int) -> float:
@@ -46,7 +58,7 @@ def skip_weight(skip: Skip, i: int, steps: int) -> float:
 
 def noised(prior: Prior, z: Tensor, eps: Tensor, *, steps: int) -> Tensor:
     """z_T: the latent `z` noised with `eps` to the highest used timestep (eq. 1)."""
-    a = prior.alpha_bar[timesteps(steps, total=len(prior.alpha_bar))[-1]].item()
+    a = prior.alpha_bar[timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)[-1]].item()
     return a**0.5 * z + (1 - a) ** 0.5 * eps
 
 
@@ -72,10 +84,11 @@ def reverse(
     `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
     Differentiable in `z_T`, `z` and `c`.
     """
-    ts = timesteps(steps, total=len(prior.alpha_bar))
+    ts = timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
     guidance = guidance if prior.is_conditional else 1
     weights = [skip_weight(skip, i, steps) for i in range(steps)]
     alpha_bar = prior.alpha_bar.tolist()
+    end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
     initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
     chain = [
@@ -84,7 +97,7 @@ def reverse(
             prior,
             t=ts[i],
             a=alpha_bar[ts[i]],
-            a_previous=alpha_bar[ts[i - 1]] if i else alpha_bar[0],
+            a_previous=alpha_bar[ts[i - 1]] if i else end,
             guidance=guidance,
             skip=skip,
             weight=weights[i],

@@ -6,7 +6,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +26,28 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
 CHUNK = 512  # images whose encoded bytes are in memory at once
 GROUP = 16  # images a thread decodes before it asks for more
-NAMED = 5  # broken images that an error names
+SECONDS = 10  # between two lines of the log of a stage that say how far decoding is
 
 
-def identity(source: str, split: str, *, key: str) -> str | None:
-    """SHA-256 (hex) of the names, sizes and modification times of a split's files; None for a hub dataset.
+def class_folders(source: str, split: str, *, key: str) -> list[str] | None:
+    """The names of the class folders of a split, into which nothing has looked yet; None where it is no image folder.
+
+    Raises what `read_split` raises for what is not there, ValueError for an image folder without classes.
+    """
+    folder = _local_folder(source, split, key=key)
+    if folder is None or _parquet_files(folder, split):
+        return None
+    if not (names := _class_names(folder / split)):
+        raise ValueError(
+            f"{key}: {folder / split} has no folder for any class: place its images as "
+            f"{folder.name}/{split}/<class>/<file>"
+        )
+    return names
+
+
+def identity(source: str, split: str, *, key: str, classes: Sequence[str] | None = None) -> str | None:
+    """SHA-256 (hex) of the names, sizes and modification times of a split's files, of an image folder those of
+    `classes` (None: all); None for a hub dataset.
 
     Raises what `read_split` raises for what is not there.
     """
@@ -39,7 +57,8 @@ def identity(source: str, split: str, *, key: str) -> str | None:
     if files := _parquet_files(folder, split):
         names = []
     else:
-        names, files = _class_names(folder / split), [file for _, file in _image_files(folder / split)]
+        names = _class_names(folder / split) if classes is None else list(classes)
+        files = [file for _, file in _image_files(folder / split, names)]
     digest = hashlib.sha256(repr((source, names)).encode())
     for file in files:
         status = os.stat(file)
@@ -49,8 +68,9 @@ def identity(source: str, split: str, *, key: str) -> str | None:
     return digest.hexdigest()
 
 
-def read_split(source: str, split: str, *, key: str) -> "datasets.Dataset":
-    """One split of a folder (relative: to the repository root) or, where no such folder is, of a hub dataset.
+def read_split(source: str, split: str, *, key: str, classes: Sequence[str] | None = None) -> "datasets.Dataset":
+    """One split of a folder (relative: to the repository root) or, where no such folder is, of a hub dataset. Of an
+    image folder `classes` are read (None: all).
 
     Local files bypass the cache of `datasets`: nothing is left behind, nothing stale is served. `key` names
     the dataset in errors: FileNotFoundError for what is not there, ValueError for broken files.
@@ -61,7 +81,7 @@ def read_split(source: str, split: str, *, key: str) -> "datasets.Dataset":
     if folder is not None:
         if files := _parquet_files(folder, split):
             return datasets.concatenate_datasets([datasets.Dataset(_read_parquet(file)) for file in files])
-        return _read_image_folder(folder / split)
+        return _read_image_folder(folder / split, classes)
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # offline, unknown, gated and broken datasets raise about anything
@@ -114,15 +134,25 @@ def is_path(source: str, folder: Path) -> bool:
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
+    """In the folder, its `data/`, or where it is no image folder any one folder in it: the hub's own layouts."""
     for place in (folder, folder / "data"):
-        files = sorted([*place.glob(f"{split}.parquet"), *place.glob(f"{split}-*.parquet")])
-        totals = {int(part[1]) for file in files if (part := re.search(r"-\d+-of-(\d+)$", file.stem))}
-        if totals and totals != {len(files)}:
-            names = [file.name for file in files]
-            raise ValueError(f"{place}: split {split!r} should be {sorted(totals)} files, there are {names}")
-        if files:
+        if files := _shards(place, split):
             return files
-    return []
+    below = [] if (folder / split).is_dir() else sorted(place for place in folder.glob("[!.]*") if place.is_dir())
+    found = [files for place in below if (files := _shards(place, split))]
+    if len(found) > 1:
+        names = ", ".join(files[0].parent.name for files in found)
+        raise ValueError(f"{folder} has split {split!r} in each of its folders {names}: set `source` to one of them")
+    return found[0] if found else []
+
+
+def _shards(place: Path, split: str) -> list[Path]:
+    files = sorted([*place.glob(f"{split}.parquet"), *place.glob(f"{split}-*.parquet")])
+    totals = {int(part[1]) for file in files if (part := re.search(r"-\d+-of-(\d+)$", file.stem))}
+    if totals and totals != {len(files)}:
+        names = [file.name for file in files]
+        raise ValueError(f"{place}: split {split!r} should be {sorted(totals)} files, there are {names}")
+    return files
 
 
 def _read_parquet(file: Path):
@@ -140,20 +170,30 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.glob("[!.]*") if entry.is_dir())
 
 
-def _image_files(folder: Path) -> list[tuple[int, str]]:
-    """Label and path of every image file, class by class."""
+def _image_files(folder: Path, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Label and path of every image file, class by class; files with the suffix of no image are left out.
+
+    ValueError where that leaves nothing of a class.
+    """
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     found = []
-    for label, name in enumerate(_class_names(folder)):
-        files = [file for file in (folder / name).rglob("[!.]*") if file.suffix.lower() in suffixes]
-        found += [(label, file) for file in sorted(map(str, files))]
+    for label, name in enumerate(names):
+        there = list((folder / name).rglob("[!.]*"))
+        files = sorted(str(file) for file in there if file.suffix.lower() in suffixes)
+        if not files and (others := sorted(str(file) for file in there if file.is_file())):
+            raise ValueError(
+                f"{folder / name} has {len(others)} files, {others[0]} the first, but none with the suffix of a format "
+                f"that is read: {', '.join(FORMATS)}"
+            )
+        found += [(label, file) for file in files]
     return found
 
 
-def _read_image_folder(folder: Path) -> "datasets.Dataset":
+def _read_image_folder(folder: Path, classes: Sequence[str] | None = None) -> "datasets.Dataset":
     import datasets
 
-    found, names = _image_files(folder), _class_names(folder)
+    names = _class_names(folder) if classes is None else list(classes)
+    found = _image_files(folder, names)
     columns = {"image": [path for _, path in found], "label": [label for label, _ in found]}
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
     return datasets.Dataset.from_dict(columns, features=features)
@@ -174,21 +214,21 @@ def read_labels(
             )
     feature, values = table.features[label_column], list(table[label_column])
     where = f"{key}: split {split!r}, column {label_column!r}"
-    if not values:
-        raise ValueError(f"{where}: the split is empty")
     if absent := [row for row, value in enumerate(values) if value in (None, "", -1)]:
         raise ValueError(f"{where}: {len(absent)} rows have no label, first row {absent[0]}: remove them")
     names = getattr(feature, "names", None)  # of a ClassLabel
-    kinds = {type(value) for value in values}
+    if not values and not names:
+        raise ValueError(f"{where}: the split is empty")
+    kinds = {type(value) for value in values} or {int}
     if kinds == {str}:
         names, indices = np.unique(values, return_inverse=True)
         return names.tolist(), indices
-    if kinds != {int} or min(values) < 0 or (names and max(values) >= len(names)):
+    if kinds != {int} or min(values, default=0) < 0 or (names and max(values, default=0) >= len(names)):
         raise ValueError(
             f"{where}: labels must be class names or integers from 0, these are {feature} such as "
             f"{some(sorted(set(map(str, values))))}: change {key}.label_column in params.yaml"
         )
-    return names or [str(label) for label in range(max(values) + 1)], np.array(values)
+    return names or [str(label) for label in range(max(values) + 1)], np.array(values, dtype=np.int64)
 
 
 def some(names: list[str]) -> str:
@@ -229,16 +269,14 @@ def decode(
                 array = np.array(to_square(image, size_px=size_px, channels=channels))
         except Exception as error:  # broken files raise about anything
             name = item["path"] if item and item["path"] else "no file name"
-            broken.append(f"row {row} ({name}) is not a readable image ({type(error).__name__}: {error})")
+            broken.append(f"row {row} ({name}): {type(error).__name__}: {error}")
             array = np.zeros((size_px, size_px, channels), np.uint8)
         return array.reshape(size_px, size_px, channels).transpose(2, 0, 1)
 
     def decode_group(group: list[tuple[int, dict | None]]) -> list[np.ndarray]:
         return [decode_one(row, item) for row, item in group]
 
-    under_dvc = "DVC_STAGE" in os.environ
-    if under_dvc and len(rows) > 20 * CHUNK:
-        print(f"{where}: decoding {len(rows):,} images, once", flush=True)
+    under_dvc, said = "DVC_STAGE" in os.environ, time.monotonic()
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,  # PIL decodes and resizes without the GIL
         tqdm(desc=where, total=len(rows), unit="image", disable=under_dvc, delay=2, mininterval=0.5) as bar,
@@ -249,10 +287,12 @@ def decode(
             groups = [items[k : k + GROUP] for k in range(0, len(items), GROUP)]
             yield np.stack([image for images in pool.map(decode_group, groups) for image in images])
             bar.update(len(chunk))
+            if under_dvc and time.monotonic() - said > SECONDS:
+                print(f"{where}: {first + len(chunk):,} of {len(rows):,} images decoded, once", flush=True)
+                said = time.monotonic()
     if broken:
         broken.sort(key=lambda text: int(text.split()[1]))
-        more = f"; {len(broken) - NAMED} more are not" if len(broken) > NAMED else ""
-        raise ValueError(f"{where}, {'; '.join(broken[:NAMED])}{more}: replace or remove what is broken")
+        raise ValueError("\n".join([f"{where}: replace or remove {len(broken)} images that cannot be read", *broken]))
 
 
 def _encoded(item: dict, named: Path | None) -> io.BytesIO | str:

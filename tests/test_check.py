@@ -14,6 +14,7 @@ import torch
 from ld3m import paths
 from ld3m.check import check
 from ld3m.config import apply_profile, load_params
+from ld3m.experiment import Experiment
 
 
 def test_the_committed_profile_is_in_order():
@@ -72,6 +73,20 @@ def test_a_prior_from_elsewhere_is_announced(trained):
         ),
         ({"prior.source": "../nowhere/model.ckpt"}, "nowhere/model.ckpt is missing: place the model.ckpt"),
         ({"prior.source": "runs/nowhere"}, "no prior in .*nowhere: unet or transformer, vqvae or vae, scheduler"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=words):
+            check(load_params(given | changes))
+
+
+def test_a_prior_from_elsewhere_is_looked_at_before_the_images_are_decoded(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(Experiment, "dataset", property(lambda experiment: pytest.fail("the data were read first")))
+    (tmp_path / "model.ckpt").write_bytes(b"cut short")
+    given = {"prior.source": str(trained["prior"]), "more.cells": {}}
+    for changes, words in [
+        ({"prior.source": str(tmp_path / "nowhere.ckpt")}, "nowhere.ckpt is missing"),
+        ({"prior.source": str(tmp_path / "model.ckpt")}, "model.ckpt is no checkpoint of PyTorch, or a broken one"),
+        ({"datasets.mnist5k.size_px": 36}, "size_px = 36 does not fit this prior, .* datasets.<name>.size_px"),
+        ({"datasets.mnist5k.channels": 1}, "the data set has 1 channels, the prior 3"),
     ]:
         with pytest.raises((ValueError, OSError), match=words):
             check(load_params(given | changes))

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import types
@@ -170,6 +171,17 @@ def test_converted_once(pair, tmp_path, dtype):
     assert load_prior(tmp_path / "prior").fingerprint() == prior.to(dtype).to(torch.float32).fingerprint()
 
 
+@pytest.mark.parametrize("folder", [".", "model.ckpt"])
+def test_a_checkpoint_is_not_converted_over_itself(write, monkeypatch, tmp_path, folder):
+    file = write({"state_dict": {}})
+    content = file.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["compvis.py", str(file), str(tmp_path / folder)])
+    monkeypatch.delitem(sys.modules, "ld3m.compvis")
+    with pytest.raises(SystemExit, match="model.ckpt.* name a new"):  # before the checkpoint, which is none, is read
+        runpy.run_module("ld3m.compvis", run_name="__main__")
+    assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
+
+
 def test_the_file_may_go_once_it_is_loaded(state, write):
     file = write({"state_dict": state})
     prior = load(file)
@@ -212,13 +224,12 @@ def test_no_moving_average(state, write):
 
 def test_what_a_checkpoint_holds_besides(state, write):
     buffers = {
+        **{name: torch.ones(1000) for name in compvis.SCHEDULE - {"scale_factor", "alphas_cumprod"}},
         "betas": BETAS.float(),
         "alphas_cumprod": (1 - BETAS).cumprod(0).float(),
-        "sqrt_recipm1_alphas_cumprod": torch.ones(1000),
-        "posterior_mean_coef1": torch.ones(1000),
-        "lvlb_weights": torch.ones(1000),
-        "logvar": torch.zeros(1000),
         "first_stage_model.loss.discriminator.main.0.weight": torch.ones(3),
+        "first_stage_model.loss.perceptual_loss.net.slice1.0.weight": torch.ones(3),
+        "first_stage_model.loss.logvar": torch.zeros(()),
     }
     plain = load(write({"state_dict": state}))
     full = load(write({"state_dict": state | buffers, "global_step": 3, "epoch": 1}))
@@ -252,10 +263,46 @@ def test_missing_unknown_and_misshapen_tensors_are_all_named(state, write):
     assert "1 misshapen: first_stage_model.quant_conv.bias (4,) instead of (3,)" in message
 
 
-def test_long_lists_are_cut(state, write):
+def test_long_lists_are_not_cut(state, write):
     changed = {key: tensor for key, tensor in state.items() if "first_stage_model" not in key}
-    with pytest.raises(ValueError, match=r"\d+ missing: first_stage_model.decoder.* and \d+ more"):
+    gone = sorted(state.keys() - changed.keys())
+    with pytest.raises(ValueError, match=f"{len(gone)} missing: {', '.join(gone)}$"):
         load(write({"state_dict": changed}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model_ema.garbage", "model_ema.diffusion_modelfoo", "loss.x", "sqrt_foo", "posterior_", "betas_old"),
+        *("first_stage_model.loss_weight", "first_stage_model.loss.x", "logvar.weight", "model_ema.decay.x"),
+    ],
+)
+def test_a_key_that_is_like_those_of_training_is_unknown(state, write, key):
+    for weights in ("auto", "model"):
+        changed = state | average_of(state, factor=2) | {key: torch.ones(1)}
+        with pytest.raises(ValueError, match=f"1 unknown: {key}$"):
+            load(write({"state_dict": changed}), weights=weights)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", [MISSING, "first_stage_model.quant_conv.bias", "cond_stage_model.embedding.weight"])
+def test_weights_that_are_not_finite_are_named(state, write, value, part):
+    changed = state | {part: state[part].clone()}
+    changed[part].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"1 not finite: {part}$"):
+        load(write({"state_dict": changed}))
+    average = average_of(state, factor=2) | {MISSING: torch.full_like(state[MISSING], value)}
+    assert load(write({"state_dict": state | average})).unet.conv_in.bias.isfinite().all()  # what is taken counts
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, which is to lose quantized tensors
+@pytest.mark.parametrize("kind", ["meta", "quantized"])
+def test_tensors_without_numbers_of_their_own_are_refused(state, write, kind):
+    other = torch.zeros(3, device="meta")
+    if kind == "quantized":
+        other = torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)
+    with pytest.raises(ValueError, match="no 'state_dict' of tensors"):
+        load(write({"state_dict": state | {"first_stage_model.quant_conv.bias": other}}))
 
 
 def test_the_kind_is_seen_from_the_shapes(write):

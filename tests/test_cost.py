@@ -1,6 +1,7 @@
 """The cost of the work before it is done: what is counted, what is tried, and what will not fit."""
 
 import re
+import shutil
 from math import ceil
 
 import pytest
@@ -11,9 +12,15 @@ from ld3m.config import ablation_settings, load_params
 from ld3m.cost import Meter, announce, duration
 from ld3m.measure import Line, Plane, Taken
 from ld3m.memory import TooLittleMemory
+from ld3m.networks import flat_parameters
 from ld3m.rehearsal import Rehearsal
+from ld3m.storage import write_tensors
 
 GIB = 2**30
+
+
+# What the expectations below are worked out from, whatever params.yaml comes to say.
+GIVEN = {"distill.validation_seeds": 3, "spaces.ld3m.render_batch": 25, "spaces.glad.render_batch": 25}
 
 
 def line(a, b, full, *, peak=GIB):
@@ -43,7 +50,7 @@ class Known(Rehearsal):
 
 @pytest.fixture(scope="module")
 def meter():
-    return Meter(Known(load_params()))
+    return Meter(Known(load_params(GIVEN)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_the_priors_and_the_gan(meter):
 
 
 def test_an_ablation_counts_the_steps_of_its_settings(meter):
-    settings = ablation_settings("steps")  # T is 2, 10, 20; the fourth is the baseline's
+    settings = ablation_settings("steps", GIVEN)  # T is 2, 10, 20; the fourth is the baseline's
     (found,) = cost.of_ablation(meter, "steps", settings)
     chains = sum(1 + 0.2 * steps for steps in (2, 10, 20))
     count = meter.params.ablations.iterations
@@ -164,9 +171,29 @@ def test_what_is_not_there_is_replaced_and_said(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_broken_prior_is_not_replaced_by_a_stand_in(monkeypatch, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"cut short")
+    params = load_params({"prior.source": str(tmp_path / "model.ckpt"), "more.cells": {}})
+    with pytest.raises(ValueError, match="model.ckpt is no checkpoint of PyTorch, or a broken one"):
+        _ = Rehearsal(params).prior
+    folder = tmp_path / paths.prior_folder("mnist5k").relative_to(paths.ROOT)
+    shutil.copytree(paths.prior_folder("mnist5k"), folder)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    given = {"prior.source": str(folder), "more.cells": {}}
+    rehearsal = Rehearsal(load_params(given))
+    assert rehearsal.prior.classes == 10 and rehearsal.absent["prior"].startswith(f"{folder} in the place of the prior")
+    with pytest.raises(ValueError, match="size_px = 36 does not fit this prior"):
+        _ = Rehearsal(
+            load_params({"prior.source": str(folder), "datasets.mnist5k.size_px": 36, "more.cells": {}})
+        ).prior
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="prior cannot be read .*dvc checkout -f prior"):
+        _ = Rehearsal(load_params()).prior
+
+
 def test_a_notebook_says_what_it_costs_and_refuses_what_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(cost, "Rehearsal", Known)
-    params = load_params()
+    params = load_params(GIVEN)
     announce(cost.of_cell, params, "dm", "ld3m", 1, range(1))
     printed = capsys.readouterr().out
     assert "distill dm-ld3m-1: 10 images, 3,200 learned parameters, 80 iterations of 3 s and" in printed
@@ -178,6 +205,26 @@ def test_a_notebook_says_what_it_costs_and_refuses_what_does_not_fit(monkeypatch
         TooLittleMemory, match=rf"dm-ld3m-1 needs about 2\.00 GiB, 1\.50 GiB are there: lower {lower} in"
     ):
         announce(cost.of_cell, params, "dm", "ld3m", 1, range(1))
+
+
+def test_trajectories_say_what_they_take_on_the_disk(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cost, "Rehearsal", Known)
+    params = load_params({"trajectories.experts": 2, "networks.convnet": {"width": 8, "depth": 3}})
+    announce(cost.of_trajectories, params)
+    printed = capsys.readouterr().out
+    network = Known(params).new_network("convnet")(seed=0)
+    (found,) = cost.of_trajectories(Meter(Known(params)))
+    assert re.search(rf"^trajectories: .* GiB on .*; {found.disk / 2**20:,.1f} MiB of the disk\n$", printed)
+    draw = {"snapshots": flat_parameters(network).detach().expand(params.trajectories.epochs + 1, -1)}
+    write_tensors(tmp_path / "expert", draw, {"expert": 0})
+    assert 2 * (tmp_path / "expert").stat().st_size == pytest.approx(found.disk, rel=0.01)
+
+
+def test_anybodys_set_costs_what_ours_of_as_many_images_does(meter):
+    for count, ipc in ((10, 1), (100, 10)):
+        assert list(cost.of_foreign(meter, count)) == list(cost.of_judging(meter, ipc, range(1)))
+    (few,), (more,) = cost.of_foreign(meter, 12), cost.of_foreign(meter, 14)
+    assert (few.images, more.images) == (12, 14) and few.total < more.total
 
 
 def test_durations_are_read_easily():

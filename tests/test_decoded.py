@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections import namedtuple
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -95,16 +96,56 @@ def test_train_and_validation_share_the_stored_images(folder):
 def test_a_subset_decodes_its_own_rows_and_only_once(folder, opened):
     rows, _ = opened
     one = load(folder, classes=["bee"])
-    assert sorted(rows) == sorted([*range(8, 16), *range(2, 4)])
+    assert len(rows) == 10
     load(folder, classes=["bee"])
     assert len(rows) == 10
     whole = load(folder)
     assert len(rows) == 40
-    two = load(folder, classes=["cat", "bee"])  # found among all
-    assert len(rows) == 40 and two.train.classes == ("cat", "bee")
+    two = load(folder, classes=["cat", "bee"])
+    assert len(rows) == 60 and two.train.classes == ("cat", "bee")
     assert torch.equal(two.train.uint8[two.train.of_class(1)], one.train.uint8)
     assert torch.equal(two.test.uint8[two.test.of_class(0)], whole.test.uint8[whole.test.of_class(2)])
+
+
+def test_a_subset_is_found_among_all_where_all_are_there(folder, tmp_path, opened):
+    """Of a parquet file, which is read in whole to find its labels."""
+    rows, _ = opened
+    for split in ("train", "test"):
+        table = sources._read_image_folder(folder / split)
+        cells = [{"bytes": Path(item["path"]).read_bytes(), "path": None} for item in table["image"]]
+        columns = {"image": cells, "label": table["label"]}
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, table.features).to_parquet(tmp_path / f"parquet/{split}.parquet")
+    whole, expected = load(tmp_path / "parquet"), load(folder, classes=["cat", "bee"])
+    rows.clear()
+    two = load(tmp_path / "parquet", classes=["cat", "bee"])
+    assert rows == [] and two.train.classes == ("cat", "bee") and two.fingerprint == expected.fingerprint
     assert two.train.stored.data_ptr() == two.validation.stored.data_ptr() and len(two.train.stored) == 24
+    assert torch.equal(two.test.uint8[two.test.of_class(0)], whole.test.uint8[whole.test.of_class(2)])
+
+
+def test_the_folders_of_other_classes_are_not_looked_into(folder, monkeypatch):
+    looked, rglob, stat = [], Path.rglob, os.stat
+    monkeypatch.setattr(Path, "rglob", lambda place, pattern: looked.append(place.name) or rglob(place, pattern))
+    monkeypatch.setattr(os, "stat", lambda path, **given: looked.append(Path(path).parent.name) or stat(path, **given))
+    load(folder, classes=["cat", 1])
+    load(folder, classes=["cat", 1])
+    assert {"bee", "cat"} <= set(looked) and "ant" not in looked
+    (folder / "train/ant/8.bmp").write_bytes(b"of another class")
+    looked.clear()
+    assert len(load(folder, classes=["cat", 1]).test) == 4 and "ant" not in looked
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_chosen_class_without_images_is_named(folder, split, is_there):
+    shutil.rmtree(folder / split / "cat")
+    if is_there:
+        (folder / split / "cat").mkdir()
+    for classes in (["cat"], ["bee", "cat"]):
+        with pytest.raises(ValueError, match=f"split '{split}' has no images of class 'cat': add them"):
+            load(folder, classes=classes)
+    assert load(folder, classes=["bee", "ant"]).test.classes == ("bee", "ant")
 
 
 @pytest.mark.parametrize(
@@ -209,13 +250,24 @@ def test_a_broken_image_leaves_no_file_and_all_broken_are_named(folder, cache):
     for k in (7, 1, 3):
         (folder / "train" / "cat" / f"{k}.bmp").write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"(?s)row 17 \(.*cat/1\.bmp.*row 19.*row 23 .*replace or remove"):
+        with pytest.raises(ValueError, match=r"(?s)replace or remove 3 .*row 17 \(.*cat/1\.bmp.*row 19.*row 23 "):
             load(folder)
         assert not list(cache.glob("*.npy")) and not list(cache.glob(".*"))
     for file in (folder / "train" / "bee").iterdir():
         file.write_bytes(b"BM")
-    with pytest.raises(ValueError, match=r"row 8 .*row 12 .*; 6 more are not: replace"):
+    with pytest.raises(ValueError, match="replace or remove 11 images that cannot be read") as caught:
         load(folder)
+    named = [int(line.split()[1]) for line in str(caught.value).splitlines()[1:]]
+    assert named == [*range(8, 16), 17, 19, 23]
+
+
+def test_a_stage_says_every_few_seconds_how_far_decoding_is(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "CHUNK", 4)
+    monkeypatch.setattr(sources.time, "monotonic", iter(range(0, 1000, 4)).__next__)  # four seconds a chunk
+    monkeypatch.setenv("DVC_STAGE", "prior")
+    load(folder)
+    said = [line for line in capsys.readouterr().out.splitlines() if "split 'train'" in line]
+    assert said[0] == "datasets.toy, split 'train': 12 of 24 images decoded, once" and len(said) == 2
 
 
 def test_writing_into_a_split_does_not_reach_the_file(folder):

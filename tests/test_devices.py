@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
-from ld3m import paths
+from ld3m import devices, paths
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Normalization
-from ld3m.devices import choose_device
+from ld3m.devices import choose_device, usable_precision
 from ld3m.distill import distill
 from ld3m.evaluate import Judged, judge_all
 from ld3m.experts import open_experts, train_experts
@@ -177,8 +177,9 @@ def test_the_priors_train_on_cuda(dataset):
 
 
 @pytest.mark.parametrize("skip", ["x0", "mean"])
-def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip):
-    """The embedded prior, on the first device there is."""
+def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip, monkeypatch):
+    """The embedded prior, on the first device there is; CPUs without bfloat16 compute it slowly."""
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
     device = choose_device("auto")
     prior = load_prior(paths.prior_folder("mnist5k")).to(device)
     draw = torch.Generator().manual_seed(0)
@@ -197,6 +198,32 @@ def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip):
         assert not torch.equal(rounded, exact)
         assert torch.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.99, name
         assert rounded.norm().item() == pytest.approx(exact.norm().item(), rel=0.02), name
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatch, capsys):
+    prior = make_prior()
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    assert prior.in_precision("bfloat16").precision == torch.bfloat16
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    devices._say.cache_clear()
+    assert prior.in_precision("float32").precision == torch.float32 and not capsys.readouterr().out
+    for _ in range(2):
+        assert prior.in_precision("bfloat16").precision == torch.float32
+    assert capsys.readouterr().out == "this CPU has no instructions for bfloat16: float32 takes its place\n"
+    assert usable_precision("bfloat16", "cuda") == "bfloat16"
+
+
+def test_the_cpu_is_asked_for_its_instructions(monkeypatch):
+    for flags, expected in [
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True, "cpu_name": "bf16"}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert devices.has_bfloat16() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert devices.has_bfloat16() is True
 
 
 def test_the_device_is_chosen(monkeypatch):

@@ -300,11 +300,11 @@ def test_convnet_gradgradcheck():
         ("vgg11", {"depth": 3}, "vgg11 has no depth"),
         ("resnet18", {"depth": 3}, "resnet18 has no depth"),
         ("alexnet", {"width": 5}, "width=5.*even"),
-        ("alexnet", {"size_px": 7}, "size_px=7.*alexnet.*8 px"),
+        ("alexnet", {"size_px": 7}, r"size_px=7.*alexnet.*datasets\.<name>\.size_px.*8 px"),
         ("vgg11", {"size_px": 31}, "size_px=31.*vgg11.*32 px"),
         ("resnet18", {"size_px": 8}, "size_px=8.*resnet18.*16 px"),
         ("vit", {"size_px": 4}, "size_px=4.*vit.*8 px"),
-        ("vit", {"size_px": 100}, "size_px=100.*divisible.*12 px"),
+        ("vit", {"size_px": 100}, r"size_px=100.*divisible.*12 px; set datasets\.<name>\.size_px in params\.yaml"),
         ("vit", {"width": 40}, "width=40.*multiple of 32"),
     ],
 )

@@ -29,10 +29,10 @@ from ld3m import compvis, paths, priors
 from ld3m.artefact import read_artefact
 from ld3m.batch import run_notebook
 from ld3m.config import load_params
-from ld3m.diffusion import Prior, with_classes, with_random_unet, with_random_weights
+from ld3m.diffusion import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
 from ld3m.experiment import Experiment
 from ld3m.paths import PROFILES
-from ld3m.priors import fitting_prior, link_prior, linked_source, load_prior, save_prior
+from ld3m.priors import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
 from ld3m.sampler import reverse, timesteps
 from ld3m.subsets import IMAGENET
 
@@ -42,8 +42,16 @@ WEIGHTS = (
     "vqvae/diffusion_pytorch_model.safetensors",
     "class_embedder/model.safetensors",
 )
+TABLE = "unet/config.json has num_class_embeds, .*a table of its own, where nothing can be learned"
 SIZE_PX, SIDE = 32, 8  # of the images and latents of the models below
-SCHEDULE = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # the timesteps are those of `reverse`
+SPACINGS = [  # as DiT-XL/2 has it, as CompVis, as Stable Diffusion's successors, and what is left
+    dict(),
+    dict(steps_offset=1, set_alpha_to_one=False),
+    dict(timestep_spacing="trailing"),
+    dict(timestep_spacing="trailing", set_alpha_to_one=False),
+    dict(timestep_spacing="linspace", steps_offset=1),
+    dict(steps_offset=3),
+]
 SLOW = pytest.mark.skipif("LD3M_FULL_SIZE" not in os.environ, reason="set LD3M_FULL_SIZE=1: minutes, 8 GB, a compiler")
 
 
@@ -81,14 +89,28 @@ def test_no_prior(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no prior in .*nowhere: unet or transformer, vqvae or vae, scheduler missing.*dvc"
     ):
+        load_prior("runs/nowhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"prior\.source: no prior in .*nowhere, there is no such fold"
+    ) as caught:
         load_prior(tmp_path / "nowhere")
+    assert "dvc" not in str(caught.value) and "unet" not in str(caught.value)
+
+
+def test_a_folder_with_a_checkpoint_is_answered_with_its_name(tmp_path):
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(
+        FileNotFoundError, match=rf"set prior\.source in params\.yaml to {tmp_path}/model\.ckpt"
+    ) as caught:
+        load_prior(tmp_path)
+    assert "dvc" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["unet or transformer", "vqvae or vae", "scheduler", "class_embedder"])
 def test_a_part_is_missing(saved, tmp_path, part):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     shutil.rmtree(folder / part.split()[0])
-    with pytest.raises(FileNotFoundError, match=f"broken: {part} missing.*class_embedder/model.safetensors.*dvc"):
+    with pytest.raises(FileNotFoundError, match=f"prior.source: .*broken: {part} missing.*{EMBEDDER}$"):
         load_prior(folder)
 
 
@@ -98,7 +120,7 @@ def test_a_truncated_file(saved, tmp_path, file, kept):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+    with pytest.raises(ValueError, match="broken cannot be read.*prior.source"):
         load_prior(folder)
 
 
@@ -106,19 +128,57 @@ def test_a_truncated_file(saved, tmp_path, file, kept):
 def test_a_missing_file(saved, tmp_path, file):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     (folder / file).unlink()
-    with pytest.raises(ValueError, match="broken cannot be read.*dvc"):
+    with pytest.raises(ValueError, match="broken cannot be read.*prior.source"):
         load_prior(folder)
 
 
 def test_save_replaces_the_whole_folder(tmp_path):
     folder = tmp_path / "deeper" / "prior"
     save_prior(make_prior(), folder)
-    (folder / "unet/stray.bin").write_bytes(b"old")
+    (folder / "source.json").write_text("of a link that was here before")
     new = make_prior(seed=1)
     save_prior(new, folder)
     assert load_prior(folder).fingerprint() == as_stored(new).fingerprint()
-    assert not (folder / "unet/stray.bin").exists()
+    assert not (folder / "source.json").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["prior"]
+
+
+@pytest.mark.parametrize("other", ["model.ckpt", "unet/model.ckpt", "unet/diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize("has_prior", [False, True])
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path, dit_folder, other, has_prior):
+    folder = tmp_path / "cin256-v2"
+    if has_prior:
+        save_prior(make_prior(), folder)
+    (folder / other).parent.mkdir(parents=True, exist_ok=True)
+    (folder / other).write_bytes(b"the only copy")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    fitting = FITTING | {"subset": "woof"}
+    for write in (partial(save_prior, make_prior(seed=1)), partial(link_prior, source=str(dit_folder), **fitting)):
+        with pytest.raises(FileExistsError, match=f"cin256-v2 holds what is no part .*{other}.*empty folder"):
+            write(folder=folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cin256-v2"]
+
+
+def test_a_file_or_a_linked_folder_is_not_replaced(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"the only copy")
+    with pytest.raises(FileExistsError, match="model.ckpt is a file: name a new folder"):
+        save_prior(make_prior(), tmp_path / "model.ckpt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/unet").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="folder holds what is no part of a prior"):
+        save_prior(make_prior(), tmp_path / "folder")
+    assert (tmp_path / "model.ckpt").read_bytes() == b"the only copy"
+
+
+def test_a_prior_may_be_written_into_an_empty_folder_and_over_a_link(tmp_path, dit_folder):
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    save_prior(make_prior(), folder)
+    link_prior(folder, source=str(dit_folder), **FITTING | {"subset": "woof"})
+    assert linked_source(folder) == str(dit_folder) and not (folder / "unet").exists()
+    save_prior(make_prior(), folder)
+    assert linked_source(folder) is None
 
 
 def test_a_save_that_fails_leaves_the_former_prior(tmp_path, monkeypatch):
@@ -238,7 +298,7 @@ def test_a_dit_asked_with_rows_of_its_table_is_the_dit_asked_with_labels(dit_fol
     for t in (401, torch.tensor([1, 401, 901, 999])):
         expected = theirs(z_t, torch.as_tensor(t).expand(4), labels).sample[:, :4]  # the other four are sigma
         assert torch.equal(prior.denoise(z_t, t, c), expected)
-    halved = prior.to(torch.float32).in_precision("bfloat16").denoise(z_t.float(), t, c.float())
+    halved = replace(prior.to(torch.float32), precision=torch.bfloat16).denoise(z_t.float(), t, c.float())
     assert halved.dtype == torch.float32 and relative_difference(halved, expected) < 0.05
 
 
@@ -293,11 +353,10 @@ def test_the_gradient_for_the_conditioning_equals_finite_differences(request, ra
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_path, prediction):
     folder = shutil.copytree(dit_folder, tmp_path / "dit")
-    DDIMScheduler(prediction_type=prediction, **SCHEDULE).save_pretrained(folder / "scheduler")
+    DDIMScheduler(prediction_type=prediction, clip_sample=False).save_pretrained(folder / "scheduler")
     prior = load_prior(folder).to(torch.float64)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0)  # DiT's, in float64
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     parts = [
         DiTTransformer2DModel.from_pretrained(folder / "transformer"),
         AutoencoderKL.from_pretrained(folder / "vae"),
@@ -315,16 +374,18 @@ def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_p
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction):
+@pytest.mark.parametrize("spacing", [given for given in SPACINGS if given.get("timestep_spacing") != "linspace"])
+def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction, spacing):
     """With another number of timesteps, and betas that grow otherwise."""
-    betas = dict(num_train_timesteps=400, beta_schedule="squaredcos_cap_v2")
-    scheduler, unet = DDIMScheduler(prediction_type=prediction, **betas, **SCHEDULE), make_unet()
+    betas = dict(num_train_timesteps=400, beta_schedule="scaled_linear", beta_end=0.015, clip_sample=False)
+    scheduler, unet = DDIMScheduler(prediction_type=prediction, **betas, **spacing), make_unet()
     prior = load_prior(write(tmp_path / "unet", unet=unet, scheduler=scheduler, embedding=embeddings()))
     prior, unet, state = prior.to(torch.float64), unet.double(), randn(2, 4, SIDE, SIDE)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    if not scheduler.config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(5)
-    assert scheduler.timesteps.tolist() == timesteps(5, total=400)[::-1]
+    assert scheduler.timesteps.tolist() == timesteps(5, total=400, spacing=prior.spacing)[::-1]
     c, labels = embeddings().double(), torch.tensor([9, 2])
     with torch.no_grad():
         ours = reverse(prior, state, prior.embed(labels), z=state, steps=5, guidance=1, skip="none")
@@ -332,6 +393,47 @@ def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction):
             state = scheduler.step(unet(state, t, c[labels][:, None]).sample, t, state).prev_sample
     assert (len(prior.alpha_bar), prior.classes) == (400, 10)
     assert relative_difference(ours, state) < 1e-10
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing):
+    scheduler = DDIMScheduler(**spacing)
+    scheduler.save_pretrained(copied / "scheduler")
+    prior = load_prior(copied)
+    for steps in (1, 2, 3, 5, 7, 10, 20, 50, 250, 1000):
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.tolist()[::-1]
+        if expected[-1] < 1000:
+            assert timesteps(steps, total=1000, spacing=prior.spacing) == expected
+        else:
+            with pytest.raises(ValueError, match=f"steps = {steps}: .* into the 1000 timesteps of training from [13]"):
+                timesteps(steps, total=1000, spacing=prior.spacing)
+    assert prior.spacing.ends_clean == scheduler.config.set_alpha_to_one
+
+
+def test_a_scheduler_of_another_kind_is_sampled_as_ddim_with_its_configuration(copied):
+    for other in (DDPMScheduler(), diffusers.PNDMScheduler(), diffusers.EulerDiscreteScheduler(steps_offset=1)):
+        other.save_pretrained(copied / "scheduler")
+        ddim = DDIMScheduler.from_pretrained(copied / "scheduler")
+        ddim.set_timesteps(10)
+        spacing = load_prior(copied).spacing
+        assert timesteps(10, total=1000, spacing=spacing) == ddim.timesteps.tolist()[::-1]
+        assert spacing.ends_clean == ddim.config.set_alpha_to_one
+
+
+def test_the_embedded_prior_and_checkpoints_are_sampled_as_compvis_does(saved):
+    embedded = DDIMScheduler.from_pretrained(paths.prior_folder("mnist5k") / "scheduler")
+    embedded.set_timesteps(5)
+    for prior in (load_prior(paths.prior_folder("mnist5k")), load_prior(saved[0]), saved[1]):
+        assert prior.spacing == Spacing("leading", 1, ends_clean=False) == COMPVIS
+        assert embedded.timesteps.tolist() == timesteps(5, total=1000, spacing=prior.spacing)[::-1]
+    assert not embedded.config.set_alpha_to_one
+
+
+def test_a_prior_of_another_spacing_is_another_prior(copied):
+    before = load_prior(copied).fingerprint()
+    DDPMScheduler(steps_offset=1).save_pretrained(copied / "scheduler")
+    assert load_prior(copied).fingerprint() != before
 
 
 def test_the_noise_of_every_kind_of_prediction(dit_folder, randn):
@@ -455,11 +557,23 @@ def test_tensors_that_are_missing_or_unknown_are_named(copied):
     ("changes", "message"),
     [
         (dict(unet=make_unet(), embedding=embeddings()[:, :7].clone()), r"the shape \(11, 7\).*\(classes \+ 1, 8\)"),
-        (dict(unet=make_unet(num_class_embeds=3), embedding=embeddings()), "more than one vector.*num_class_embeds"),
+        (
+            dict(unet=make_unet(class_embed_type="identity"), embedding=embeddings()),
+            "more than the one vector.*class_embed_type",
+        ),
+        (dict(unet=make_unet(num_class_embeds=3), embedding=embeddings()), TABLE),
+        (dict(unet=make_unet(num_class_embeds=3)), TABLE),
+        (dict(unet=make_unet(kind=UNet2DModel, attention_head_dim=4, num_class_embeds=3)), TABLE),
         (dict(unet=make_unet(in_channels=9), embedding=embeddings()), "takes 9 channels and gives 4, latents have 4"),
         (dict(autoencoder=diffusers.AutoencoderTiny()), "AutoencoderTiny.*must be VQModel or AutoencoderKL"),
         (dict(autoencoder=make_autoencoder(latents_mean=(0.1,) * 4)), "channel by channel"),
         (dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEuler.*must be a schedule of betas"),
+        (
+            dict(scheduler=DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")),
+            "starts where no signal is left .timestep_spacing 'trailing' with rescale_betas_zero_snr",
+        ),
+        (dict(scheduler=DDIMScheduler(timestep_spacing="karras")), "'karras' .* one of leading, trailing, linspace"),
+        (dict(scheduler=DDIMScheduler(steps_offset=-1)), "steps_offset -1, which must be .* a whole number from 0"),
         (dict(scheduler=diffusers.EDMEulerScheduler()), "EDMEuler.*must be a schedule of betas"),
         (
             dict(scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
@@ -556,7 +670,7 @@ def test_a_link_stands_for_its_source_until_that_changes(copied, tmp_path):
     with pytest.raises(ValueError, match="copied has changed since.*dvc repro -f prior"):
         load_prior(folder)
     shutil.rmtree(copied)
-    with pytest.raises(FileNotFoundError, match="no prior in .*copied"):
+    with pytest.raises(FileNotFoundError, match=r"prior\.source: no prior in .*copied"):
         load_prior(folder)
     for content in ("{}", '{"source": 1, "classes": ["a"], "sha256": ""}', "[]", "no JSON"):
         (folder / "source.json").write_text(content)
@@ -571,7 +685,8 @@ def test_a_prior_that_does_not_fit_leaves_no_link(dit_folder, tmp_path):
 
 
 def test_only_what_can_be_read_again_is_written(dit_folder, tmp_path):
-    for prior in (load_prior(dit_folder), replace(make_prior(), prediction="sample")):
+    others = replace(make_prior(), prediction="sample"), replace(make_prior(), spacing=Spacing("trailing"))
+    for prior in (load_prior(dit_folder), *others):
         with pytest.raises(ValueError, match="only priors with the noise schedule of cin256-v2 are written"):
             save_prior(prior, tmp_path / "prior")
 

@@ -389,6 +389,9 @@ def test_ours_stand_beside_the_papers(params):
         .ours["Iteration reported"]
         .startswith("best of 6 on validation data")
     )
+    assert settings["Noise of the reverse process"] == "drawn once, stored with the set"
+    released = published.settings(load_params({"paper": True}), ipcs=[1]).set_index("setting")
+    assert list(released.loc["Noise of the reverse process"]) == ["redrawn in every pass"] * 2
     assert settings["Images per class"] == "1, 10" and settings["Networks a judge (n)"] == "3"
 
 
