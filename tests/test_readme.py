@@ -40,7 +40,7 @@ def test_the_committed_tables_show_what_the_readme_says(committed):
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == "convnet")]
     assert len(against_real) == 6 and (against_real.ci_low > 0).all()
     unseen = changes[(changes.minus == "pixel") & (changes.architecture == "unseen")].set_index("objective")
-    assert (unseen["mean"] > 0.02).all() and (unseen.ci_low > 0).to_dict() == {"dc": False, "dm": True, "mtt": True}
+    assert len(unseen) == 3 and (unseen["mean"] > 0.02).all() and (unseen.ci_low > 0).all()
     scores = pd.read_csv(committed / "reports/tables/scores.csv")
     best = scores[(scores.objective == "dm") & (scores.space == "ld3m") & (scores.architecture == "convnet")]
     assert best["mean"].item() >= 0.88
@@ -55,8 +55,8 @@ def test_the_report_shows_what_the_readme_says(committed):
     changes = pd.read_csv(tables / "differences.csv").query("architecture == 'unseen' and space == 'ld3m'")
     against = changes.set_index(["minus", "ipc", "objective"]).sort_index()
     glad, pixel = against.loc["glad", 1], against.loc["pixel"]
-    assert len(glad) == 3 and (glad["mean"] < 0).all() and (glad.ci_low < 0).all() and (glad.ci_high > 0).all()
-    assert (pixel["mean"] > 0).all() and pixel.ci_low[10, "dm"] > 0 and against.ci_low["glad", 10, "dm"] > 0
+    assert (glad["mean"] < 0).all() and (glad.ci_high > 0).to_dict() == {"dc": False, "dm": True, "mtt": True}
+    assert (pixel["mean"] > 0).all() and pixel.ci_low[10, "dm"] < 0 < against.ci_low["glad", 10, "dm"]
     runs = pd.read_csv(tables / "runs_differences.csv").query("architecture == 'unseen' and minus == 'pixel'")
     assert runs.ci_low.item() < 0 < runs["mean"].item() < pixel["mean"][1, "dm"]
     ten = pd.read_csv(tables / "differences.csv").query("ipc == 10 and minus == 'random_real'")
