@@ -130,7 +130,7 @@ def prepare(weights: Prior, *, precision: str, compiled: bool, device: torch.dev
             for module in part.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.to(torch.bfloat16)
-        prior = prior.in_precision("bfloat16")
+        prior = replace(prior, precision=torch.bfloat16)  # also where the CPU has no instructions for it
     return prior.compiled() if compiled else prior
 
 

@@ -95,7 +95,7 @@ def test_judges_experts_and_the_full_data(meter):
     seconds = sum(networks[name] * (epochs[name] * 0.2 + 1000 * 0.001) for name in epochs)
     assert found.total == pytest.approx(9 * seconds / 2)
     (found,) = cost.of_judging(meter, 0, range(1))
-    assert found.iterations == 3 * (4 * 3 + 12) * 55  # epochs of 3500 images in batches of 64
+    assert found.iterations == 3 * (3 * 3 + 8 + 12) * 55  # epochs of 3500 images in batches of 64
     (found,) = cost.of_trajectories(meter)
     assert (found.iterations, found.images, found.parameters) == (4 * 3 * 55, 3500, 50890)
     whole = 4 * (3 * (54 * (0.1 + 0.64) + 0.1 + 0.01 * 44) + 500 * 0.001)
