@@ -56,6 +56,8 @@ def test_the_report_shows_what_the_readme_says(committed):
     against = changes.set_index(["minus", "ipc", "objective"]).sort_index()
     glad, pixel = against.loc["glad", 1], against.loc["pixel"]
     assert (glad["mean"] < 0).all() and (glad.ci_high > 0).to_dict() == {"dc": False, "dm": True, "mtt": True}
+    iterations = [load_params().budget("dm", "ld3m", ipc).iterations for ipc in (10, 1)]
+    assert f"LD3M with {iterations[0]} iterations, half as many" in README and iterations[1] == 2 * iterations[0]
     assert (pixel["mean"] > 0).all() and pixel.ci_low[10, "dm"] < 0 < against.ci_low["glad", 10, "dm"]
     runs = pd.read_csv(tables / "runs_differences.csv").query("architecture == 'unseen' and minus == 'pixel'")
     assert runs.ci_low.item() < 0 < runs["mean"].item() < pixel["mean"][1, "dm"]
