@@ -211,31 +211,27 @@ def _ignore_signals() -> None:
 
 
 def end_workers() -> None:
-    """Ends what `fan_out` leaves for its next call: the connection to a cluster, and processes, the two that look after
-    shared memory with them. A Jupyter kernel that is to end signals its children for half a minute until none is left,
-    and those two ignore it.
-
-    Nothing public ends them: where a version of joblib or Python has another way, they stay until this process ends.
-    """
+    """Ends what `fan_out` leaves for its next call: the connection to a cluster, and processes, which would hold up a
+    Jupyter kernel's exit."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
     if getattr(reusable_executor, "_executor", None) is not None:
         executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` removes its shared files
         getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
         reusable_executor._executor = None
-    gc.collect()  # the last to hold a semaphore takes it off the tracker's list
-    for tracker in _trackers():
-        tracker._stop()
 
 
-def _trackers() -> list[Any]:
-    """This process's own, running or not: a worker has its parent's, the end of a pipe without a process."""
-    found = (getattr(module, "_resource_tracker", None) for module in (loky_tracker, multiprocessing_tracker))
-    return [each for each in found if hasattr(each, "_stop") and (each._fd is None or each._pid is not None)]
+@atexit.register  # after joblib's own: so it comes before joblib's, and before a Jupyter kernel closes its output
+def _end_trackers() -> None:
+    """Ends the two processes that look after shared memory. They hold a Jupyter kernel's output open, whose end it
+    waits for, and end when it ends. Whoever has something to tell them after that would start them anew.
 
-
-@atexit.register  # comes before what joblib registered, which would start a tracker anew to tell it of the end
-def _end_for_good() -> None:
+    There is no public way: where a version of joblib or Python has another one, they end with the kernel.
+    """
     end_workers()
-    for tracker in _trackers():
-        tracker._send = lambda *message: None
+    gc.collect()  # the last to hold a semaphore takes it off the tracker's list
+    for module in (loky_tracker, multiprocessing_tracker):
+        tracker = getattr(module, "_resource_tracker", None)
+        if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
+            tracker._stop()
+            tracker._send = lambda *message: None
