@@ -1,9 +1,7 @@
 """Fan-out of independent tasks over processes, of this machine or of a Ray cluster, one thread each: results depend
 neither on how many there are nor on where they are."""
 
-import atexit
 import contextlib
-import gc
 import io
 import os
 import signal
@@ -15,13 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain, islice
-from multiprocessing import resource_tracker as multiprocessing_tracker
 from typing import Any
 
 import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor, reusable_executor
-from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.checkpoint import SIGNALS, Checkpoint, Interrupted
@@ -211,27 +207,10 @@ def _ignore_signals() -> None:
 
 
 def end_workers() -> None:
-    """Ends what `fan_out` leaves for its next call: the connection to a cluster, and processes, which would hold up a
-    Jupyter kernel's exit."""
+    """Ends what `fan_out` leaves for its next call: the connection to a cluster, or processes with their memory."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
     if getattr(reusable_executor, "_executor", None) is not None:
         executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` removes its shared files
         getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
         reusable_executor._executor = None
-
-
-@atexit.register  # after joblib's own: so it comes before joblib's, and before a Jupyter kernel closes its output
-def _end_trackers() -> None:
-    """Ends the two processes that look after shared memory. They hold a Jupyter kernel's output open, whose end it
-    waits for, and end when it ends. Whoever has something to tell them after that would start them anew.
-
-    There is no public way: where a version of joblib or Python has another one, they end with the kernel.
-    """
-    end_workers()
-    gc.collect()  # the last to hold a semaphore takes it off the tracker's list
-    for module in (loky_tracker, multiprocessing_tracker):
-        tracker = getattr(module, "_resource_tracker", None)
-        if hasattr(tracker, "_stop") and getattr(tracker, "_pid", None) is not None:  # else it is another process's
-            tracker._stop()
-            tracker._send = lambda *message: None
