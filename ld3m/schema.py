@@ -257,6 +257,7 @@ class Recipe(Model):
     learning_rates: dict[Architecture, Rate]
     momentum: Share
     weight_decay: Annotated[float, Field(ge=0)]
+    clip_norm: Rate | None
     ema_decay: Share | None
 
 

@@ -43,16 +43,17 @@ def train_together(
     ema_decay: float | None,
     strategy: str,
     seeds: Sequence[int],
+    clip_norm: float | None = None,
     after_epoch: Callable[[Sequence[nn.Module]], None] = lambda networks: None,
 ) -> list[nn.Module]:
     """Trains networks of one architecture in place with SGD on hard labels and returns those to judge.
 
     `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
-    constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
-    themselves). Everything random of a network follows from its seed, but dropout from the first one's: several
-    networks are one with stacked weights, each what it would be alone up to rounding. ValueError, after the epoch,
-    where a loss is not finite.
+    constant). `clip_norm`: a network's gradient of a larger norm is scaled down to it. `ema_decay`: what is returned
+    are moving averages, updated once an epoch (None: the trained networks themselves). Everything random of a network
+    follows from its seed, but dropout from the first one's: several networks are one with stacked weights, each what it
+    would be alone up to rounding. ValueError, after the epoch, where a loss is not finite.
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
@@ -74,6 +75,9 @@ def train_together(
                 loss = cross_entropy(logits(images), answers, reduction="none").view(count, size).mean(1)
                 optimizer.zero_grad(set_to_none=True)
                 loss.sum().backward()
+                if clip_norm is not None:
+                    gradients = [parameter.grad for parameter in parameters]
+                    _clip(gradients if count > 1 else [gradient[None] for gradient in gradients], clip_norm)
                 optimizer.step()
                 losses.append(loss.detach())
             advice = f"the training diverges: lower its learning_rate, {learning_rate}, in params.yaml"
@@ -109,6 +113,14 @@ def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tens
         return vmap(one, randomness="different")(stacked, shares).flatten(0, 1)
 
     return list(stacked.values()), logits
+
+
+def _clip(gradients: Sequence[Tensor], norm: float) -> None:
+    """Scales those of each network, stacked over the networks, down to a norm in place where theirs is larger."""
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    scales = (norm / norms).clamp(max=1)  # 1 at norm 0, too
+    for gradient in gradients:
+        gradient.mul_(scales.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 @torch.no_grad()

@@ -146,6 +146,7 @@ def test_a_missing_key_is_refused_at_every_level(values, key):
         ("evaluate.seeds", 1),
         ("evaluate.recipe.weight_decay", -1e-4),
         ("evaluate.recipe.ema_decay", 1),
+        ("evaluate.recipe.clip_norm", 0),
         ("gradient_norms.steps", []),
     ],
 )

@@ -46,7 +46,7 @@ def linear():
     return network
 
 
-def plain_training(batches, rates, *, momentum=0.9, weight_decay=0.01):
+def plain_training(batches, rates, *, momentum=0.9, weight_decay=0.01, clip_norm=math.inf):
     """The weights (W, b) after every epoch of a linear network, with the gradient of the cross entropy by hand."""
     weight, bias = (parameter.detach().clone() for parameter in linear().parameters())
     velocities, after = [0, 0], []
@@ -54,7 +54,9 @@ def plain_training(batches, rates, *, momentum=0.9, weight_decay=0.01):
         for index in batches[epoch]:
             x = IMAGES[index].flatten(1).double()
             error = ((x @ weight.T + bias).softmax(1) - nn.functional.one_hot(LABELS[index], 3)) / len(index)
-            grads = [error.T @ x + weight_decay * weight, error.sum(0) + weight_decay * bias]
+            grads = [error.T @ x, error.sum(0)]
+            scale = min(1.0, clip_norm / math.sqrt(sum(grad.square().sum() for grad in grads)))
+            grads = [scale * grads[0] + weight_decay * weight, scale * grads[1] + weight_decay * bias]
             velocities = [momentum * velocity + grad for velocity, grad in zip(velocities, grads, strict=True)]
             weight, bias = weight - rate * velocities[0], bias - rate * velocities[1]
         after.append((weight, bias))
@@ -89,6 +91,13 @@ def test_training_is_sgd_with_momentum_and_decay(recorded):
     assert returned is network and not network.training
     torch.testing.assert_close(after, plain_training(batches, [0.1, 0.1]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(tuple(network.parameters()), after[-1])
+
+
+def test_a_longer_gradient_is_scaled_down_to_the_norm_given(recorded):
+    batches, after = recorded(batch=5, clip_norm=0.5)[2:]
+    clipped, plain = plain_training(batches, [0.1, 0.1], clip_norm=0.5), plain_training(batches, [0.1, 0.1])
+    assert not torch.allclose(clipped[0][0], plain[0][0], rtol=1e-2)
+    torch.testing.assert_close(after, clipped, rtol=1e-12, atol=1e-12)
 
 
 def test_every_epoch_sees_every_image_once_in_another_order(recorded):
@@ -149,7 +158,7 @@ def test_a_training_that_diverges_stops_with_the_step_and_what_to_try():
         train(linear().float(), IMAGES.__getitem__, LABELS, **RECIPE | {"learning_rate": 1e30}, strategy="none", seed=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"warm_up": True, "ema_decay": 0.9}])
+@pytest.mark.parametrize("changes", [{}, {"warm_up": True, "ema_decay": 0.9}, {"clip_norm": 0.5}])
 def test_networks_trained_together_are_what_each_is_alone(changes):
     settings = RECIPE | {"epochs": 3, "batch": 5, "strategy": "color_crop_cutout_scale_rotate"} | changes
     build_double = lambda k: NETWORK(seed=k).double()  # noqa: E731
