@@ -61,6 +61,7 @@ def _train(
     learning_rate: float,
     momentum: float,
     weight_decay: float,
+    clip_norm: float,
     warm_up: bool,
     ema_decay: float,
     strategy: str,
@@ -83,6 +84,9 @@ def _train(
                 loss = cross_entropy(network(images), labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()
+                norm = torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
+                for parameter in network.parameters():
+                    parameter.grad.mul_((clip_norm / norm).clamp(max=1))
                 optimizer.step()
             schedule.step()
             average.update_parameters(network)

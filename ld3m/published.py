@@ -123,6 +123,11 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
         ("Network that distils", "ConvNet, depth 5, width 128", distils),
         ("Judges' width", "as published", ", ".join(widths)),
         ("Judges' epochs", "1,000", ", ".join(epochs)),
+        (
+            "Judges' gradients",
+            "as they are",
+            f"of norm {recipe.clip_norm:g} at most" if recipe.clip_norm else "as they are",
+        ),
         ("Networks a judge (n)", "5", str(params.evaluate.seeds)),
         (
             "Iteration reported",

@@ -33,13 +33,15 @@ from ld3m.tables import (
     with_unseen_mean,
 )
 
+DIGITS = 6  # after the point of a fraction in a csv file
+
 
 def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     """Writes the tables of the grid's cells, or with `more` of the report's, as csv, those that are read as md and tex
     too; returns main.md. What was measured in seconds goes to `costs_beside` the folder: it never repeats."""
     seen, found = params.distill.network, cells(params, more=more)
     scores = with_unseen_mean(read_scores(params, found), seen)
-    summary, changes = summarise(scores), differences(scores)
+    summary, changes = _rounded(summarise(scores), differences(scores))
     note = (
         f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = "
         f"{params.evaluate.seeds} networks trained on one distilled set. {NAMES[seen]} is the architecture used to "
@@ -61,13 +63,18 @@ def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     return markdown
 
 
+def _rounded(*frames: pd.DataFrame) -> list[pd.DataFrame]:
+    """As the csv files have them, so that what is printed from either is the same."""
+    return [frame.round(DIGITS) for frame in frames]
+
+
 def _write_runs(params: Params, folder: Path) -> None:
     """What several distillation runs say: their mean and interval, paired differences, and where the spread is."""
     seen, runs = params.distill.network, with_unseen_mean(read_runs(params), params.distill.network)
     if runs.empty:
         return
     one_each = runs[runs.seed == 0]
-    summary, changes = summarise(one_each), differences(one_each)
+    summary, changes = _rounded(summarise(one_each), differences(one_each))
     counts = " to ".join(map(str, sorted({summary.n.min(), summary.n.max()})))
     note = (
         f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = {counts} "
@@ -163,7 +170,7 @@ def _sheet(params: Params, cell: Cell, folder: Path) -> Path:
 
 
 def _write_csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
-    write_bytes(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.6f").encode())
+    write_bytes(folder / f"{name}.csv", frame.to_csv(index=False, float_format=f"%.{DIGITS}f").encode())
 
 
 def _prior(params: Params) -> Figure:

@@ -75,10 +75,10 @@ def test_ways_that_compute_something_else_are_not_compared(monkeypatch):
     "name, size", [("convnet", {"width": 8, "depth": 2}), ("vgg11", {"width": 4}), ("vit", {"width": 32, "depth": 1})]
 )
 def test_ours_and_the_plain_loop_end_with_the_same_network_and_accuracy_in_float64(randn, name, size):
-    """Over a whole training, in batches, with augmentation, dropout, warm-up and a moving average."""
+    """Over a whole training, in batches, with augmentation, dropout, clipping, warm-up and a moving average."""
     images, labels = randn(12, 3, 32, 32), torch.arange(12) % 3
     recipe = dict(epochs=40, batch=5, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
-    recipe |= {"strategy": "color_crop_cutout_flip_scale_rotate"}
+    recipe |= {"strategy": "color_crop_cutout_flip_scale_rotate", "clip_norm": 1.0}
 
     def new():
         return build(name, channels=3, size_px=32, classes=3, seed=0, **size).double()
