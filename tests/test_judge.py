@@ -90,11 +90,14 @@ def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(
     assert {name: len(scores) for name, scores in alone[1].items()} == {"convnet": 1, "vit": 1}
 
 
-def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_path):
+def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_path, monkeypatch):
+    fan_out = runs.fan_out  # in this process: another would write into the repository's own folders
+    monkeypatch.setattr(runs, "fan_out", lambda *work, **given: fan_out(*work, **given | {"processes": 1}))
     params = experiment.params.model_copy(update={"processes": 2})
     cell = dict(objective="dm", space="pixel", ipc=1)
     folders = runs.distil_runs(params, **cell, runs=range(1, 3))
     assert [folder.name for folder in folders] == ["run-1", "run-2"] and "more" in folders[0].parts
+    assert all(folder.is_relative_to(tmp_path) for folder in folders)
     together = [(folder / "distilled.safetensors").read_bytes() for folder in folders]
     alone = runs.distil_runs(experiment.params, **cell, runs=range(2, 3))[0]
     assert (alone / "distilled.safetensors").read_bytes() == together[1] != together[0]
