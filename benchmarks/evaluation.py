@@ -85,8 +85,9 @@ def _train(
                 optimizer.zero_grad()
                 loss.backward()
                 norm = torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
+                scale = (clip_norm / norm).clamp(max=1)
                 for parameter in network.parameters():
-                    parameter.grad.mul_((clip_norm / norm).clamp(max=1))
+                    parameter.grad.mul_(scale)
                 optimizer.step()
             schedule.step()
             average.update_parameters(network)

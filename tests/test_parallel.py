@@ -59,7 +59,7 @@ end_workers()
 
 
 def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
-    """A kernel that is asked to end waits half a minute for joblib's trackers, which do not."""
+    """A kernel that is asked to end signals joblib's trackers for half a minute, and they ignore it."""
     cells = [nbformat.v4.new_code_cell(FANS_OUT)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "given.ipynb")
     command = [sys.executable, "-m", "ld3m.papermill", "-k", "python3", "given.ipynb", "executed.ipynb"]

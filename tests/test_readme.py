@@ -76,6 +76,7 @@ def test_the_report_shows_what_the_readme_says(committed):
     assert is_told("noise", *both) == is_told("c", *both) == is_told("encoder range", *both) == [True, True]
     assert is_told("mean, z_T", *both) == [True, True] and found["mean"]["mean, z_T", "vgg11"] < 0
     assert is_told("random U-Net", *both) == is_told("prior samples", *both) == [False, False]
+    assert all(-0.04 < found["mean"]["random U-Net", name] < -0.02 for name in both)  # two to four points
     assert is_told("T = 5", *both) == [False, True] and found["mean"]["T = 5", "vgg11"] > 0
     assert (found["mean"]["T = 20"] < found["mean"]["T = 5"]).all()
     assert is_told("redrawn noise", *both) == [True, False] and found["mean"]["redrawn noise", "convnet"] < 0
