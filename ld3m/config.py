@@ -44,7 +44,8 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
 def ablation_settings(
     ablation: str, overrides: dict[str, Any] | None = None, *, path: Path = PARAMS
 ) -> dict[str, tuple[Params, str, str]]:
-    """The settings of an ablation that change something: {setting: (its parameters, objective, space)}."""
+    """The settings that an ablation measures, which are those that change something, and the baseline if it is the
+    first: {setting: (its parameters, objective, space)}."""
     params = load_params(overrides, path=path)
     given = params.ablations
     if ablation not in given.settings:
@@ -53,7 +54,7 @@ def ablation_settings(
         )
     settings = {}
     for name, changes in given.settings[ablation].items():
-        if changes or ablation == "baseline":
+        if changes or (ablation, name) == given.baseline:
             keys = dict(changes)
             objective, space = keys.pop("objective", "dm"), keys.pop("space", "ld3m")
             shared = {

@@ -316,11 +316,12 @@ def iteration(
     parts = ipc * meter.classes / rendering.wide.full
     threads = 1 if alone else meter.params.threads
     at_once = min(threads, ceil(parts))  # rendering is tried in one thread, DC and DM in all
+    held = ceil(parts) if space == "ld3m" and meter.params.spaces.ld3m.kept_steps else at_once
     rendered = parts / at_once * rendering.seconds(steps if space == "ld3m" else None)
     seconds = rendered + (meter.params.threads / threads if objective in DISTANCES else 1) * matching.seconds()
     units = ("real images", "rounds of classes") if objective in DISTANCES else ("images", "steps of the student")
     tried = "; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units))))
-    return seconds, peak_of(*at_once * [rendering], matching, device=meter.params.on_device), tried
+    return seconds, peak_of(*held * [rendering], matching, device=meter.params.on_device), tried
 
 
 def many(runs: range) -> str:

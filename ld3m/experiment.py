@@ -269,9 +269,9 @@ class Experiment:
         folder, iterations = paths.distilled_folder(place, cell, self.run), len(run.history)
         cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
         if space == "ld3m":
-            cost["denoising steps, each run twice forward and once backward"] = (
-                iterations * self.params.spaces.ld3m.steps
-            )
+            given = self.params.spaces.ld3m
+            cost["denoising steps, forward and backward"] = iterations * given.steps
+            cost["of them forward once more"] = iterations * max(0, given.steps - given.kept_steps)
         score = run.chosen["accuracies"]
         if more := range(len(score), CARD_NETWORKS):
             score = score + self.validate(run.best["images"], synthetic.labels, seeds=more)

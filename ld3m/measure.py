@@ -16,7 +16,7 @@ import torch
 from ld3m.memory import available_bytes, limited, used_bytes
 from ld3m.progress import forget_peak, peak_gib
 
-BUDGET_S = 1.0  # a measurement aims at
+BUDGET_S = 0.3  # a measurement aims at
 SHARE = 0.5  # of the memory that is left, which a measurement may take
 
 

@@ -1,4 +1,4 @@
-"""The reverse process with the LD3M skip, and its exact gradient at memory flat in the number of steps.
+"""The reverse process with the LD3M skip, and its exact gradient, at memory flat in the number of steps where wanted.
 
 | symbol | here | meaning |
 |---|---|---|
@@ -73,6 +73,7 @@ def reverse(
     skip: Skip,
     eta: float = 0.0,
     eps: Tensor | None = None,
+    kept_steps: int = 0,
     on_state: Callable[[Tensor], None] = lambda z_t: None,
 ) -> Tensor:
     """Runs the reverse process from `z_T` to the latent that is decoded, (B, c, h, w).
@@ -81,6 +82,7 @@ def reverse(
     every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost, as
     any guidance is of a prior without classes.
     With `eta` > 0 the noise of the steps is `eps`, (T, B, c, h, w), in the order the steps run.
+    Of the last `kept_steps` steps, or of all if there are no more, the graph is kept for the gradient.
     `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
     Differentiable in `z_T`, `z` and `c`.
     """
@@ -106,18 +108,21 @@ def reverse(
         )
         for i in reversed(range(steps))
     ]
-    return _Chain.apply(chain, on_state, z_T, conditioning, initial)
+    kept = set(range(steps)[-kept_steps:]) if kept_steps and torch.is_grad_enabled() else set()
+    return _Chain.apply(chain, kept, on_state, z_T, conditioning, initial)
 
 
 class _Chain(torch.autograd.Function):
-    """`chain[-1](... chain[0](z_T, c, initial) ...)`, whose gradient needs the memory of one step. Each step is called
-    once without a graph, and once with one in the backward pass: `torch.utils.checkpoint` would do the same, but makes
-    a graph the first time too, a tenth of the time of an iteration."""
+    """`chain[-1](... chain[0](z_T, c, initial) ...)`, whose gradient needs the memory of one step, and of those at the
+    places `kept`. Each other step is called once without a graph, and once with one in the backward pass:
+    `torch.utils.checkpoint` would do the same, but makes a graph the first time too, a tenth of the time of an
+    iteration."""
 
     @staticmethod
     def forward(
         ctx: Any,
         chain: list[Callable[..., Tensor]],
+        kept: set[int],
         on_state: Callable[[Tensor], None],
         z_T: Tensor,
         conditioning: Tensor,
@@ -125,8 +130,13 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         states = [z_T]
         on_state(z_T)
-        for step in chain:
-            states.append(step(states[-1], conditioning, initial))
+        ctx.graphs = {}
+        for place, step in enumerate(chain):
+            if place in kept:
+                ctx.graphs[place] = inputs, following = _with_graph(step, states[-1], conditioning, initial)
+                states.append(following.detach())
+            else:
+                states.append(step(states[-1], conditioning, initial))
             on_state(states[-1])
         ctx.chain = chain
         ctx.save_for_backward(conditioning, initial, *states[:-1])
@@ -136,17 +146,23 @@ class _Chain(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         conditioning, initial, *states = ctx.saved_tensors
-        shared = [tensor.detach().requires_grad_() for tensor in (conditioning, initial)]
-        grads_shared = [torch.zeros_like(tensor) for tensor in shared]
-        for step, z_t in zip(reversed(ctx.chain), reversed(states), strict=True):
-            inputs = [z_t.detach().requires_grad_(), *shared]
-            with torch.enable_grad():
-                following = step(*inputs)
+        grads_shared = [torch.zeros_like(tensor) for tensor in (conditioning, initial)]
+        for place in reversed(range(len(states))):
+            inputs, following = ctx.graphs.pop(place, None) or _with_graph(
+                ctx.chain[place], states[place], conditioning, initial
+            )
             grad, *grads = torch.autograd.grad(following, inputs, grad, allow_unused=True)
             for total, part in zip(grads_shared, grads, strict=True):
                 if part is not None:  # of `initial` where the skip has no weight
                     total += part
-        return None, None, grad, *grads_shared
+        return None, None, None, grad, *grads_shared
+
+
+def _with_graph(step: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Inputs of their own, and what a step makes of them, differentiable in them."""
+    own = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        return own, step(*own)
 
 
 @torch.no_grad()

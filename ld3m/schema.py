@@ -219,6 +219,7 @@ class LD3MParams(Model):
     precision: Precision
     compile: bool
     render_batch: Count
+    kept_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
 
 
 class Spaces(Model):
@@ -284,13 +285,18 @@ class GradientNormParams(Model):
 
 class AblationParams(Model):
     """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` and `space` where
-    they are not dm and ld3m. A setting that changes nothing is the baseline's."""
+    they are not dm and ld3m. One that changes nothing is the baseline, which the first of them measures for all."""
 
     iterations: Count
     architecture: Annotated[tuple[Architecture, ...], Field(min_length=2), Distinct]
     seeds: Annotated[int, Field(ge=2)]
     select_on_test: bool
     settings: dict[str, dict[str, dict[str, Any]]]
+
+    @property
+    def baseline(self) -> tuple[str, str]:
+        """The ablation, and the setting of it, that measure the baseline."""
+        return next((name, key) for name, of in self.settings.items() for key, changes in of.items() if not changes)
 
 
 class Grid(Model):
@@ -369,10 +375,8 @@ class Params(Model):
                 cell = _cell(entry)
                 if key != "-".join(map(str, cell)).removeprefix("none-"):
                     raise ValueError(f"more.{kind}.{key} is the entry of {'-'.join(map(str, cell))}: name it so")
-        if "baseline" not in self.ablations.settings:
-            raise ValueError(
-                "ablations.settings.baseline is missing: it has the numbers of settings that change nothing"
-            )
+        if all(changes for of in self.ablations.settings.values() for changes in of.values()):
+            raise ValueError("ablations.settings: one must change nothing ({}), the baseline of the others")
         if self.distill.network not in self.ablations.architecture:
             raise ValueError(f"ablations.architecture lacks {self.distill.network}, which is distill.network")
         for name in {*self.grid.architecture, self.distill.network}:
@@ -580,4 +584,5 @@ class Params(Model):
         """The settings that a cell needs less memory with, the lower they are."""
         matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
         rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
-        return (*rendered, matched)
+        kept = ("spaces.ld3m.kept_steps",) if space == "ld3m" and self.spaces.ld3m.kept_steps else ()
+        return (*kept, *rendered, matched)

@@ -63,6 +63,7 @@ class LD3MCodes:
     noise: Noise
     render_batch: int  # images that go through the U-Net at once: lower it where memory is short
     seed: int
+    kept_steps: int = 0  # whose graphs, and the decoder's, are kept for the backward pass
     threads: int = 1  # so many such batches at once
 
     def render(self, *, step: int | None = None) -> Tensor:
@@ -90,7 +91,10 @@ class LD3MCodes:
         return torch.stack([self._decode(z_t) for z_t in states])
 
     def _part(self, codes: dict[str, Tensor]) -> Tensor:
-        return checkpoint(self._decode, self._reverse(codes), use_reentrant=False, preserve_rng_state=False)
+        z_0 = self._reverse(codes)
+        if self.kept_steps:  # the decoder is one more
+            return self._decode(z_0)
+        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
 
     def _reverse(self, codes: dict[str, Tensor], on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
@@ -105,6 +109,7 @@ class LD3MCodes:
             skip=self.skip,
             eta=self.eta,
             eps=eps[1:],
+            kept_steps=self.kept_steps,
             on_state=on_state,
         )
 
@@ -165,6 +170,7 @@ def start_ld3m(
     encoder_input: Literal["pixels", "images"],
     render_batch: int,
     seed: int,
+    kept_steps: int = 0,
     threads: int = 1,
 ) -> LD3MCodes:
     """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], from samples of the prior, or from standard normal
@@ -202,6 +208,7 @@ def start_ld3m(
         noise=noise,
         render_batch=render_batch,
         seed=seed,
+        kept_steps=kept_steps,
         threads=threads,
     )
 

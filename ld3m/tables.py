@@ -153,13 +153,14 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by
     network, against the first setting of that ablation with the same objective and space; and cost.
 
-    A setting that changes nothing has the numbers of the baseline, which is run once.
+    A setting that changes nothing has the numbers of the baseline, which is measured once.
     """
     records, measured = (
         {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
         for place in (paths.ablation_file, paths.ablation_cost_file)
     )
-    (baseline,), (baseline_cost,) = records.pop("baseline").values(), measured.pop("baseline").values()
+    ablation, setting = params.ablations.baseline
+    baseline, baseline_cost = records[ablation][setting], measured[ablation][setting]
     scores, changes, costs = [], [], []
     for name, found in records.items():
         first: dict[tuple[str, str], pd.DataFrame] = {}

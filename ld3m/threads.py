@@ -13,6 +13,8 @@ def in_parts(
 ) -> Tensor:
     """`function(tensors)`, (N, ...), of tensors (N, ...): `size` of the N at a time, in `threads` threads of which each
     computes on one core. Neither the result nor its gradient depends on how many there are."""
+    if not torch.is_grad_enabled():  # which a Function is not told
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     return _InParts.apply(function, size, threads, tuple(tensors), *tensors.values())
 
 

@@ -446,15 +446,17 @@ def test_every_committed_ablation_is_valid_and_has_a_setting_that_changes_someth
     for name, (params, objective, space) in settings.items():
         assert params.evaluate.seeds == PARAMS.ablations.seeds and params.processes == 1
         assert params.budget(objective, space).iterations in (PARAMS.ablations.iterations, 150)
-        if ablation != "baseline":
-            assert (params, objective, space) != ablation_settings("baseline")["baseline"], name
+        first, baseline = PARAMS.ablations.baseline
+        is_baseline = (params, objective, space) == ablation_settings(first)[baseline]
+        assert is_baseline == ((ablation, name) == (first, baseline)), name
 
 
 def test_the_settings_of_an_ablation():
     settings = ablation_settings("steps", {"seed": 3})
     assert {name: params.spaces.ld3m.steps for name, (params, _, _) in settings.items()} == {
-        "T = 2": 2, "T = 10": 10, "T = 20": 20,
+        "T = 2": 2, "T = 5": 5, "T = 10": 10, "T = 20": 20,
     }  # fmt: skip
+    assert PARAMS.ablations.baseline == ("steps", "T = 5") and "x0, Z" not in ablation_settings("skip_learn")
     assert all(
         params.seed == 3 and cell == ("dm", "ld3m") for params, *cell in settings.values() for cell in [tuple(cell)]
     )
@@ -462,7 +464,7 @@ def test_the_settings_of_an_ablation():
 
 
 def test_an_ablation_that_cannot_be_is_refused_by_name(params_file):
-    with pytest.raises(ValueError, match="no ablation 'typo'.*there are baseline, steps"):
+    with pytest.raises(ValueError, match="no ablation 'typo'.*there are steps, skip_learn"):
         ablation_settings("typo")
     params_file.write_text(
         params_file.read_text().replace("T = 2: {spaces.ld3m.steps: 2}", "T = 2: {spaces.ld3m.step: 2}")

@@ -21,6 +21,7 @@ GIB = 2**30
 
 # What the expectations below are worked out from, whatever params.yaml comes to say.
 GIVEN = {"distill.validation_seeds": 3, "spaces.ld3m.render_batch": 25, "spaces.glad.render_batch": 25}
+GIVEN |= {"spaces.ld3m.kept_steps": 0}
 
 
 def line(a, b, full, *, peak=GIB):
@@ -76,6 +77,13 @@ def test_a_cell_takes_what_its_space_and_its_objective_take(meter, cell, seconds
     assert found.peak == pytest.approx((0.5 + rendering * 1 + 0.5) * GIB)  # of both, above what was there before
 
 
+def test_graphs_that_are_kept_are_those_of_every_part_of_the_set():
+    given = Meter(Known(load_params(GIVEN | {"spaces.ld3m.kept_steps": 5})))
+    (found,) = cost.of_cell(given, "dm", "ld3m", 10, range(1))  # a hundred images in four parts, two at once
+    assert found.seconds == pytest.approx(2 * 2 + 1)
+    assert found.peak == pytest.approx((0.5 + 4 * 1 + 0.5) * GIB)
+
+
 def test_several_runs_go_side_by_side_on_one_thread_each(meter):
     (one,), (four,) = (cost.of_cell(meter, "dc", "ld3m", 1, runs) for runs in (range(1), range(1, 5)))
     assert four.iterations == 4 * one.iterations
@@ -114,25 +122,25 @@ def test_the_priors_and_the_gan(meter):
 
 
 def test_an_ablation_counts_the_steps_of_its_settings(meter):
-    settings = ablation_settings("steps", GIVEN)  # T is 2, 10, 20; the fourth is the baseline's
+    settings = ablation_settings("steps", GIVEN)
     (found,) = cost.of_ablation(meter, "steps", settings)
-    chains = sum(1 + 0.2 * steps for steps in (2, 10, 20))
+    chains = sum(1 + 0.2 * steps for steps in (2, 5, 10, 20))
     count = meter.params.ablations.iterations
-    assert found.iterations == 3 * count
+    assert found.iterations == 4 * count
     # in two turns; DM on one thread
-    assert found.seconds * 3 * count == pytest.approx(2 / 3 * count * (chains + 3 * 2 * 1))
+    assert found.seconds * 4 * count == pytest.approx(2 / 4 * count * (chains + 4 * 2 * 1))
     epochs = sum(meter.params.recipe(name, 1)["epochs"] for name in ("convnet", "vgg11", "vit"))
-    assert found.checks == pytest.approx(2 / 3 * 3 * 3 * (epochs * 0.2 + 3 * 1.0))
+    assert found.checks == pytest.approx(2 / 4 * 4 * 3 * (epochs * 0.2 + 3 * 1.0))
 
 
 def test_every_cell_of_the_grid_and_of_more_is_counted_once(meter):
-    rows = list(cost.of_everything(meter, {name: ablation_settings(name) for name in ("baseline", "steps")}))
+    rows = list(cost.of_everything(meter, {name: ablation_settings(name) for name in ("steps", "learned")}))
     names = [row.work for row in rows]
     assert len(set(names)) == len(names)
     assert {row.work for row in rows if row.part == "there already"} == {*names[:3]} == {
         "prior, autoencoder", "prior, denoiser", "gan",
     }  # embedded  # fmt: skip
-    assert [name for name in names if name.startswith("ablation")] == ["ablation baseline", "ablation steps"]
+    assert [name for name in names if name.startswith("ablation")] == ["ablation steps", "ablation learned"]
     cells = {f"distill {o}-{s}-1" for o in ("dc", "dm", "mtt") for s in ("pixel", "ld3m")}
     assert {row.work for row in rows if row.part == "main table" and row.work.startswith("distill")} == cells
     assert {"distill dc-glad-1", "distill dm-glad-1, 3 runs", "distill mtt-glad-1"} <= set(names)

@@ -124,7 +124,7 @@ def test_a_worker_that_the_system_ended_is_taken_for_one_that_ran_out():
 @pytest.mark.parametrize(
     "objective, space, settings",
     [
-        ("dm", "ld3m", "spaces.ld3m.render_batch or objectives.dm.real_batch"),
+        ("dm", "ld3m", "spaces.ld3m.kept_steps or spaces.ld3m.render_batch or objectives.dm.real_batch"),
         ("dc", "pixel", "objectives.dc.real_batch"),
         ("mtt", "glad", "spaces.glad.render_batch or objectives.mtt.student_batch"),
     ],

@@ -221,6 +221,41 @@ def test_a_step_is_two_forwards_and_one_backward_and_guidance_one_batch(prior, r
     assert calls == [(4, False)] * 3 + [(4, True)] * 3
 
 
+@pytest.mark.parametrize(("kept_steps", "again"), [(1, 2), (2, 1), (3, 0), (20, 0)])
+def test_kept_steps_are_not_run_again_and_change_no_bit(prior, randn, monkeypatch, kept_steps, again):
+    calls, denoise = [], type(prior).denoise
+
+    def counted(self, z_t, t, c):
+        calls.append((t, torch.is_grad_enabled()))
+        return denoise(self, z_t, t, c)
+
+    z_T, z, c, eps = leaves(prior, randn)
+
+    def found(kept_steps):
+        given = dict(z=z, steps=3, guidance=3, skip="x0", eta=0.5, eps=eps, kept_steps=kept_steps)
+        z_0 = reverse(prior, z_T, c, **given)
+        return z_0, *torch.autograd.grad(z_0.square().sum(), [z_T, z, c])
+
+    expected = found(0)
+    monkeypatch.setattr(type(prior), "denoise", counted)
+    assert all(map(torch.equal, found(kept_steps), expected))
+    ts = [667, 334, 1]
+    assert calls == [(t, k >= again) for k, t in enumerate(ts)] + [(t, True) for t in ts[:again][::-1]]
+
+
+def test_kept_steps_are_in_memory_only_where_there_is_a_gradient_to_take(prior, randn):
+    z_T, z, c, _ = leaves(prior, randn)
+
+    def peak(kept_steps):
+        with LiveBytes() as meter:
+            reverse(prior, z_T, c, z=z, steps=4, guidance=3, skip="mean", kept_steps=kept_steps)
+        return meter.peak
+
+    assert peak(4) > 1.5 * peak(2) > 2 * peak(0)
+    with torch.no_grad():
+        assert peak(4) == peak(0)
+
+
 def test_the_gradient_can_be_taken_twice(prior, randn):
     z_T, z, c, _ = leaves(prior, randn)
     z_0 = reverse(prior, z_T, c, z=z, steps=3, guidance=3, skip="mean")

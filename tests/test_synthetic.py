@@ -50,7 +50,7 @@ def images_and_gradients(made, weight):
     return images.detach(), {name: tensor.grad.clone() for name, tensor in made.learnables.items()}
 
 
-def plain_chain(chain, on_state, z_t, *arguments):
+def plain_chain(chain, kept, on_state, z_t, *arguments):
     for step in chain:
         z_t = step(z_t, *arguments)
     return z_t
@@ -164,6 +164,27 @@ def test_render_batch_changes_nothing(prior, pixels, randn, skip):
         torch.testing.assert_close(others, images, rtol=0, atol=1e-12)
         for name, gradient in gradients.items():
             assert relative_difference(other_gradients[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kept_steps_change_no_bit(prior, pixels, randn, threads):
+    made = codes(prior, pixels, eta=0.3, render_batch=4, threads=threads)
+    weight = randn(*pixels.shape)
+    images, gradients = images_and_gradients(made, weight)
+    kept_images, kept_gradients = images_and_gradients(replace(made, kept_steps=2), weight)
+    assert torch.equal(images, kept_images)
+    assert all(torch.equal(gradients[name], kept_gradients[name]) for name in gradients)
+
+
+def test_kept_steps_are_in_memory_only_where_there_is_a_gradient_to_take(prior, pixels):
+    def peak(kept_steps):
+        with LiveBytes() as meter:
+            codes(prior, pixels, render_batch=2, steps=4, kept_steps=kept_steps).render()
+        return meter.peak
+
+    assert peak(4) > 1.5 * peak(2) > 2 * peak(0)
+    with torch.no_grad():
+        assert peak(4) == peak(0)
 
 
 def test_render_batch_is_how_many_images_the_unet_sees(prior, pixels, monkeypatch):

@@ -410,7 +410,7 @@ def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
 
 def test_ablations_change_against_the_first_setting_of_their_objective_paired_by_network(params):
     settings = {
-        "baseline": {"baseline": {}},
+        "steps": {"T = 2": {"spaces.ld3m.steps": 2}, "T = 5": {}},
         "defects": {"none": {}, "noise": {"spaces.ld3m.noise": "redrawn"}, "exact": {"objective": "mtt"}},
     }
     settings["defects"]["first"] = {"objective": "mtt", "objectives.mtt.first_order": True}
@@ -423,7 +423,7 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
         measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": norm / 4, "peak_mib": None}
         return {"setting": setting, "objective": objective, "space": "ld3m", "accuracy": accuracy} | measured
 
-    write_records(DATASET, "baseline", [record("baseline", "dm", 0.0, 2.0)])
+    write_records(DATASET, "steps", [record("T = 2", "dm", 0.0, 1.0), record("T = 5", "dm", 0.0, 2.0)])
     found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
     write_records(DATASET, "defects", found)
     assert "seconds" not in paths.ablation_file(DATASET, "defects").read_text()
@@ -432,12 +432,12 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
     assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
     assert by_key["noise", UNSEEN] == pytest.approx((0.15 + 0.5) / 2)
     rows = changes.set_index(["setting", "architecture"])
-    assert set(rows.index.get_level_values(0)) == {"noise", "first"}
+    assert set(rows.index.get_level_values(0)) == {"T = 5", "noise", "first"}
     unseen = rows.loc[("noise", UNSEEN)]  # -0.05 and -0.10: half of a t interval of two values 0.05 apart
     assert [unseen["mean"], unseen.ci_high - unseen["mean"]] == pytest.approx([-0.075, 12.7062047 * 0.025])
     assert rows.loc[("first", "vit"), "mean"] == pytest.approx(0.1)
-    assert costs.grad_norm_z.tolist() == [2.0, 3.0, 4.0, 5.0]
-    assert costs.seconds_per_iteration.tolist() == [0.5, 0.75, 1.0, 1.25]
+    assert costs.grad_norm_z.tolist() == [1.0, 2.0, 2.0, 3.0, 4.0, 5.0]
+    assert costs.seconds_per_iteration.tolist() == [0.25, 0.5, 0.5, 0.75, 1.0, 1.25]
     for place in (paths.ablation_cost_file, paths.ablation_file):
         place(DATASET, "defects").unlink()
         with pytest.raises(FileNotFoundError, match=f"{place(DATASET, 'defects')} is missing: `dvc repro ablation`"):
