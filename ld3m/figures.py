@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -95,12 +95,10 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
             title=judge,
             yticks=range(len(sets)),
             yticklabels=sets,
-            xlim=(0, 103),
-            xticks=(0, 25, 50, 75, 100),
-            xticklabels=("0", "", "50", "", "100"),
             ylim=(len(sets) - 0.5, -0.5),
         )
-    figure.supxlabel("test accuracy, % (mean and 95 % interval)", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("test accuracy, % (mean and 95 % interval); each panel has a scale of its own", fontsize=9)
     figure.tight_layout()
     return _closed(figure)
 
@@ -116,7 +114,8 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
             colour = SPACE_COLOURS[NAMES[space]]
             column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=colour, label=NAMES[space])
             checks = validation[(validation.objective == objective) & (validation.space == space)]
-            column[1].plot(checks.iteration, 100 * checks.accuracy, "o:", ms=4, color=colour)
+            column[1].plot(checks.iteration, 100 * checks.accuracy, "o", ms=4, color=colour)
+            column[1].plot(checks.iteration, 100 * checks.accuracy, ":", lw=0.7, alpha=0.6, color=colour)
             for name in learnables:
                 if run[name].notna().any():
                     label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
@@ -130,7 +129,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].legend(fontsize=7)
-    labels = ["matching loss (mean of 5)", "validation accuracy, %\n(checked at the dots)", "gradient norm (mean of 5)"]
+    labels = ["matching loss (mean of 5)", "validation accuracy, %\n(at the dots alone)", "gradient norm (mean of 5)"]
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     figure.tight_layout()

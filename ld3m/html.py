@@ -327,7 +327,9 @@ def _ablation(found: dict[str, pd.DataFrame], name: str) -> Table:
         for key, label in (("objective", ""), ("space", ""), ("ipc", "IPC "))
         if key not in keys
     ]
-    caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}".strip()
+    unseen = [NAMES[judge] for judge in part.architecture.unique() if judge not in (part.architecture.iloc[0], UNSEEN)]
+    meaning = f"{meaning} The unseen mean is over {' and '.join(unseen)}.".strip()
+    caption = f"{title} ({', '.join([*shared, f'n = {part.n.min()}'])}). {meaning}"
     return Table(f"ablation-{name}", caption, pd.DataFrame(rows).fillna("–").astype(str), len(keys))
 
 

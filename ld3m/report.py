@@ -1,6 +1,10 @@
-"""Gathers what the stages wrote and writes the tables and figures of reports/."""
+"""Gathers what the stages wrote and writes the tables and figures of reports/.
+
+python -m ld3m.report      # keeps those of the data set in params.yaml where those of another do not replace them
+"""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from ld3m import figures, paths, published
 from ld3m.artefact import read_artefact
+from ld3m.config import load_params
 from ld3m.data import Normalization
 from ld3m.schema import Params
 from ld3m.storage import read_tensors, write_bytes
@@ -213,3 +218,24 @@ def _records(params: Params, found: list[Cell], key: str) -> pd.DataFrame:
 def _artefact(params: Params, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of run 0 of a distilled cell."""
     return read_artefact(paths.distilled_folder(params.place(*cell, 0), "-".join(map(str, cell)), 0))
+
+
+def keep(dataset: str, *, reports: Path = paths.TABLES.parent) -> list[Path]:
+    """Copies the main table to tables/<dataset>.{csv,md,tex} of the folder of reports, and the other tables, costs and
+    figures of the stage `tables` to <dataset>/, and returns the new files. ValueError where the table is of another."""
+    found = pd.read_csv(reports / "tables/main.csv").dataset.unique().tolist()
+    if found != [dataset]:
+        raise ValueError(f"{reports / 'tables/main.csv'} is of {found}, not of {dataset}: `dvc repro tables` makes it")
+    targets = {reports / f"tables/main.{kind}": reports / f"tables/{dataset}.{kind}" for kind in ("csv", "md", "tex")}
+    others = [reports / f"tables/{name}.csv" for name in ("differences", "gradient_norms", "prior", "settings")]
+    for file in [*others, *reports.glob("costs/*.csv"), *reports.glob("figures/*.png")]:
+        targets[file] = reports / dataset / file.name
+    for file, target in targets.items():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    return list(targets.values())
+
+
+if __name__ == "__main__":
+    for file in keep(load_params().dataset):
+        print(file.relative_to(paths.ROOT))

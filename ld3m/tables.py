@@ -197,8 +197,8 @@ def _by_setting(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
-    """`CHANGES`: every distilled set minus random real images, and LD3M minus the other spaces and the coresets, paired
-    by run and network; `p` is that of the paired t test."""
+    """`CHANGES`: every distilled set minus random real images, and LD3M minus the other spaces and controls, paired by
+    run and network; `p` is that of the paired t test."""
     by_cell = scores[scores.ipc > 0].pivot(
         index=["ipc", "architecture", "run", "seed"], columns=["objective", "space"], values="accuracy"
     )
@@ -206,7 +206,8 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
     for objective, space in by_cell.columns:
         others = [("none", "random_real")] if objective != "none" else []
         if space == "ld3m":
-            others += [(objective, "pixel"), (objective, "glad"), ("none", "herding"), ("none", "k_center")]
+            controls = ("herding", "k_center", "iteration0", "prior_samples")
+            others += [(objective, "pixel"), (objective, "glad"), *(("none", control) for control in controls)]
         for other in others:
             if other in by_cell.columns:
                 paired = (by_cell[(objective, space)] - by_cell[other]).dropna()

@@ -316,8 +316,12 @@ def test_the_report_of_this_checkout_shows_its_tables_and_figures():
 
 
 @needs_chromium
-def test_in_a_browser_nothing_is_requested_reported_or_too_wide(folders, tmp_path):
-    file = html.write_report(tables=folders[0], figures=folders[1], file=tmp_path / "index.html")
+@pytest.mark.parametrize("committed", [False, True])
+def test_in_a_browser_nothing_is_requested_reported_or_too_wide(folders, tmp_path, committed):
+    if committed and not paths.REPORT.exists():
+        pytest.skip("`make report` has not been run")
+    made = dict(tables=folders[0], figures=folders[1], file=tmp_path / "index.html")
+    file = paths.REPORT if committed else html.write_report(**made)
     with open_page(tmp_path / "profile") as page:
         for width_px in (360, 1280):
             for scheme in ("light", "dark"):

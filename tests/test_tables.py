@@ -162,6 +162,15 @@ def test_differences_are_paired_by_network(scores):
     assert by_key[(1, "dm", "pixel", "random_real", "convnet")][1] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("control", ["iteration0", "prior_samples", "herding", "k_center"])
+def test_ld3m_alone_is_compared_with_what_it_starts_from_and_with_coresets(scores, control):
+    changes = differences(pd.concat([scores, scores[scores.space == "random_real"].assign(space=control)]))
+    found, real = (changes[(changes.minus == other) & (changes.space == "ld3m")] for other in (control, "random_real"))
+    assert len(found) == 2 * 2 * 4 and set(changes.space[changes.minus == control]) == {"ld3m"}
+    values = CHANGES[CHANGES.index("n") :]
+    assert found[values].to_numpy().tolist() == real[values].to_numpy().tolist()
+
+
 @pytest.mark.parametrize("space", ["pixel", "ld3m"])
 def test_a_grid_of_one_space_has_no_differences_between_spaces(scores, space):
     changes = differences(scores[scores.space.isin([space, "random_real"])])
@@ -442,3 +451,14 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
         place(DATASET, "defects").unlink()
         with pytest.raises(FileNotFoundError, match=f"{place(DATASET, 'defects')} is missing: `dvc repro ablation`"):
             read_ablations(given)
+
+
+def test_tables_of_a_data_set_are_kept_beside_those_of_the_next(params):
+    report.write_tables(params, folder=paths.TABLES)
+    kept = report.keep(DATASET, reports=paths.TABLES.parent)
+    names = {str(file.relative_to(paths.TABLES.parent)) for file in kept}
+    assert {f"tables/{DATASET}.{kind}" for kind in ("csv", "md", "tex")} <= names
+    assert {f"{DATASET}/{name}.csv" for name in ("differences", "prior", "costs", "gradient_norms")} <= names
+    assert (paths.TABLES / f"{DATASET}.md").read_bytes() == (paths.TABLES / "main.md").read_bytes()
+    with pytest.raises(ValueError, match=rf"main.csv is of \['{DATASET}'\], not of other: `dvc repro tables` makes it"):
+        report.keep("other", reports=paths.TABLES.parent)
