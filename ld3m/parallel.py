@@ -24,6 +24,7 @@ from ld3m.checkpoint import SIGNALS, Checkpoint, Interrupted
 from ld3m.progress import progress
 
 ATTEMPTS = 3  # at a task whose worker is lost
+_connected_here = threading.Event()  # to a Ray cluster: else it is the caller's, to close too
 
 
 def fan_out(
@@ -127,6 +128,7 @@ def _connected(cluster: str) -> Any:
                 host, port = cluster.split("://")[-1].rsplit(":", 1)
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=cluster, log_to_driver=False)
+            _connected_here.set()
         except (ConnectionError, OSError, ValueError) as error:
             raise ValueError(
                 f"cluster = {cluster!r} in params.yaml: no Ray cluster answers ({error}); start one with `ray start "
@@ -207,9 +209,10 @@ def _ignore_signals() -> None:
 
 
 def end_workers() -> None:
-    """Ends what `fan_out` leaves for its next call: the connection to a cluster, or processes with their memory."""
-    if "ray" in sys.modules:
+    """Ends what `fan_out` leaves for its next call: its connection to a cluster, or processes with their memory."""
+    if _connected_here.is_set():
         sys.modules["ray"].shutdown()
+        _connected_here.clear()
     if getattr(reusable_executor, "_executor", None) is not None:
         executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` removes its shared files
         getattr(executor, "terminate", executor.shutdown)(kill_workers=True)

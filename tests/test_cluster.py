@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"cluster = 'auto' in params.yaml needs Ray: pip install -e '.\[cluster\]'"):
         fan_out(str, [{}], processes=1, cluster="auto", label="tasks")
+
+
+@pytest.mark.parametrize("is_callers", [False, True])
+def test_a_connection_that_the_caller_opened_stays_open(monkeypatch, is_callers):
+    is_open = [is_callers]
+    ray = SimpleNamespace(
+        is_initialized=lambda: is_open[-1],
+        init=lambda **given: is_open.append(True),
+        shutdown=lambda: is_open.append(False),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert parallel._connected("auto") is ray and is_open[-1]
+    end_workers()
+    assert is_open[-1] is is_callers
 
 
 @pytest.fixture(scope="module")
