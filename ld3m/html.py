@@ -38,7 +38,7 @@ ABLATION_COSTS = {
 }  # fmt: skip
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
     "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics",
-    "ablation_changes",
+    "ablation_changes", "validation",
 }  # fmt: skip
 
 
@@ -258,7 +258,25 @@ def _accuracy(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Se
 def _curves(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
     alt = "Line plots over iterations, a column an objective: matching loss, validation accuracy, gradient norms"
     charts = _charts(figures, "curves", "loss, validation accuracy and gradient norms over iterations", alt)
-    return Section("curves", "Learning curves", (), charts)
+    starts = (_starts(found["validation"]),) if "validation" in found else ()
+    return Section("curves", "Learning curves", (), (*charts, *starts))
+
+
+def _starts(checks: pd.DataFrame) -> Table:
+    ends = checks.groupby(["ipc", "objective", "space"], sort=False).accuracy.agg(["first", "last"]).reset_index()
+    frame = pd.DataFrame(
+        {
+            "IPC": ends.ipc.astype(str),
+            "Set": ends.objective.map(NAMES) + " " + ends.space.map(NAMES),
+            "Start": (100 * ends["first"]).map("{:.1f}".format),
+            "End": (100 * ends["last"]).map("{:.1f}".format),
+        }
+    )
+    caption = (
+        "Validation accuracy, percent, mean of few networks of the distilling architecture: of what a space starts "
+        "from, and of the last iteration"
+    )
+    return Table("validation", caption, frame, headers=2)
 
 
 def _gradients(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:

@@ -101,6 +101,15 @@ def _write_main(folder: Path, name: str, summary: pd.DataFrame, note: str, sente
     return markdown
 
 
+def write_validation(params: Params, *, folder: Path) -> pd.DataFrame:
+    """Writes validation.csv, the mean validation accuracy of run 0 of the report's cells at every check; returns the
+    first and the last of each: what a space starts from, and where it ends."""
+    keys = ["ipc", "objective", "space"]
+    checks = _records(params, cells(params, more=True), "validation")[[*keys, "iteration", "accuracy"]]
+    _write_csv(folder, "validation", checks)
+    return checks.groupby(keys, sort=False).accuracy.agg(["first", "last"])
+
+
 def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
     """Writes ablations.csv, ablation_changes.csv and ablation_costs.csv; returns mean accuracies, one row a setting."""
     ablations, changes, costs = read_ablations(params)

@@ -149,6 +149,10 @@ def folders(tmp_path):
             ],
             columns=[*CELL, "networks", "runs", "net_sd", "run_sd", "total_sd"],
         ),
+        "validation": pd.DataFrame(
+            [(1, "dm", "ld3m", iteration, 0.5 + 0.01 * iteration) for iteration in (0, 10, 20)],
+            columns=["ipc", "objective", "space", "iteration", "accuracy"],
+        ),
         "other": pd.DataFrame([("dm", 0.125, float("nan"))], columns=["objective", "a", "b"]),
     }
     frames["comparison"] = published.comparison(frames["main"], frames["differences"])
@@ -273,6 +277,7 @@ def test_the_numbers_of_ablations_and_costs_are_those_of_the_csv(folders, docume
     assert defects["Change of unseen"].tolist() == ["–", "-1.2 ± 0.4", "–"]
     assert defects["peak MiB"].tolist() == ["–"] * 3
     assert document.tables["costs"][1] == ["1", "DM LD3M", "40", "12.5", "0.312", "812"]
+    assert document.tables["validation"] == [["IPC", "Set", "Start", "End"], ["1", "DM LD3M", "50.0", "70.0"]]
     assert document.tables["gradient-norms"] == [["Learned", "T", "skip None", "skip x0"], ["z", "5", "1.25", "2.5"]]
     assert ["recognised", "0.95"] in document.tables["prior"]
     assert ["recognised", "0.965"] in document.tables["gan"]
