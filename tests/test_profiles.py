@@ -117,3 +117,15 @@ def test_every_ablation_is_valid_under_a_profile(applied, profiles):
     params, file = applied(*profiles)
     for ablation in params.ablations.settings:
         assert ablation_settings(ablation, path=file) is not None
+
+
+STACKS = [(), ("smoke",), ("cifar10",), ("cifar10", "cifar10_cpu"), ("imagenet128",), ("imagenet256",)]
+
+
+@pytest.mark.parametrize("profiles", STACKS, ids="-".join)
+def test_settings_of_the_ablation_of_steps_are_named_by_their_steps(applied, profiles):
+    params, file = applied(*profiles)
+    steps = {name: params.spaces.ld3m.steps for name in params.ablations.settings["steps"]}
+    changed = ablation_settings("steps", path=file)
+    steps |= {name: given.spaces.ld3m.steps for name, (given, _, _) in changed.items()}
+    assert steps == {name: int(name.removeprefix("T = ")) for name in steps}
