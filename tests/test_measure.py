@@ -31,6 +31,12 @@ def test_of_one_measurement_so_many_times_as_much():
     assert line((1, 2.0, 10.0), full=5).seconds() == 10.0
 
 
+@pytest.fixture(autouse=True)
+def budget(monkeypatch):
+    """What the expectations below are worked out from, whatever a measurement aims at."""
+    monkeypatch.setattr(measure, "BUDGET_S", 1.0)
+
+
 @pytest.fixture
 def sizes(monkeypatch):
     """The sizes that work was done at, once each, by `grow` and `grow_plane` with these seconds and bytes; no clock."""

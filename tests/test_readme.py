@@ -87,8 +87,8 @@ def test_the_report_shows_what_the_readme_says(committed):
 
 def test_the_lines_written_by_hand_are_short():
     before, _, rest = README.partition("<!-- table -->")
-    by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
-    assert [line for line in by_hand if len(line) > 120] == []
+    shown = re.sub(r"<!-- = .*? -->|<!-- \. -->", "", before + rest.partition("<!-- /table -->")[2])
+    assert [line for line in shown.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
 
 def test_every_file_that_the_readme_links_to_is_there():
