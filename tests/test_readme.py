@@ -85,10 +85,39 @@ def test_the_report_shows_what_the_readme_says(committed):
     assert is_told("ViT without norms", "vit") == [False] and found["mean"]["ViT without norms", "vit"] > 0
 
 
+def test_natural_images_show_what_the_readme_and_the_profile_say(committed):
+    changes = pd.read_csv(committed / "reports/cifar10/differences.csv").query("space == 'ld3m' and minus == 'pixel'")
+    found = changes.set_index(["objective", "architecture"]).sort_index()
+    low, high = found.ci_low.xs("unseen", level=1), found.ci_high.xs("unseen", level=1)
+    assert high["dc"] < 0 and low["dm"] < 0 < high["dm"] and low["mtt"] < 0 < high["mtt"]
+    mtt = found["mean"]["mtt"]
+    assert mtt["alexnet"] > 0 and mtt["vgg11"] > 0 > mtt["convnet"] and found.ci_high["mtt", "convnet"] > 0
+    trials = pd.read_csv(committed / "reports/cifar10/trials.csv").query("space == 'ld3m'")
+    dc = trials[trials.objective == "dc"]
+    assert dc.learning_rate.max() == 10 * dc.learning_rate.min() and dc.checked_at.max() == 3 * dc.checked_at.min()
+    assert dc.validation_accuracy.max() - dc.validation_accuracy.min() < 0.005
+    dm = trials[(trials.objective == "dm") & (trials.iterations > 100)].pivot_table(
+        index="learning_rate", columns="checked_at", values="validation_accuracy"
+    )
+    assert len(dm) == 3 and (dm[200] < dm[100]).all()
+    costs = pd.read_csv(committed / "reports/cifar10/costs.csv").pivot(
+        index="objective", columns="space", values="seconds"
+    )
+    assert (costs.ld3m < costs.pixel).all()
+    means = pd.read_csv(committed / "reports/tables/cifar10.csv").set_index(["objective", "space", "architecture"])[
+        "mean"
+    ]
+    header = re.sub(r"\s*\n#\s*", " ", (ROOT / "profiles/cifar10_cpu.yaml").read_text())
+    for objective in ("dc", "dm", "mtt"):
+        for space, name in (("pixel", "pixel"), ("ld3m", "LD3M")):
+            seen, unseen = (f"{100 * means[objective, space, judge]:.1f}" for judge in ("convnet", "unseen"))
+            assert f"{name} {seen} and {unseen}" in header, (objective, space)
+
+
 def test_the_lines_written_by_hand_are_short():
     before, _, rest = README.partition("<!-- table -->")
-    shown = re.sub(r"<!-- = .*? -->|<!-- \. -->", "", before + rest.partition("<!-- /table -->")[2])
-    assert [line for line in shown.splitlines() if len(line) > 120 and line[0] != "|"] == []
+    by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
+    assert [line for line in by_hand if len(line) > 120] == []
 
 
 def test_every_file_that_the_readme_links_to_is_there():
