@@ -54,7 +54,7 @@ RENDER_PIXELS = 20 * 128**2  # at most so many go through the U-Net at once
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SLOW_S = 10.0  # iterations that take longer are timed once
 FIELDS = (
-    *("size_px", "steps", "ipc", "objective", "precision", "compiled", "render_batch", "ms_per_iteration"),
+    *("size_px", "steps", "ipc", "objective", "precision", "launch", "render_batch", "ms_per_iteration"),
     *("peak_gib", "hours_for_10000_iterations", "device", "torch"),
     *("reserved_gib", "timed_iterations", "tflop", "tflop_per_s", "matmul_tflop_per_s", "note"),
 )
@@ -100,7 +100,7 @@ class Case:
     ipc: int
     objective: str
     precision: str
-    compiled: bool
+    launch: str  # of the U-Net and the decoder: eager, replayed (CUDA graphs), or the U-Net compiled
 
     @property
     def work(self) -> float:
@@ -109,20 +109,22 @@ class Case:
 
 
 def cases(scale: Scale) -> list[Case]:
-    """All, the most valuable first: one image a class, in bf16, before fp32, before more images, before compiling."""
-    eager = [
-        Case(size_px, steps, ipc, objective, precision, False)
+    """All, the most valuable first: one image a class before more, bf16 before fp32, small before large. Eager and
+    compiled are those of one image a class in bf16, each launched in every way where the way can differ most."""
+    replayed = [
+        Case(size_px, steps, ipc, objective, precision, "replayed")
         for ipc in scale.ipc
         for precision in ("bf16", "fp32")
         for size_px in scale.sizes_px
         for steps in scale.steps
         for objective in ("dm", "dc")
     ]
-    compiled = [Case(size_px, steps, 1, "dm", "bf16", True) for size_px in scale.sizes_px for steps in scale.steps]
-    return eager + compiled
+    compared = replayed[:8]
+    eager, compiled = ([replace(case, launch=launch) for case in compared] for launch in ("eager", "compiled"))
+    return [eager[0], *replayed[:16], compiled[0], *eager[1:], *replayed[16:], *compiled[1:]]
 
 
-def prepare(weights: Prior, *, precision: str, compiled: bool, device: torch.device) -> Prior:
+def prepare(weights: Prior, *, precision: str, launch: str, device: torch.device) -> Prior:
     """A copy of the prior on the device."""
     prior = deepcopy(weights).to(device)
     if precision == "bf16":
@@ -131,7 +133,7 @@ def prepare(weights: Prior, *, precision: str, compiled: bool, device: torch.dev
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.to(torch.bfloat16)
         prior = replace(prior, precision=torch.bfloat16)  # also where the CPU has no instructions for it
-    return prior.compiled() if compiled else prior
+    return prior.compiled() if launch == "compiled" else prior
 
 
 def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:
@@ -255,14 +257,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 def measure(
     case: Case, split: Split, prior: Prior, scale: Scale, machine: Machine, *, render_batch: int, deadline: float
 ) -> dict[str, Any]:
-    """Milliseconds and peak memory of an iteration, the median after a first one in which the arithmetic is counted."""
+    """Milliseconds and peak memory of an iteration, the median after a first one. If that is eager, its arithmetic is
+    counted: counting does not see into compiled and replayed code."""
+    if case.launch == "replayed":
+        prior = prior.replayed()  # of these shapes alone, that memory is not that of several
     machine.reset_peak()
     codes = start(split, prior, ipc=case.ipc, steps=case.steps, render_batch=render_batch)
     objective = class_matching(case.objective, split, scale)
     optimizer = torch.optim.SGD(list(codes.learnables.values()), lr=1e-6, momentum=0.5)
     flop = 0
-    if case.compiled:  # counting does not see into compiled code
-        iterate(codes, objective, optimizer, 0)  # compiles
+    if case.launch != "eager":
+        iterate(codes, objective, optimizer, 0)  # compiles or records
         first = clock(lambda: iterate(codes, objective, optimizer, 0))
     else:
         counts = [Flop()]
@@ -355,11 +360,11 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
         if split is None or split.uint8.shape[-1] != case.size_px:
             split = None
             split = random_split(scale, case.size_px, machine.device)
-        if prepared[0] != (case.precision, case.compiled):
+        if prepared[0] != (case.precision, case.launch):
             prepared = (None, None)
             machine.reset_peak()
-            options = dict(precision=case.precision, compiled=case.compiled)
-            prepared = ((case.precision, case.compiled), prepare(weights, **options, device=machine.device))
+            options = dict(precision=case.precision, launch=case.launch)
+            prepared = ((case.precision, case.launch), prepare(weights, **options, device=machine.device))
         while render_batch:
             shared = asdict(case) | same | {"render_batch": render_batch, "matmul_tflop_per_s": rate}
             try:
@@ -369,8 +374,8 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
                 if not is_memory:
                     traceback.print_exc()
                 row = {"note": "out of memory" if is_memory else f"{type(error).__name__}: {str(error)[:200]!r}"}
-            if case.compiled and "ms_per_iteration" in row:
-                eager = table.of(**asdict(replace(case, compiled=False)), render_batch=render_batch, **same)
+            if case.launch != "eager" and "ms_per_iteration" in row:
+                eager = table.of(**asdict(replace(case, launch="eager")), render_batch=render_batch, **same)
                 if eager and eager[-1]["tflop"]:
                     row["tflop"] = float(eager[-1]["tflop"])
                     row["tflop_per_s"] = row["tflop"] / row["ms_per_iteration"] * 1000
@@ -378,9 +383,9 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
             render_batch = render_batch // 2 if row["note"] == "out of memory" else 0
 
 
-def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, bool]:
+def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, str]:
     numbers = (int(row[key]) for key in ("size_px", "steps", "ipc"))
-    return *numbers, row["objective"], row["precision"], row["compiled"] == "True"
+    return *numbers, row["objective"], row["precision"], row["launch"]
 
 
 def roofline(table: Table) -> None:
@@ -390,7 +395,7 @@ def roofline(table: Table) -> None:
             share = float(row["tflop_per_s"]) / float(row["matmul_tflop_per_s"])
             print(
                 f"roofline: {row['size_px']} px, {row['steps']} steps, IPC {row['ipc']}, {row['objective']}, "
-                f"{row['precision']}{', compiled' if row['compiled'] == 'True' else ''}: {row['tflop']} TFLOP in "
+                f"{row['precision']}, {row['launch']}: {row['tflop']} TFLOP in "
                 f"{float(row['ms_per_iteration']) / 1000:.3g} s = {row['tflop_per_s']} TFLOP/s, {100 * share:.0f} % of "
                 f"the {row['matmul_tflop_per_s']} TFLOP/s of a bf16 product"
             )

@@ -6,13 +6,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ld3m.devices import usable_precision
+from ld3m.graphs import Replayed
 from ld3m.seeds import forked
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Prior:
     prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
     spacing: Spacing = COMPVIS
     precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
+    recordings: dict[str, Replayed] = field(default_factory=dict)  # of `replayed`, in the place of what they record
 
     @property
     def classes(self) -> int:
@@ -142,6 +144,9 @@ class Prior:
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to pixels, through the quantiser where there is one; not clamped."""
+        return self.recordings.get("decode", self._decode)(z)
+
+    def _decode(self, z: Tensor) -> Tensor:
         with self._autocast(z):
             unscaled = z / self.autoencoder.config.scaling_factor + self._shift
             return self.autoencoder.decode(unscaled).sample.to(z.dtype)
@@ -157,9 +162,7 @@ class Prior:
         """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
         # A number would be compiled in where the denoiser is compiled.
         on_device = torch.as_tensor(t, device=z_t.device)
-        with self._autocast(z_t):
-            predicted = DENOISERS[type(self.unet).__name__](self.unet, z_t, on_device, c)
-        predicted = predicted[:, : z_t.shape[1]].to(z_t.dtype)  # further channels are a learned sigma
+        predicted = self.recordings.get("predict", self._predict)(z_t, on_device, c)
         if self.prediction == "epsilon":
             return predicted
         a = self.alpha_bar[torch.as_tensor(t).cpu()].view(-1, 1, 1, 1)
@@ -167,6 +170,11 @@ class Prior:
         if self.prediction == "sample":
             return (z_t - signal * predicted) / noise
         return signal * predicted + noise * z_t  # of v = signal * eps - noise * x0
+
+    def _predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        with self._autocast(z_t):
+            predicted = DENOISERS[type(self.unet).__name__](self.unet, z_t, t, c)
+        return predicted[:, : z_t.shape[1]].to(z_t.dtype)  # further channels are a learned sigma
 
     @property
     def _shift(self) -> float:
@@ -187,12 +195,18 @@ class Prior:
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
         """The same prior whose denoiser and decoder compute in that type, where its device has it; what goes in and
         comes out keeps its own."""
-        return replace(self, precision=getattr(torch, usable_precision(precision, self.embedding.weight.device)))
+        usable = usable_precision(precision, self.embedding.weight.device)
+        return replace(self, precision=getattr(torch, usable), recordings={})
 
     def compiled(self) -> "Prior":
         """The same prior whose denoiser torch compiles when it first runs (in place): the same up to rounding."""
         self.unet.compile(dynamic=False)
         return self
+
+    def replayed(self) -> "Prior":
+        """The same prior, frozen, whose denoiser and decoder are each one launch on CUDA, see `Replayed`: for callers
+        that take the gradient of a call before the next. On a CPU it is the same."""
+        return replace(self, recordings={"predict": Replayed(self._predict), "decode": Replayed(self._decode)})
 
     def frozen(self) -> "Prior":
         """In evaluation mode and without parameter gradients."""
@@ -311,7 +325,7 @@ def with_random_unet(prior: Prior, *, seed: int) -> Prior:
         unet = type(prior.unet).from_config(prior.unet.config)
     if hasattr(unet, "transformer_blocks"):
         _remove_label_tables(unet)
-    return replace(prior, unet=unet.to(prior.embedding.weight)).frozen()
+    return replace(prior, unet=unet.to(prior.embedding.weight), recordings={}).frozen()
 
 
 def with_random_weights(prior: Prior, *, seed: int) -> Prior:

@@ -70,7 +70,9 @@ class Experiment:
             prior = with_random_unet(prior, seed=self.params.seed)
         if changes.prior == "all_random":
             prior = with_random_weights(prior, seed=self.params.seed)
-        return prior.compiled() if changes.compile else prior
+        if changes.compile:
+            return prior.compiled()
+        return prior if changes.kept_steps else prior.replayed()
 
     @cached_property
     def gan(self) -> Generator:

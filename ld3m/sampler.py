@@ -112,6 +112,12 @@ def reverse(
     return _Chain.apply(chain, kept, on_state, z_T, conditioning, initial)
 
 
+def made_again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, made once more for its gradient, so that of several only one is in memory."""
+    unused = torch.empty(0)
+    return _Chain.apply([lambda x, *_: function(x)], set(), lambda state: None, x, unused, unused)
+
+
 class _Chain(torch.autograd.Function):
     """`chain[-1](... chain[0](z_T, c, initial) ...)`, whose gradient needs the memory of one step, and of those at the
     places `kept`. Each other step is called once without a graph, and once with one in the backward pass:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ld3m.data import Normalization
 from ld3m.diffusion import Prior
 from ld3m.gan import Generator
-from ld3m.sampler import Skip, noised, reverse, sample
+from ld3m.sampler import Skip, made_again, noised, reverse, sample
 from ld3m.seeds import generator
 from ld3m.threads import in_parts
 
@@ -92,9 +92,7 @@ class LD3MCodes:
 
     def _part(self, codes: dict[str, Tensor]) -> Tensor:
         z_0 = self._reverse(codes)
-        if self.kept_steps:  # the decoder is one more
-            return self._decode(z_0)
-        return checkpoint(self._decode, z_0, use_reentrant=False, preserve_rng_state=False)
+        return self._decode(z_0) if self.kept_steps else made_again(self._decode, z_0)  # the decoder is one more step
 
     def _reverse(self, codes: dict[str, Tensor], on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)

@@ -11,6 +11,7 @@ from ld3m.checkpoint import Checkpoint
 from ld3m.data import Dataset, Split
 from ld3m.diffusion import Prior, at_once
 from ld3m.fit import Fit
+from ld3m.graphs import Replayed
 from ld3m.memory import named
 from ld3m.progress import progress
 from ld3m.recognise import recognise
@@ -44,6 +45,16 @@ def fit_autoencoder(
         losses=torch.zeros(steps, device=split.device),
         advice="lower prior.autoencoder.learning_rate in params.yaml",
     )
+
+    def loss_without_quantizer(pixels: Tensor) -> Tensor:
+        decoded = autoencoder.decoder(autoencoder.post_quant_conv(autoencoder.encode(pixels).latents))
+        return l1_loss(decoded, pixels) + mse_loss(decoded, pixels)
+
+    def loss_of(pixels: Tensor) -> Tensor:
+        decoded = autoencoder.decode(autoencoder.encode(pixels).latents)
+        return l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+
+    replayed = [Replayed(function, autoencoder) for function in (loss_without_quantizer, loss_of)]
     with checkpoint or Checkpoint() as checkpoint:
         checkpoint.resume(fit.restore)
         for step in progress(steps, label="autoencoder", start=fit.done, status=fit.status):
@@ -52,9 +63,7 @@ def fit_autoencoder(
                 if step == continuous_steps:
                     _start_codebook(prior, split, draw)
                 pixels = split.pixels(torch.randint(len(split), (batch,), generator=draw))
-                latents = autoencoder.encode(pixels).latents
-                decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
-                loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+                loss = replayed[step >= continuous_steps](pixels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -95,6 +104,11 @@ def fit_denoiser(
         losses=torch.zeros(steps, device=split.device),
         advice="lower prior.denoiser.learning_rate in params.yaml",
     )
+
+    def loss_of(z_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+        return mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
+
+    replayed = Replayed(loss_of, prior.unet, prior.embedding)
     with checkpoint or Checkpoint() as checkpoint:
         checkpoint.resume(fit.restore)
         for step in progress(steps, label="denoiser", start=fit.done, status=fit.status):
@@ -104,10 +118,10 @@ def fit_denoiser(
                 t = torch.randint(len(alpha_bar), (batch,), generator=draw)
                 eps = torch.randn(z_all[index].shape, generator=draw)
                 is_null = torch.rand(batch, generator=draw) < null_share
-                labels = torch.where(is_null, prior.classes, split.labels[index])
+                labels = torch.where(is_null, prior.classes, split.labels[index]).to(z_all.device)
                 a, eps, t = alpha_bar[t].to(z_all)[:, None, None, None], eps.to(z_all), t.to(z_all.device)
                 z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
-                loss = mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
+                loss = replayed(z_t, t, labels, eps)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

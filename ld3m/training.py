@@ -148,7 +148,7 @@ def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch
 
 @torch.no_grad()
 def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
-    """The share of images, in [0, 1], whose class the network names. On a CPU a small batch stays in its cache."""
+    """The share of images, in [0, 1], whose class the network names."""
     network.eval()
     parts = torch.arange(len(labels)).split(batch)
     predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])

@@ -1,0 +1,104 @@
+"""What is replayed has the values and gradients of the function; on a CPU it is the function."""
+
+import pytest
+import torch
+from conftest import NORMALIZATION, SIZE_PX, make_prior, make_split
+
+from ld3m.graphs import Replayed
+from ld3m.sampler import sample
+from ld3m.synthetic import start_ld3m
+from ld3m.train_prior import fit_autoencoder, fit_denoiser
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+LABELS = torch.tensor([0, 1, 2])
+
+
+def a_prior(precision):
+    return make_prior().frozen().to("cuda").in_precision(precision)
+
+
+def rendered(prior, pixels, weight):
+    """Images of three in two parts, and the gradients of what is learned."""
+    made = start_ld3m(
+        pixels,
+        LABELS,
+        prior=prior,
+        normalization=NORMALIZATION,
+        start="real",
+        learn="z",
+        steps=3,
+        guidance=3.0,
+        skip="x0",
+        eta=0.0,
+        clamp="none",
+        noise="stored",
+        encoder_input="pixels",
+        render_batch=2,
+        seed=0,
+    )
+    images = made.render()
+    images.backward(weight)
+    return images.detach(), made.learnables["z"].grad, made.learnables["c"].grad
+
+
+def test_on_a_cpu_it_is_the_function_itself():
+    calls = []
+    replayed = Replayed(lambda x: calls.append(x) or x + 1)
+    x = torch.zeros(2, requires_grad=True)
+    assert torch.equal(replayed(x), x + 1) and calls[0] is x and not replayed.recorded
+
+
+@NEEDS_CUDA
+def test_values_and_gradients_those_of_parameters_too_are_the_function_s():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.SiLU(), torch.nn.Linear(5, 3)).cuda()
+    function = lambda x, y: (layer(x) * y).square()  # noqa: E731
+    replayed = Replayed(function, layer)
+    kept = []
+    for rows in (4, 4, 2, 4):
+        x, y = torch.randn(rows, 3, device="cuda", requires_grad=True), torch.randn(rows, 3, device="cuda")
+        found = []
+        for use in (replayed, function):
+            output = use(x, y)
+            found.append((output.detach(), *torch.autograd.grad(output.sum(), [x, *layer.parameters()])))
+        for given, exact in zip(*found, strict=True):
+            torch.testing.assert_close(given, exact)
+        kept.append((found[0][0], found[1][0].clone()))
+        with torch.no_grad():
+            torch.testing.assert_close(replayed(x, y), function(x, y))
+            layer[0].weight.add_(0.1)  # learned weights are read anew
+    for given, exact in kept:  # what was returned is not written over
+        torch.testing.assert_close(given, exact)
+    assert len(replayed.recorded) == 2
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, tolerance):
+    pixels, weight = (torch.randn(3, 1, SIZE_PX, SIZE_PX, device="cuda").clamp(-1, 1) for _ in range(2))
+    prior = a_prior(precision)
+    for plain, replayed in zip(*(rendered(used, pixels, weight) for used in (prior, prior.replayed())), strict=True):
+        assert (plain - replayed).norm() / plain.norm() < tolerance
+
+
+@NEEDS_CUDA
+def test_samples_are_the_same():
+    prior = a_prior("float32")
+    drawing = dict(size_px=SIZE_PX, steps=3, guidance=3.0, render_batch=2, seed=0)
+    plain, replayed = (sample(used, LABELS, **drawing) for used in (prior, prior.replayed()))
+    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
+
+
+@NEEDS_CUDA
+def test_a_prior_is_trained_as_without(monkeypatch):
+    split, found = make_split(8, seed=0).to("cuda"), []
+    for is_replayed in (False, True):
+        if not is_replayed:
+            monkeypatch.setattr(Replayed, "__call__", lambda replayed, *inputs: replayed.function(*inputs))
+        prior = make_prior().to("cuda")
+        shared = dict(batch=4, learning_rate=1e-3, seed=0)
+        losses = fit_autoencoder(prior, split, steps=8, continuous_steps=4, **shared)
+        prior = prior.in_precision("bfloat16")
+        found.append(losses + fit_denoiser(prior, split, steps=8, null_share=0.1, ema_decay=0.9, **shared))
+        monkeypatch.undo()
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=0.02, atol=0)
