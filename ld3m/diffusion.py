@@ -223,7 +223,7 @@ class Prior:
         for module in (self.unet, self.autoencoder, self.embedding):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         digest.update(self.alpha_bar.cpu().numpy().tobytes())
         if self.prediction != "epsilon":
             digest.update(self.prediction.encode())

@@ -15,7 +15,8 @@ class Replayed:
 
     On CUDA it gives the values and gradients of `function`, of the parameters of `learned` too; elsewhere it is
     `function`. What it returns is the caller's own, but the backward pass is that of the **last** call: take gradients
-    before calling again. `function` must not wait for the device.
+    before calling again. `function` must not wait for the device; where it has learned parameters, nothing that keeps a
+    graph of them may be alive at its first call.
     """
 
     def __init__(self, function: Callable[..., Tensor], *learned: nn.Module) -> None:

@@ -45,16 +45,6 @@ def fit_autoencoder(
         losses=torch.zeros(steps, device=split.device),
         advice="lower prior.autoencoder.learning_rate in params.yaml",
     )
-
-    def loss_without_quantizer(pixels: Tensor) -> Tensor:
-        decoded = autoencoder.decoder(autoencoder.post_quant_conv(autoencoder.encode(pixels).latents))
-        return l1_loss(decoded, pixels) + mse_loss(decoded, pixels)
-
-    def loss_of(pixels: Tensor) -> Tensor:
-        decoded = autoencoder.decode(autoencoder.encode(pixels).latents)
-        return l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
-
-    replayed = [Replayed(function, autoencoder) for function in (loss_without_quantizer, loss_of)]
     with checkpoint or Checkpoint() as checkpoint:
         checkpoint.resume(fit.restore)
         for step in progress(steps, label="autoencoder", start=fit.done, status=fit.status):
@@ -63,7 +53,9 @@ def fit_autoencoder(
                 if step == continuous_steps:
                     _start_codebook(prior, split, draw)
                 pixels = split.pixels(torch.randint(len(split), (batch,), generator=draw))
-                loss = replayed[step >= continuous_steps](pixels)
+                latents = autoencoder.encode(pixels).latents
+                decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
+                loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

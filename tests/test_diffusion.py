@@ -178,3 +178,17 @@ def test_the_prior_with_random_weights(prior, randn):
     assert 0.5 < codes.std() < 1.5 and made.autoencoder.config.scaling_factor == SCALE
     parts = (made.unet, made.autoencoder, made.embedding)
     assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def test_the_fingerprint_is_of_the_weights_in_whatever_order_of_memory():
+    prior = make_prior()
+    expected = prior.fingerprint()
+    for module in (prior.unet, prior.autoencoder):
+        module.to(memory_format=torch.channels_last)  # as on CUDA
+    assert prior.fingerprint() == expected
+
+
+def test_a_replayed_prior_is_no_longer_one_once_it_is_changed():
+    replayed = make_prior().frozen().replayed()
+    assert replayed.recordings and not replayed.in_precision("bfloat16").recordings
+    assert not with_random_unet(replayed, seed=0).recordings

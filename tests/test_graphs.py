@@ -7,7 +7,7 @@ from conftest import NORMALIZATION, SIZE_PX, make_prior, make_split
 from ld3m.graphs import Replayed
 from ld3m.sampler import sample
 from ld3m.synthetic import start_ld3m
-from ld3m.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.train_prior import fit_denoiser
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 LABELS = torch.tensor([0, 1, 2])
@@ -90,15 +90,12 @@ def test_samples_are_the_same():
 
 
 @NEEDS_CUDA
-def test_a_prior_is_trained_as_without(monkeypatch):
+def test_a_denoiser_is_trained_as_without(monkeypatch):
     split, found = make_split(8, seed=0).to("cuda"), []
     for is_replayed in (False, True):
-        if not is_replayed:
-            monkeypatch.setattr(Replayed, "__call__", lambda replayed, *inputs: replayed.function(*inputs))
-        prior = make_prior().to("cuda")
-        shared = dict(batch=4, learning_rate=1e-3, seed=0)
-        losses = fit_autoencoder(prior, split, steps=8, continuous_steps=4, **shared)
-        prior = prior.in_precision("bfloat16")
-        found.append(losses + fit_denoiser(prior, split, steps=8, null_share=0.1, ema_decay=0.9, **shared))
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            if not is_replayed:
+                patch.setattr(Replayed, "__call__", lambda replayed, *inputs: replayed.function(*inputs))
+            given = dict(steps=8, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
+            found.append(fit_denoiser(make_prior().to("cuda").in_precision("bfloat16"), split, **given))
     torch.testing.assert_close(*map(torch.tensor, found), rtol=0.02, atol=0)
