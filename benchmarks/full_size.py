@@ -297,8 +297,8 @@ def measure(
         "hours_for_10000_iterations": seconds * 10000 / 3600,
         "reserved_gib": machine.reserved_gib(),
         "timed_iterations": len(times),
-        "tflop": flop / 1e12,
-        "tflop_per_s": flop / 1e12 / seconds,
+        "tflop": flop / 1e12 or "",
+        "tflop_per_s": flop / 1e12 / seconds or "",
         "note": "" if times else "the first iteration, no time for another",
     }
 
@@ -391,7 +391,7 @@ def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, str]:
 def roofline(table: Table) -> None:
     """Prints how much of the rate of one large matrix product the iterations reach."""
     for row in table.rows():
-        if row["ms_per_iteration"] and float(row["tflop"]):
+        if row["ms_per_iteration"] and row["tflop"]:
             share = float(row["tflop_per_s"]) / float(row["matmul_tflop_per_s"])
             print(
                 f"roofline: {row['size_px']} px, {row['steps']} steps, IPC {row['ipc']}, {row['objective']}, "

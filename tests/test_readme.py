@@ -114,6 +114,22 @@ def test_natural_images_show_what_the_readme_and_the_profile_say(committed):
             assert f"{name} {seen} and {unseen}" in header, (objective, space)
 
 
+def test_a_gpu_shows_what_the_readme_says(committed):
+    scores = pd.read_csv(committed / "reports/cifar10/gpu_scores.csv").query("architecture == 'convnet'")
+    found = scores.set_index(["objective", "space", "ipc"])["mean"]
+    published = {("dc", 10): 0.449, ("dm", 1): 0.26, ("dm", 10): 0.489, ("mtt", 1): 0.463, ("mtt", 10): 0.653}
+    below = {cell: value - found[cell[0], "pixel", cell[1]] for cell, value in published.items()}
+    assert all(abs(below[cell]) < 0.04 if cell[0] == "dm" else below[cell] > 0.04 for cell in published)
+    assert found["none", "random_real", 1] > 0.144 and found["none", "random_real", 10] > 0.26
+    assert "ld3m" not in set(scores.space)
+    costs = pd.read_csv(committed / "benchmarks/full_size_cuda.csv").query("size_px == 128 and launch == 'replayed'")
+    dm = costs[costs.objective == "dm"].set_index("steps")
+    assert f"{100 * dm.tflop_per_s[20] / dm.matmul_tflop_per_s[20]:.0f} % of the arithmetic" in README
+    assert f"takes {(2 * dm.ms_per_iteration[10] - dm.ms_per_iteration[20]) / 1000:.1f} s." in README
+    assert dm.hours_for_10000_iterations[20] * 60 == pytest.approx(574 / 3, rel=0.05)
+    assert set(costs.precision) == {"bf16"} and set(costs.ipc) == {1}
+
+
 def test_the_lines_written_by_hand_are_short():
     before, _, rest = README.partition("<!-- table -->")
     by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
