@@ -20,10 +20,10 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """README and reports as they are in the last commit: a user's own run may have written other tables since."""
+    """README and what it is read from, as they are in the last commit: a user's own run may have written other tables since."""
     folder = tmp_path_factory.mktemp("committed")
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "README.md", "reports"], cwd=ROOT, capture_output=True, check=True
+        ["git", "archive", "HEAD", "README.md", "reports", "benchmarks"], cwd=ROOT, capture_output=True, check=True
     )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
