@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """README and what it is read from, as they are in the last commit: a user's own run may have written other tables since."""
+    """README and what it reads, as they are in the last commit: a run of the user's may have written others since."""
     folder = tmp_path_factory.mktemp("committed")
     archive = subprocess.run(
         ["git", "archive", "HEAD", "README.md", "reports", "benchmarks"], cwd=ROOT, capture_output=True, check=True
