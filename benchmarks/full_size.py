@@ -27,10 +27,10 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.flop import Flop
 from ld3m.compvis import KINDS, Kind, build
@@ -56,7 +56,7 @@ SLOW_S = 10.0  # iterations that take longer are timed once
 FIELDS = (
     *("size_px", "steps", "ipc", "objective", "precision", "launch", "render_batch", "ms_per_iteration"),
     *("peak_gib", "hours_for_10000_iterations", "device", "torch"),
-    *("reserved_gib", "timed_iterations", "tflop", "tflop_per_s", "matmul_tflop_per_s", "note"),
+    *("tensors_gib", "timed_iterations", "tflop", "tflop_per_s", "matmul_tflop_per_s", "note"),
 )
 PROOF_FIELDS = (
     *("objective", "size_px", "ipc", "classes", "steps", "real_batch", "render_batch", "seconds", "peak_gib"),
@@ -91,6 +91,10 @@ SMOKE = Scale(
 )
 
 
+# Of the U-Net and the decoder: kernel by kernel, as CUDA graphs, or the U-Net as torch.compile makes it
+Launch = Literal["eager", "replayed", "compiled"]
+
+
 @dataclass(frozen=True)
 class Case:
     """What a row is about."""
@@ -100,7 +104,7 @@ class Case:
     ipc: int
     objective: str
     precision: str
-    launch: str  # of the U-Net and the decoder: eager, replayed (CUDA graphs), or the U-Net compiled
+    launch: Launch
 
     @property
     def work(self) -> float:
@@ -108,30 +112,29 @@ class Case:
         return self.size_px**2 * self.steps * self.ipc
 
 
-def cases(scale: Scale) -> list[Case]:
-    """All, the most valuable first: one image a class before more, bf16 before fp32, small before large. Eager and
-    compiled are those of one image a class in bf16, each launched in every way where the way can differ most."""
-    replayed = [
-        Case(size_px, steps, ipc, objective, precision, "replayed")
+def cases(scale: Scale, device: torch.device) -> list[Case]:
+    """All, the most valuable first: one image a class before more, bf16 before fp32. The usual launch is as in the
+    experiments: on CUDA replayed, on a CPU eager. The others are tried with one image a class in bf16."""
+    usual = "replayed" if device.type == "cuda" else "eager"
+    every = [
+        Case(size_px, steps, ipc, objective, precision, usual)
         for ipc in scale.ipc
         for precision in ("bf16", "fp32")
         for size_px in scale.sizes_px
         for steps in scale.steps
         for objective in ("dm", "dc")
     ]
-    compared = replayed[:8]
-    eager, compiled = ([replace(case, launch=launch) for case in compared] for launch in ("eager", "compiled"))
-    return [eager[0], *replayed[:16], compiled[0], *eager[1:], *replayed[16:], *compiled[1:]]
+    single = [case for case in every if case.ipc == scale.ipc[0]]
+    half = [case for case in single if case.precision == "bf16"]
+    eager = [replace(case, launch="eager") for case in half] if usual != "eager" else []
+    compiled = [replace(case, launch="compiled") for case in half]
+    return [*eager[:1], *single, compiled[0], *eager[1:], *every[len(single) :], *compiled[1:]]
 
 
-def prepare(weights: Prior, *, precision: str, launch: str, device: torch.device) -> Prior:
-    """A copy of the prior on the device."""
+def prepare(weights: Prior, *, precision: str, launch: Launch, device: torch.device) -> Prior:
+    """A copy of the prior on the device; `measure` makes it replayed."""
     prior = deepcopy(weights).to(device)
     if precision == "bf16":
-        for part in (prior.unet, prior.autoencoder.decoder):  # once, what autocast would do at every use
-            for module in part.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    module.to(torch.bfloat16)
         prior = replace(prior, precision=torch.bfloat16)  # also where the CPU has no instructions for it
     return prior.compiled() if launch == "compiled" else prior
 
@@ -227,8 +230,8 @@ class Machine:
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept for later
         forget_peak()
 
-    def reserved_gib(self) -> float | str:
-        return torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else ""
+    def tensors_gib(self) -> float | str:
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else ""
 
     def matmul_tflop_per_s(self, side: int) -> float:
         """The rate of a bf16 product of two square matrices: what the device can do at best."""
@@ -295,7 +298,7 @@ def measure(
         "ms_per_iteration": 1000 * seconds,
         "peak_gib": peak_gib(),
         "hours_for_10000_iterations": seconds * 10000 / 3600,
-        "reserved_gib": machine.reserved_gib(),
+        "tensors_gib": machine.tensors_gib(),
         "timed_iterations": len(times),
         "tflop": flop / 1e12 or "",
         "tflop_per_s": flop / 1e12 / seconds or "",
@@ -340,7 +343,7 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
     split: Split | None = None
     same = {"device": machine.name, "torch": torch.__version__}
     rate = None
-    for case in cases(scale):
+    for case in cases(scale, machine.device):
         done = table.of(**asdict(case), **same)
         if any(row["ms_per_iteration"] or "memory" not in row["note"] for row in done):
             continue
@@ -383,7 +386,7 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
             render_batch = render_batch // 2 if row["note"] == "out of memory" else 0
 
 
-def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, str]:
+def _case(row: dict[str, str]) -> tuple[int, int, int, str, str, Launch]:
     numbers = (int(row[key]) for key in ("size_px", "steps", "ipc"))
     return *numbers, row["objective"], row["precision"], row["launch"]
 

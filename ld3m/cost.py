@@ -321,7 +321,7 @@ def iteration(
     seconds = rendered + (meter.params.threads / threads if objective in DISTANCES else 1) * matching.seconds()
     units = ("real images", "rounds of classes") if objective in DISTANCES else ("images", "steps of the student")
     tried = "; ".join(filter(None, (rendering.tried("images", "steps"), matching.tried(*units))))
-    return seconds, peak_of(*held * [rendering], matching, device=meter.params.on_device), tried
+    return seconds, peak_of(*held * [rendering], matching), tried
 
 
 def many(runs: range) -> str:

@@ -40,6 +40,12 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def tested_at_once(device: torch.device | str, *, size_px: int) -> int:
+    """How many images a network that is tested takes at once: on a CPU few, which stay in its cache, on CUDA a million
+    pixels."""
+    return 50 if torch.device(device).type == "cpu" else max(1, 2**20 // size_px**2)
+
+
 def networks_at_once(device: torch.device | str, *, batch: int, size_px: int) -> int:
     """How many networks to train as one computation. On a CPU one: processes are faster there. On CUDA up to 8, as many
     as make a million pixels a step: above, the arithmetic takes longer than Python, and memory grows."""

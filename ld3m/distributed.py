@@ -2,15 +2,16 @@
 
 `over_ranks(synthetic)` takes the place of the set in `distill`. Every process holds all codes, renders its share and
 receives the others' images; in the backward pass it computes its share of the gradients and receives the others'. The
-objective is computed by every process, alike, so that all take the same step. A program of three parts:
+objective is computed by every process, alike, so that all take the same step. A program of four lines:
 
-    torch.distributed.init_process_group("nccl")          # or "gloo", on CPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]     # before anything uses a GPU
+    torch.distributed.init_process_group("nccl")                      # or "gloo", on CPUs
     experiment = Experiment(load_params())
     distill(over_ranks(experiment.synthetic("ld3m", 10)), experiment.objective("dm"), ..., checkpoint=Checkpoint())
 
-is started by `torchrun --nproc-per-node=2 program.py`, where each process sees one GPU (`CUDA_VISIBLE_DEVICES`). One of
-them writes the result. It pays where rendering is most of an iteration: many images through a large prior. Run so far
-with gloo on a CPU alone; the gradient is that of one process (tests/test_distributed.py).
+is started by `torchrun --nproc-per-node=2 program.py`; one of the processes writes the result. It pays where rendering
+is most of an iteration: many images through a large prior. Run so far with gloo on a CPU alone; the gradient is that of
+one process (tests/test_distributed.py).
 """
 
 from dataclasses import dataclass, replace

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ld3m.checkpoint import Checkpoint
 from ld3m.data import Normalization, Split
-from ld3m.devices import networks_at_once
+from ld3m.devices import networks_at_once, tested_at_once
 from ld3m.parallel import fan_out
 from ld3m.seeds import derive
 from ld3m.training import accuracy, train_together
@@ -31,7 +31,7 @@ def judge(
     """
     networks = [new_network(seed=seed) for seed in seeds]
     judges = train_together(networks, fetch, labels, seeds=seeds, **recipe)
-    batch = 50 if real.device.type == "cpu" else 1000  # a small one stays in a processor's cache
+    batch = tested_at_once(real.device, size_px=real.shape[-1])
     return [accuracy(network, partial(real.images, normalization), real.labels, batch=batch) for network in judges]
 
 
@@ -62,7 +62,8 @@ def judge_all(
     """For every set the accuracies of its networks: {architecture: [accuracy, ...]}.
 
     The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so that
-    sets of the same `seed` can be compared network by network. Those that an interrupted call left in `checkpoint` are
+    sets of the same `seed` can be compared network by network (on CUDA, where several are trained together, all but the
+    first have dropout that depends on how many). Those that an interrupted call left in `checkpoint` are
     not trained again.
     """
     keys, tasks = [], []

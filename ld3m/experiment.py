@@ -62,7 +62,7 @@ class Experiment:
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
             )
         given, changes = self.params.data, self.params.spaces.ld3m
-        prior = load_prior(folder).to(self.params.on_device).in_precision(changes.precision)
+        prior = load_prior(folder)
         prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         if changes.prior == "unconditional":
             prior = unconditional(prior)
@@ -70,9 +70,15 @@ class Experiment:
             prior = with_random_unet(prior, seed=self.params.seed)
         if changes.prior == "all_random":
             prior = with_random_weights(prior, seed=self.params.seed)
-        if changes.compile:
+        return self.launched(prior)
+
+    def launched(self, prior: Prior) -> Prior:
+        """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
+        given = self.params.spaces.ld3m
+        prior = prior.to(self.params.on_device).in_precision(given.precision)
+        if given.compile:
             return prior.compiled()
-        return prior if changes.kept_steps else prior.replayed()
+        return prior if given.kept_steps else prior.replayed()
 
     @cached_property
     def gan(self) -> Generator:

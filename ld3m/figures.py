@@ -129,7 +129,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].legend(fontsize=7)
-    labels = ["matching loss (mean of 5)", "validation accuracy, %\n(at the dots alone)", "gradient norm (mean of 5)"]
+    labels = ["matching loss\n(mean of 5)", "validation, %\n(at the dots alone)", "gradient norm\n(mean of 5)"]
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     figure.tight_layout()
@@ -191,11 +191,11 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.1), width_ratios=(3, 2))
     for architecture, part in steps[0].sort_values("T").groupby("architecture", sort=False):
         mean, low, high = (100 * part[column] for column in ("mean", "ci_low", "ci_high"))
-        thick = {"lw": 2.4, "color": "#1b9e77"} if architecture == UNSEEN else {"lw": 1}
+        thick = {"lw": 2.4, "color": "black"} if architecture == UNSEEN else {"lw": 1}
         axes[0].errorbar(
             part["T"], mean, yerr=(mean - low, high - mean), fmt="o-", ms=3, label=NAMES[architecture], **thick
         )
-    axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="#1b9e77")
+    axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="black")
     axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
     axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))

@@ -5,32 +5,46 @@ each takes less time than its start.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+SHAPES = 4  # of inputs, whose recordings are kept: each holds its memory
 
 
 class Replayed:
     """`function` of tensors, recorded with its backward pass at the first call with inputs of some shapes.
 
     On CUDA it gives the values and gradients of `function`, of the parameters of `learned` too; elsewhere it is
-    `function`. What it returns is the caller's own, but the backward pass is that of the **last** call: take gradients
-    before calling again. `function` must not wait for the device; where it has learned parameters, nothing that keeps a
-    graph of them may be alive at its first call.
+    `function`. What it returns is the caller's own, but the backward pass is that of the last call: a gradient that is
+    taken after another call is a RuntimeError. `function` must not wait for the device; where it has learned
+    parameters, nothing that keeps a graph of them may be alive at its first call.
     """
 
     def __init__(self, function: Callable[..., Tensor], *learned: nn.Module) -> None:
         self.function = function
         self.learned = learned
         self.recorded: dict[tuple, Callable[..., Tensor]] = {}
+        self.calls = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not inputs[0].is_cuda:
             return self.function(*inputs)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if shapes not in self.recorded:
+            if len(self.recorded) == SHAPES:
+                del self.recorded[next(iter(self.recorded))]
             self.recorded[shapes] = self._record(inputs)
-        return self.recorded[shapes](*inputs).clone()
+        output = self.recorded[shapes](*inputs).clone()
+        self.calls += 1
+        if output.requires_grad:
+            output.register_hook(partial(self._require_last, self.calls))
+        return output
+
+    def _require_last(self, call: int, grad: Tensor) -> None:
+        if call != self.calls:
+            raise RuntimeError("the function was called again before this gradient, which would be the last call's")
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         examples = tuple(tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs)

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ld3m import paths
 from ld3m.published import comparison_table
 from ld3m.storage import write_bytes
-from ld3m.tables import NAMES, UNSEEN, costs_beside, paper_style
+from ld3m.tables import NAMES, UNSEEN, costs_beside, latex, paper_style
 
 ABLATIONS = {
     "steps": ("Number of steps T", ""),
@@ -36,6 +36,8 @@ ABLATIONS = {
 ABLATION_COSTS = {
     "grad_norm_z": "‖∇z‖", "grad_norm_c": "‖∇c‖", "seconds_per_iteration": "s/iteration", "peak_mib": "peak MiB",
 }  # fmt: skip
+WRITTEN_WITH_NOTES = {"main", "runs", "comparison"}  # as md and tex, by `report.write_tables`
+MEASURED = {"Seconds", ABLATION_COSTS["seconds_per_iteration"]}  # columns that never repeat
 SHOWN_ELSEWHERE = {"main", "scores", "differences", "comparison", "paper", "settings", "costs", "prior"} | {
     "gan", "gradient_norms", "ablations", "ablation_costs", "runs", "runs_differences", "spread", "metrics",
     "ablation_changes", "validation",
@@ -94,26 +96,41 @@ class Section:
 
 
 def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> Path:
-    """Writes the report and returns its file."""
+    """Writes the report and returns its file. Every table of it is then also there as md and tex, those with seconds
+    at `costs_beside` the tables."""
     write_bytes(file, render(tables, figures).encode())
+    for section in _sections(tables, figures):
+        for table in section.blocks:
+            if isinstance(table, Table) and table.name not in WRITTEN_WITH_NOTES:
+                folder = costs_beside(tables) if MEASURED & set(table.frame.columns) else tables
+                markdown = table.frame.to_markdown(index=False, disable_numparse=True)
+                write_bytes(folder / f"{table.name}.md", f"{markdown}\n\n{table.caption}\n".encode())
+                write_bytes(folder / f"{table.name}.tex", latex(table.frame, table.caption).encode())
     return file
 
 
 def render(tables: Path, figures: Path) -> str:
-    """The report as text; a section is there if the table or figure it shows is."""
-    files = sorted([*tables.glob("*.csv"), *costs_beside(tables).glob("*.csv")], key=lambda file: file.name)
-    # "none" and its like are words here
-    found = {file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in files}
-    makers = (_results, _runs, _metrics, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs)
-    makers += (_prior, _others)
-    sections = [section for maker in makers if (section := maker(found, tables, figures)) and section.blocks]
+    """The report as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.tests["table"] = lambda block: isinstance(block, Table)
-    dataset = found["main"].dataset.iloc[0] if "main" in found else ""
-    return environment.get_template("html.j2").render(sections=sections, dataset=dataset, strong=_strong)
+    main = tables / "main.csv"
+    dataset = pd.read_csv(main).dataset.iloc[0] if main.exists() else ""
+    return environment.get_template("html.j2").render(
+        sections=_sections(tables, figures), dataset=dataset, strong=_strong
+    )
+
+
+def _sections(tables: Path, figures: Path) -> list[Section]:
+    """Those whose tables or figures are there."""
+    files = sorted([*tables.glob("*.csv"), *costs_beside(tables).glob("*.csv")], key=lambda file: file.name)
+    # "none" and its like are words here
+    found = {file.stem: pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in files}
+    makers = (_results, _runs, _metrics, _paper, _images, _accuracy, _curves, _gradients, _steps, _ablations, _costs)
+    makers += (_prior, _others)
+    return [section for maker in makers if (section := maker(found, tables, figures)) and section.blocks]
 
 
 def _results(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Section | None:
@@ -152,7 +169,8 @@ def _spread(spread: pd.DataFrame) -> Table:
         frame[label] = (100 * shown[column]).map("{:.1f}".format)
     caption = (
         "Where the spread is: standard deviations in points of accuracy, of networks on the set of run 0, and of one "
-        "network a run; what the second has beyond the first is that of runs"
+        "network a run; what the second has beyond the first is that of runs. Each is estimated from few values: 0.0 "
+        "says that nothing is told beyond the first"
     )
     return Table("spread", caption, frame.astype(str), headers=2)
 
@@ -192,7 +210,7 @@ def _differences(name: str, changes: pd.DataFrame, over: str) -> Table:
             "95 % interval": [
                 f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in zip(shown.ci_low, shown.ci_high, strict=True)
             ],
-            "p": shown.p.map("{:.3f}".format),
+            "p": ["<0.001" if p < 0.001 else f"{p:.3f}" for p in shown.p],
             "n": shown.n.astype(str),
         }
     )
@@ -263,18 +281,21 @@ def _curves(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Sect
 
 
 def _starts(checks: pd.DataFrame) -> Table:
-    ends = checks.groupby(["ipc", "objective", "space"], sort=False).accuracy.agg(["first", "last"]).reset_index()
+    groups = checks.groupby(["ipc", "objective", "space"], sort=False)
+    ends = groups.accuracy.agg(["first", "last"]).reset_index()
+    kept = checks.iteration[groups.accuracy.idxmax()]
     frame = pd.DataFrame(
         {
             "IPC": ends.ipc.astype(str),
             "Set": ends.objective.map(NAMES) + " " + ends.space.map(NAMES),
             "Start": (100 * ends["first"]).map("{:.1f}".format),
             "End": (100 * ends["last"]).map("{:.1f}".format),
+            "Kept iteration": kept.astype(str).tolist(),
         }
     )
     caption = (
         "Validation accuracy, percent, mean of few networks of the distilling architecture: of what a space starts "
-        "from, and of the last iteration"
+        "from, and of the last iteration; and the iteration that is kept, the best of those checked: at 0 the start"
     )
     return Table("validation", caption, frame, headers=2)
 

@@ -59,10 +59,10 @@ def available_bytes(device: str, *, root: Path = Path("/")) -> int:
 
 
 def used_bytes(device: str) -> int:
-    """What this process holds: of a CUDA device's memory that of its tensors, else what of it is in memory. 0 where the
-    system (any but Linux) does not say."""
+    """What this process holds: of a CUDA device's memory what it has reserved, else what of it is in memory. 0 where
+    the system (any but Linux) does not say."""
     if device == "cuda":
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_reserved()
     return 1024 * _numbers(Path("/proc/self/status")).get("VmRSS", 0)
 
 

@@ -29,6 +29,7 @@ def silent() -> Iterator[None]:
 def forget_peak() -> bool:
     """Lets `peak_gib` start anew from now on; False where the system (any but Linux) cannot."""
     if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
@@ -40,9 +41,9 @@ def forget_peak() -> bool:
 
 def peak_gib() -> float:
     """The largest resident memory of this process, in GiB, so far or since `forget_peak`; of the CUDA device's memory,
-    that of its tensors, where the process uses one."""
+    what it has reserved for its tensors and recordings, where the process uses one."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -51,7 +51,7 @@ def printed() -> pd.DataFrame:
 
 
 def comparison(summary: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
-    """The paper's unseen means and ours, and how far LD3M is above the other spaces in each, in percent.
+    """The paper's unseen means and ours, and how far LD3M is above the other spaces in each, as fractions.
 
     Columns: objective, space, minus (empty for the means themselves), source ("paper" or "ours"), data, ipc, mean,
     half: what the paper prints after ±, or half of our 95 % interval; empty where the paper prints none.
@@ -59,28 +59,29 @@ def comparison(summary: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
     rows: list[tuple[Any, ...]] = []
     for (objective, space), values in TABLE_4.items():
         for subset, (mean, spread) in zip(SUBSETS, values, strict=True):
-            rows.append((objective, space, "", "paper", subset, 10, mean, spread))
+            rows.append((objective, space, "", "paper", subset, 10, mean / 100, spread / 100))
             if space == "ld3m":
                 for other in ("pixel", "glad"):
                     gap = mean - TABLE_4[objective, other][SUBSETS.index(subset)][0]
-                    rows.append((objective, space, other, "paper", subset, 10, gap, None))
+                    rows.append((objective, space, other, "paper", subset, 10, gap / 100, None))
     (dataset,) = summary.dataset.unique()
     between = changes[changes.minus.isin(["pixel", "glad"])]
     for frame in (summary[summary.objective != "none"].assign(minus=""), between):
         for row in frame[frame.architecture == UNSEEN].itertuples():
-            half = 100 * (row.ci_high - row.mean)
-            rows.append((row.objective, row.space, row.minus, "ours", dataset, row.ipc, 100 * row.mean, half))
+            half = row.ci_high - row.mean
+            rows.append((row.objective, row.space, row.minus, "ours", dataset, row.ipc, row.mean, half))
     return pd.DataFrame(
         rows, columns=["objective", "space", "minus", "source", "data", "ipc", "mean", "half"]
     ).sort_values(["objective", "minus"], kind="stable", ignore_index=True)
 
 
 def comparison_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """`comparison` as it is read: one row a set or difference, one column a data set of the paper or an IPC of ours."""
+    """`comparison` as it is read, in percent: one row a set or difference, one column a data set of the paper or an IPC
+    of ours."""
     sign = ["+" if minus else "" for minus in frame.minus]
-    halves = ["" if pd.isna(half) else f" ± {half:.1f}" for half in frame.half]
+    halves = ["" if pd.isna(half) else f" ± {100 * half:.1f}" for half in frame.half]
     wide = frame.assign(
-        text=[f"{mean:{plus}.1f}{half}" for mean, plus, half in zip(frame["mean"], sign, halves, strict=True)],
+        text=[f"{100 * mean:{plus}.1f}{half}" for mean, plus, half in zip(frame["mean"], sign, halves, strict=True)],
         Set=[
             f"{NAMES[row.objective]} {NAMES[row.space]}" + (f" - {NAMES[row.minus]}" if row.minus else "")
             for row in frame.itertuples()
@@ -95,19 +96,26 @@ def comparison_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pivot.loc[list(dict.fromkeys(wide.Set)), columns].fillna("–").reset_index().rename_axis(columns=None)
 
 
-def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
-    """What differs between the paper's Table 4 and ours, at these images per class: columns setting, paper, ours."""
+def settings(params: Params, *, spaces: list[str], ipcs: list[int]) -> pd.DataFrame:
+    """What differs between the paper's Table 4 and ours, of these spaces and images per class: columns setting, paper,
+    ours."""
     given, ld3m, grid, recipe = params.data, params.spaces.ld3m, params.grid, params.evaluate.recipe
     network = params.networks[params.distill.network]
     depth = f", depth {network.depth}" if network.depth else ""
     distils = f"{NAMES[params.distill.network]}{depth}, width {network.width}"
     iterations = [
         f"{NAMES[objective]} "
-        + ", ".join(f"{NAMES[space]} {_iterations(params, objective, space, ipcs)}" for space in grid.space)
+        + ", ".join(
+            f"{NAMES[space]} {_of_each({ipc: params.budget(objective, space, ipc).iterations for ipc in ipcs})}"
+            for space in spaces
+        )
         for objective in grid.objective
     ]
     widths = [f"{NAMES[name]} {params.networks[name].width}" for name in grid.architecture]
-    epochs = [f"{NAMES[name]} {recipe.epochs[name]}" for name in grid.architecture]
+    epochs = [
+        f"{NAMES[name]} {_of_each({ipc: params.recipe(name, ipc)['epochs'] for ipc in ipcs})}"
+        for name in grid.architecture
+    ]
     unet = "-".join(map(str, params.prior.denoiser.widths))
     rows = [
         ("Data", "ImageNet subsets A to E, 10 classes each", params.dataset),
@@ -117,6 +125,11 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
             "Prior of LD3M",
             "cin256-v2, trained on ImageNet at 256 px",
             params.prior.source or f"a U-Net of widths {unet}, trained on the same training split",
+        ),
+        *(
+            [("Prior of GLaD", "StyleGAN-XL, trained on ImageNet", "a small GAN, trained on the same training split")]
+            if "glad" in spaces
+            else []
         ),
         ("Reverse steps T; guidance", "10; 3.0", f"{ld3m.steps}; {ld3m.guidance}"),
         ("Iterations", "10,000 (GLaD 1,000)", "; ".join(iterations)),
@@ -142,8 +155,9 @@ def settings(params: Params, *, ipcs: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "paper", "ours"])
 
 
-def _iterations(params: Params, objective: str, space: str, ipcs: list[int]) -> str:
-    usual = params.budget(objective, space).iterations
-    counts = {ipc: params.budget(objective, space, ipc).iterations for ipc in ipcs}
-    others = [f" ({count} for {ipc} images a class)" for ipc, count in counts.items() if count != usual]
-    return f"{usual}{''.join(others)}"
+def _of_each(counts: dict[int, int]) -> str:
+    """The count of the first number of images per class, and of others where theirs are others."""
+    first = next(iter(counts.values()))
+    return f"{first}" + "".join(
+        f" ({count} for {ipc} images a class)" for ipc, count in counts.items() if count != first
+    )

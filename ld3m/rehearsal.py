@@ -1,6 +1,5 @@
 """A few iterations of everything that an experiment does, timed: by the real code, on what is there or on stand-ins."""
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ld3m.compvis import build_full_size
 from ld3m.data import Dataset, Normalization, Split
+from ld3m.devices import tested_at_once
 from ld3m.diffusion import Prior, Unfit, build_prior, with_classes
 from ld3m.distill import Synthetic
 from ld3m.experiment import Experiment
@@ -92,7 +92,7 @@ class Rehearsal(Experiment):
         except (FileNotFoundError, Unfit) as problem:  # a broken one is an error here too
             prior, kind = self._in_its_place()
             self.absent["prior"] = f"{kind} in the place of the prior: {re.split('[.;] ', str(problem))[0]}"
-        return prior.to(self.params.on_device).in_precision(self.params.spaces.ld3m.precision).frozen()
+        return self.launched(prior.frozen())
 
     def _in_its_place(self) -> tuple[Prior, str]:
         """A prior like the one that the stage `prior` is to make or to link to, and what it is. Which of its classes
@@ -247,7 +247,9 @@ def copies(one: Synthetic, count: int) -> Synthetic:
 
 
 def a_step(training: Callable[[int, int], Callable[[], Any]], batch: int, longer: int = STEPS) -> float:
-    """Seconds of a step of `training(steps, batch)`: what `longer` steps take more than one does."""
+    """Seconds of a step of `training(steps, batch)`: what `longer` steps take more than one does. On CUDA more steps,
+    for each training records its own, which scatters."""
+    longer *= 10 if torch.cuda.is_initialized() else 1
     with silent():
         short, long = (clock(training(steps, batch)) for steps in (1, longer))
     return max(long - short, 1e-9) / (longer - 1)
@@ -272,9 +274,9 @@ def _network(
 
     def test(count: int) -> float:
         given = images(count)
-        return clock(lambda: accuracy(network, *given))
+        return clock(lambda: accuracy(network, *given, batch=count))
 
     return (
         grow(lambda count: a_step(training, count), full=batch, device=device),
-        grow(test, full=inspect.signature(accuracy).parameters["batch"].default, device=device),
+        grow(test, full=tested_at_once(device, size_px=shape[-1]), device=device),
     )

@@ -26,6 +26,7 @@ from ld3m.tables import (
     cells,
     costs_beside,
     differences,
+    latex,
     paper_style,
     read_ablations,
     read_costs,
@@ -97,7 +98,7 @@ def _write_main(folder: Path, name: str, summary: pd.DataFrame, note: str, sente
     markdown = "\n".join([table.to_markdown(index=False, disable_numparse=True), "", note, "", *sentences, ""])
     _write_csv(folder, name, summary)
     write_bytes(folder / f"{name}.md", markdown.encode())
-    write_bytes(folder / f"{name}.tex", _latex(table, note))
+    write_bytes(folder / f"{name}.tex", latex(table, note).encode())
     return markdown
 
 
@@ -159,14 +160,11 @@ def _write_comparison(params: Params, summary: pd.DataFrame, changes: pd.DataFra
     markdown = table.to_markdown(index=False, disable_numparse=True)
     _write_csv(folder, "paper", published.printed())
     _write_csv(folder, "comparison", frame)
-    ipcs = sorted(set(summary.ipc[summary.objective != "none"]))
-    _write_csv(folder, "settings", published.settings(params, ipcs=ipcs))
+    distilled = summary[summary.objective != "none"]
+    shown = dict(spaces=list(dict.fromkeys(distilled.space)), ipcs=sorted(set(distilled.ipc)))
+    _write_csv(folder, "settings", published.settings(params, **shown))
     write_bytes(folder / "comparison.md", f"{markdown}\n\n{note}\n".encode())
-    write_bytes(folder / "comparison.tex", _latex(table, note))
-
-
-def _latex(table: pd.DataFrame, caption: str) -> bytes:
-    return table.to_latex(index=False, caption=caption.replace("%", r"\%")).replace("±", r"$\pm$").encode()
+    write_bytes(folder / "comparison.tex", latex(table, note).encode())
 
 
 def _gradient_norms(params: Params) -> pd.DataFrame:

@@ -242,11 +242,11 @@ def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
     """Plain sentences: is LD3M above the others on unseen architectures, is every set above random real images?
 
     `paired_by` is the plural of what was drawn anew: networks or runs."""
-    between = changes[changes.minus.isin(["pixel", "glad"]) & (changes.architecture == UNSEEN)]
+    between = changes[changes.minus.isin(["pixel", "glad", "herding"]) & (changes.architecture == UNSEEN)]
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
     for row in between.itertuples():
-        other = NAMES[row.minus] if row.minus != "pixel" else "pixel"
+        other = NAMES[row.minus] if row.minus == "glad" else row.minus
         if row.ci_low > 0:
             verdict = f"LD3M is above {other}"
         elif row.ci_high < 0:
@@ -266,3 +266,11 @@ def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
 
 def _points(row: Any) -> str:
     return f"{100 * row.mean:+.1f} points (95 % interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})"
+
+
+def latex(table: pd.DataFrame, caption: str) -> str:
+    """A table of text as LaTeX, in which no character of it means anything but itself."""
+    text = table.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
+    for given, written in {"±": r"$\pm$", "‖∇": r"$\|\nabla$ ", "‖": r"$\|$", "–": "--"}.items():
+        text = text.replace(given, written)
+    return text

@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def rows(file):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs the benchmark on two cases and returns its rows."""
-    monkeypatch.setattr(full_size, "cases", lambda scale: CASES)
+    monkeypatch.setattr(full_size, "cases", lambda scale, device: CASES)
 
     def main(*options):
         full_size.main(["--device", "cpu", "--smoke", "--out", str(tmp_path / "cost.csv"), *options])
@@ -43,6 +44,13 @@ def test_rows_are_measured_once(run, capsys):
         assert float(row["hours_for_10000_iterations"]) == pytest.approx(hours, rel=1e-2)
     assert capsys.readouterr().out.count("roofline:") == 2
     assert run("--minutes", "5") == first
+
+
+def test_what_is_replayed_has_the_arithmetic_of_the_eager_row(run, monkeypatch):
+    monkeypatch.setattr(full_size, "cases", lambda *scale: [CASES[0], replace(CASES[0], launch="replayed"), CASES[1]])
+    found = run("--minutes", "5")
+    assert [row["launch"] for row in found] == ["eager", "replayed", "eager"]
+    assert found[1]["tflop"] == found[0]["tflop"] != found[2]["tflop"] and float(found[1]["tflop_per_s"]) > 0
 
 
 def test_memory_that_runs_out_is_a_row(run, monkeypatch):
@@ -103,11 +111,11 @@ def test_bf16_is_near_fp32_and_gives_fp32():
 
 
 def test_the_cases_are_ordered():
-    found = full_size.cases(full_size.PAPER)
-    assert found[0] == Case(128, 20, 1, "dm", "bf16", "eager")
-    assert len(found) == len(set(found)) == 48
-    assert Counter(case.launch for case in found) == {"replayed": 32, "eager": 8, "compiled": 8}
-    assert all(case.ipc == 1 for case in found[:25])
+    found = {device: full_size.cases(full_size.PAPER, torch.device(device)) for device in ("cuda", "cpu")}
+    assert all(cases[0] == Case(128, 20, 1, "dm", "bf16", "eager") for cases in found.values())
+    assert all(len(cases) == len(set(cases)) and {case.ipc for case in cases[:17]} == {1} for cases in found.values())
+    launches = {device: Counter(case.launch for case in cases) for device, cases in found.items()}
+    assert launches == {"cuda": {"replayed": 32, "eager": 8, "compiled": 8}, "cpu": {"eager": 32, "compiled": 8}}
 
 
 def test_the_proof(tmp_path):

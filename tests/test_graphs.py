@@ -73,6 +73,17 @@ def test_values_and_gradients_those_of_parameters_too_are_the_function_s():
 
 
 @NEEDS_CUDA
+def test_a_gradient_after_another_call_is_an_error():
+    replayed = Replayed(torch.square)
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    first, second = replayed(x), replayed(x)
+    with pytest.raises(RuntimeError, match="called again before this gradient"):
+        first.sum().backward()
+    second.sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+
+
+@NEEDS_CUDA
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, tolerance):
     pixels, weight = (torch.randn(3, 1, SIZE_PX, SIZE_PX, device="cuda").clamp(-1, 1) for _ in range(2))

@@ -277,7 +277,10 @@ def test_the_numbers_of_ablations_and_costs_are_those_of_the_csv(folders, docume
     assert defects["Change of unseen"].tolist() == ["–", "-1.2 ± 0.4", "–"]
     assert defects["peak MiB"].tolist() == ["–"] * 3
     assert document.tables["costs"][1] == ["1", "DM LD3M", "40", "12.5", "0.312", "812"]
-    assert document.tables["validation"] == [["IPC", "Set", "Start", "End"], ["1", "DM LD3M", "50.0", "70.0"]]
+    assert document.tables["validation"] == [
+        ["IPC", "Set", "Start", "End", "Kept iteration"],
+        ["1", "DM LD3M", "50.0", "70.0", "20"],
+    ]
     assert document.tables["gradient-norms"] == [["Learned", "T", "skip None", "skip x0"], ["z", "5", "1.25", "2.5"]]
     assert ["recognised", "0.95"] in document.tables["prior"]
     assert ["recognised", "0.965"] in document.tables["gan"]
@@ -313,6 +316,23 @@ def test_a_section_is_there_if_what_it_shows_is(folders, table, figure, gone):
 def test_the_same_tables_give_the_same_bytes(folders, tmp_path):
     files = [html.write_report(tables=folders[0], figures=folders[1], file=tmp_path / name) for name in ("a", "b")]
     assert files[0].read_bytes() == files[1].read_bytes() == html.render(*folders).encode()
+
+
+def test_every_table_is_also_written_to_be_read_and_typeset(folders, document, tmp_path):
+    tables, costs = folders[0], folders[0].with_name("costs")
+    html.write_report(tables=tables, figures=folders[1], file=tmp_path / "index.html")
+    for name, rows in document.tables.items():
+        folder = costs if {"Seconds", "s/iteration"} & set(rows[0]) else tables
+        if name not in ("main", "runs", "comparison"):  # with notes, by `report.write_tables`
+            lines = (folder / f"{name}.md").read_text().splitlines()
+            found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+            width = len(found[0])  # the page draws intervals beside
+            assert [found[0], *found[2:]] == [row[:width] for row in rows], name
+            assert r"\begin{tabular}" in (folder / f"{name}.tex").read_text()
+    assert {"costs", "ablation-steps"} <= {file.stem for file in costs.glob("*.tex")}
+    assert {"differences", "metrics", "validation"} <= {file.stem for file in tables.glob("*.md")}
+    typeset = (tables / "differences.tex").read_text()
+    assert r"95 \% interval" in typeset and "‖" not in (costs / "ablation-steps.tex").read_text()
 
 
 @pytest.mark.skipif(not paths.REPORT.exists(), reason="`make report` has not been run")

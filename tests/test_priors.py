@@ -733,6 +733,9 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, mon
     assert relative_difference(tensors["c"], started) < 0.1
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
     assert json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
+    for kept, is_replayed in ((0, True), (1, False)):
+        used = Experiment(load_params(overrides | {"spaces.ld3m.kept_steps": kept})).prior
+        assert bool(used.recordings) == is_replayed
     monkeypatch.setattr(Prior, "compiled", lambda prior: (prior, "compiled"))
     changes = {"spaces.ld3m.prior": "all_random", "spaces.ld3m.compile": True}
     drawn, is_compiled = Experiment(load_params(overrides | changes)).prior

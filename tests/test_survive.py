@@ -1,7 +1,7 @@
 """Every long stage is killed at random moments and ended by signals; what comes out is what an undisturbed run gives.
 
-A moment is a number of calls: a run is killed when it has made so many calls of functions, in Python or of C. So every
-place of the code has its turn, that between two renames too, and a moment that was found stays where it is. The moments
+A moment is a number of calls: a run is killed when its main thread has made so many calls of functions, in Python or of
+C. So every call has its turn, that between two renames too, and a moment that was found stays where it is. The moments
 are always the same, but where the environment's LD3M_KILLS draws others, as in `make test-all`.
 Children are forked from one server, which has imported what they need.
 """
@@ -227,6 +227,15 @@ def test_ended_by_a_signal_and_resumed_gives_the_same_bytes(server, undisturbed,
     if ends[-1] != 0:
         assert end() == 0
     assert content(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_what_was_done_is_not_done_again(server, undisturbed, tmp_path, stage):
+    expected, calls = undisturbed(stage)
+    kept = dict(minutes=float("inf"), number=signal.SIGTERM)
+    assert run(server, stage, tmp_path, after=int(0.8 * calls), **kept) == INTERRUPTED
+    assert run(server, stage, tmp_path, **kept) == 0
+    assert int((tmp_path / "calls").read_text()) < 0.8 * calls and content(tmp_path / "out") == expected
 
 
 def count_slowly(file: Path) -> list[int]:
