@@ -12,6 +12,7 @@ import signal
 import sys
 
 sys.modules["rfc3987_syntax"] = None  # of jsonschema, for IRIs, which no notebook has: a grammar that takes two seconds
+sys.modules["pyarrow"] = None  # for notebooks in Hadoop's file system
 
 from jupyter_client.provisioning import LocalProvisioner  # noqa: E402
 from papermill.cli import papermill  # noqa: E402
