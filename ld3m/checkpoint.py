@@ -81,7 +81,7 @@ class Checkpoint:
         try:
             if kind is None or is_interrupted:
                 self._save()
-            if is_interrupted:
+            if is_interrupted or kind is None and self._signals:  # while the last state was written
                 message = f"ended by a signal. {self.status()}"
                 print(message, flush=True)  # papermill, when it is ended itself, shows no more than what was printed
                 raise Interrupted(message) from None

@@ -231,11 +231,15 @@ def test_ended_by_a_signal_and_resumed_gives_the_same_bytes(server, undisturbed,
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_what_was_done_is_not_done_again(server, undisturbed, tmp_path, stage):
-    expected, calls = undisturbed(stage)
-    kept = dict(minutes=float("inf"), number=signal.SIGTERM)
-    assert run(server, stage, tmp_path, after=int(0.8 * calls), **kept) == INTERRUPTED
-    assert run(server, stage, tmp_path, **kept) == 0
-    assert int((tmp_path / "calls").read_text()) < 0.8 * calls and content(tmp_path / "out") == expected
+    rarely = dict(minutes=float("inf"), number=signal.SIGTERM)  # without calls that write states on the way
+    for _ in range(2):  # the second time what stages share is there
+        assert run(server, stage, tmp_path, **rarely) == 0
+    calls = int((tmp_path / "calls").read_text())
+    ended = run(server, stage, tmp_path, after=int(0.8 * calls), **rarely)
+    assert ended in (INTERRUPTED, -signal.SIGTERM)  # the latter between two checkpoints
+    assert run(server, stage, tmp_path, **rarely) == 0
+    assert int((tmp_path / "calls").read_text()) < 0.8 * calls
+    assert content(tmp_path / "out") == undisturbed(stage)[0]
 
 
 def count_slowly(file: Path) -> list[int]:
