@@ -72,7 +72,7 @@ def test_the_report_shows_what_the_readme_says(committed):
     glad, pixel = against.loc["glad", 1], against.loc["pixel"]
     assert (glad.ci_low < 0).all() and (glad.ci_high > 0).to_dict() == {"dc": False, "dm": True, "mtt": False}
     iterations = [load_params().budget("dm", "ld3m", ipc).iterations for ipc in (10, 1)]
-    said = f"LD3M has {iterations[0]} iterations there, a quarter"
+    said = f"LD3M has {iterations[0]} iterations, a quarter"
     assert said in " ".join(README.split()) and iterations[1] == 4 * iterations[0]
     assert (pixel["mean"] > 0).all() and pixel.ci_low[10, "dm"] < 0 < pixel.ci_high[10, "dm"]
     assert against.ci_low["glad", 10, "dm"] < 0 < against.ci_high["glad", 10, "dm"]
