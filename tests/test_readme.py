@@ -156,6 +156,14 @@ def test_a_gpu_shows_what_the_readme_says(committed):
     assert set(costs.precision) == {"bf16"} and set(costs.ipc) == {1}
 
 
+def test_memory_at_full_size_is_what_the_readme_says(committed):
+    found = pd.read_csv(committed / "benchmarks/full_size_cpu.csv")
+    assert found.finite_and_non_zero.all() and found.objective.unique().tolist() == ["dm", "dc", "mtt"]
+    assert f"most {found.peak_gib.max():.1f} GiB" in README and found.peak_gib.max() < 14
+    mtt = found[found.objective == "mtt"].set_index("steps").peak_gib
+    assert f"takes {100 * (mtt[20] / mtt[5] - 1):.0f} % more memory than with 5" in README
+
+
 def test_the_lines_written_by_hand_are_short():
     before, _, rest = README.partition("<!-- table -->")
     by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
