@@ -224,9 +224,7 @@ class Machine:
 
     def reset_peak(self) -> None:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
+        if self.device.type == "cpu":
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept for later
         forget_peak()
 

@@ -98,8 +98,9 @@ class Section:
 def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> Path:
     """Writes the report and returns its file. Every table of it is then also there as md and tex, those with seconds
     at `costs_beside` the tables."""
-    write_bytes(file, render(tables, figures).encode())
-    for section in _sections(tables, figures):
+    sections = _sections(tables, figures)
+    write_bytes(file, _page(sections, tables).encode())
+    for section in sections:
         for table in section.blocks:
             if isinstance(table, Table) and table.name not in WRITTEN_WITH_NOTES:
                 folder = costs_beside(tables) if MEASURED & set(table.frame.columns) else tables
@@ -111,6 +112,10 @@ def write_report(*, tables: Path, figures: Path, file: Path = paths.REPORT) -> P
 
 def render(tables: Path, figures: Path) -> str:
     """The report as text."""
+    return _page(_sections(tables, figures), tables)
+
+
+def _page(sections: list[Section], tables: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -118,9 +123,7 @@ def render(tables: Path, figures: Path) -> str:
     environment.tests["table"] = lambda block: isinstance(block, Table)
     main = tables / "main.csv"
     dataset = pd.read_csv(main).dataset.iloc[0] if main.exists() else ""
-    return environment.get_template("html.j2").render(
-        sections=_sections(tables, figures), dataset=dataset, strong=_strong
-    )
+    return environment.get_template("html.j2").render(sections=sections, dataset=dataset, strong=_strong)
 
 
 def _sections(tables: Path, figures: Path) -> list[Section]:

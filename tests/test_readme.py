@@ -148,6 +148,19 @@ def test_a_gpu_shows_what_the_readme_says(committed):
     assert all(abs(below[cell]) < 0.04 if cell[0] == "dm" else below[cell] > 0.04 for cell in published)
     assert found["none", "random_real", 1] > 0.144 and found["none", "random_real", 10] > 0.26
     assert "ld3m" not in set(scores.space)
+    every = pd.read_csv(committed / "reports/cifar10/gpu_scores.csv")
+    means = every.set_index(["ipc", "objective", "space", "architecture"])["mean"]
+    header = re.sub(r"\s*\n#\s*", " ", (ROOT / "profiles/cifar10.yaml").read_text())
+    for ipc, objective, space, name in (
+        *((1, "none", "random_real", "random real"), (1, "dm", "pixel", "DM pixel"), (1, "mtt", "pixel", "MTT pixel")),
+        *((1, "dc", "glad", "DC GLaD"), (10, "none", "random_real", "random real"), (10, "dc", "pixel", "DC pixel")),
+        *((10, "dm", "pixel", "DM pixel"), (10, "mtt", "pixel", "MTT pixel")),
+    ):
+        seen, unseen = (f"{100 * means[ipc, objective, space, judge]:.1f}" for judge in ("convnet", "unseen"))
+        assert f"{name} {seen} and {unseen}" in header, (ipc, name)
+    lines = {line.split(" |")[0]: line for line in README.splitlines() if "cifar10/gpu_scores mean" in line}
+    for (objective, ipc), value in published.items():
+        assert f"| {100 * value:.1f} |" in lines[f"| {objective.upper()} pixel"], (objective, ipc)
     costs = pd.read_csv(committed / "benchmarks/full_size_cuda.csv").query("size_px == 128 and launch == 'replayed'")
     dm = costs[costs.objective == "dm"].set_index("steps")
     assert f"{100 * dm.tflop_per_s[20] / dm.matmul_tflop_per_s[20]:.0f} % of the rate of a large bf16 product" in README
