@@ -56,6 +56,8 @@ def check(params: Params) -> list[str]:
     needed = snapshot_bytes(network, count=given.experts, epochs=given.epochs)
     require_space(paths.ROOT, needed + SPARE_BYTES)
     snapshots = given.experts * (given.epochs + 1)
+    if not (paths.ROOT / "data").exists():
+        lines.append("dvc     data/ is missing, which its stages depend on, whatever the data set: `dvc pull data.dvc`")
     lines.append(f"disk    {needed / 2**20:.0f} MiB for {snapshots} snapshots of the experts, and room to spare")
     return lines
 

@@ -229,18 +229,27 @@ def _artefact(params: Params, cell: Cell) -> tuple[dict[str, Tensor], dict[str, 
 
 def keep(dataset: str, *, reports: Path = paths.TABLES.parent) -> list[Path]:
     """Copies the main table to tables/<dataset>.{csv,md,tex} of the folder of reports, and the other tables, costs and
-    figures of the stage `tables` to <dataset>/, and returns the new files. ValueError where the table is of another."""
-    found = pd.read_csv(reports / "tables/main.csv").dataset.unique().tolist()
-    if found != [dataset]:
+    figures of the stage `tables` to <dataset>/, where the stage `report` is of that data set too with its runs and
+    ablations, and returns the new files. ValueError where the main table is of another."""
+    if (found := _datasets(reports)) != [dataset]:
         raise ValueError(f"{reports / 'tables/main.csv'} is of {found}, not of {dataset}: `dvc repro tables` makes it")
     targets = {reports / f"tables/main.{kind}": reports / f"tables/{dataset}.{kind}" for kind in ("csv", "md", "tex")}
     others = [reports / f"tables/{name}.csv" for name in ("differences", "gradient_norms", "prior", "settings")]
-    for file in [*others, *reports.glob("costs/*.csv"), *reports.glob("figures/*.png")]:
-        targets[file] = reports / dataset / file.name
+    others += [*reports.glob("costs/*.csv"), *reports.glob("figures/*.png")]
+    if _datasets(full := reports / "full") == [dataset]:
+        patterns = ("tables/runs*", "tables/spread.csv", "*/ablation*.csv", "figures/steps.png")
+        others += [file for pattern in patterns for file in full.glob(pattern)]
+    targets |= {file: reports / dataset / file.name for file in others}
     for file, target in targets.items():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
     return list(targets.values())
+
+
+def _datasets(reports: Path) -> list[str]:
+    """The data sets that the main table in a folder of reports is of."""
+    file = reports / "tables/main.csv"
+    return pd.read_csv(file).dataset.unique().tolist() if file.is_file() else []
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_p
     for stage in ("prior", "gan"):
         (line,) = [line for line in lines if line.startswith(stage)]
         assert f"the stage `{stage}` trains it" in line and f"`dvc pull --allow-missing {stage}`" in line
+    assert sum("`dvc pull data.dvc`" in line for line in lines) == 1  # wanted whatever the data set
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import json
+import shutil
 import statistics
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -465,3 +467,30 @@ def test_tables_of_a_data_set_are_kept_beside_those_of_the_next(params):
     assert (paths.TABLES / f"{DATASET}.md").read_bytes() == (paths.TABLES / "main.md").read_bytes()
     with pytest.raises(ValueError, match=rf"main.csv is of \['{DATASET}'\], not of other: `dvc repro tables` makes it"):
         report.keep("other", reports=paths.TABLES.parent)
+
+
+def test_runs_and_ablations_are_kept_too_where_the_report_is_of_the_same_data_set(params):
+    reports = paths.TABLES.parent
+    report.write_tables(params, folder=paths.TABLES)
+    report.write_tables(params, folder=reports / "full/tables")
+    of_report = (
+        "tables/runs.md",
+        "tables/spread.csv",
+        "tables/ablations.csv",
+        "costs/ablation_costs.csv",
+        "figures/steps.png",
+    )
+    others = ("tables/validation.csv", "figures/set-dc-ld3m-1.png")
+    for name in (*of_report, *others):
+        (reports / "full" / name).parent.mkdir(exist_ok=True)
+        (reports / "full" / name).write_text(name)
+    report.keep(DATASET, reports=reports)
+    for name in of_report:
+        assert (reports / DATASET / Path(name).name).read_text() == name
+    main = reports / "full/tables/main.csv"
+    assert not any((reports / DATASET / Path(name).name).exists() for name in others)
+    assert (reports / f"tables/{DATASET}.csv").read_bytes() == (paths.TABLES / "main.csv").read_bytes()
+    shutil.rmtree(reports / DATASET)
+    main.write_text(main.read_text().replace(DATASET, "other"))
+    report.keep(DATASET, reports=reports)
+    assert not (reports / DATASET / "runs.md").exists() and (reports / DATASET / "prior.csv").exists()
