@@ -60,7 +60,7 @@ test-all: embedded ## run the slow tests too, some of them on a Ray cluster of t
 	  echo "stages are killed at the moments of LD3M_KILLS=$$LD3M_KILLS"; $(PY) -m pytest -q -m ''
 
 # Passive threads, because ones that spin wherever another process also wants a core are timed too.
-bench: embedded ## measure speed and memory against plain ways of doing the same (about a quarter of an hour on two idle cores)
+bench: embedded ## measure speed and memory against plain ways of doing the same (seven minutes on two idle cores)
 	@OMP_WAIT_POLICY=passive $(PY) -m benchmarks
 
 lab: embedded ## open the notebooks in Jupyter Lab

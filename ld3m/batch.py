@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ld3m import paths
 from ld3m.checkpoint import SIGNALS
 from ld3m.config import ablation_settings, load_params
@@ -47,10 +49,12 @@ def jobs(params: Params) -> list[Job]:
     """A job for everything that the grid, `more` and the ablations ask for, in the order in which they should start."""
     name, found = params.dataset, cells(params, more=True)
     prior, gan, trajectories = paths.prior_folder(name), paths.gan_folder(name), paths.trajectories_folder(name)
+    ablated = [given for key in params.ablations.settings for _, *given in ablation_settings(key).values()]
+    wanted = {part for objective, space, _ in found for part in (objective, space)}.union(*ablated)
     made = [Job("prior", (paths.prior_check_folder(name) / "images.safetensors",), (), _notebook("00_prior"))]
-    if any(space == "glad" for _, space, _ in found):
+    if "glad" in wanted:
         made.append(Job("gan", (paths.gan_check_folder(name) / "images.safetensors",), (), _notebook("00_gan")))
-    if any(objective == "mtt" for objective, _, _ in found):
+    if "mtt" in wanted:
         made.append(Job("trajectories", (trajectories,), (), _notebook("01_trajectories")))
     needs = {"pixel": (), "random_real": (), "full_data": (), "glad": (gan,), "mtt": (trajectories,)}
     judged = []
@@ -75,7 +79,7 @@ def _ablation_jobs(params: Params) -> list[Job]:
     settled = []
     for ablation in params.ablations.settings:
         target, parts = paths.ablation_file(params.dataset, ablation), []
-        for k, (setting, (_, objective, _)) in enumerate(ablation_settings(ablation).items()):
+        for k, (setting, (_, objective, space)) in enumerate(ablation_settings(ablation).items()):
             part = target.with_name(f"{ablation}-{k}.part")
             parts.append(part)
             if not target.exists():
@@ -83,6 +87,8 @@ def _ablation_jobs(params: Params) -> list[Job]:
                 needs = (paths.prior_folder(params.dataset),)
                 if objective == "mtt":
                     needs += (paths.trajectories_folder(params.dataset),)
+                if space == "glad":
+                    needs += (paths.gan_folder(params.dataset),)
                 settled.append(Job(f"ablation-{ablation}-{k}", (part,), needs, run))
         merge = partial(_merge, params.dataset, ablation, parts)
         settled.append(Job(f"ablation-{ablation}", (target,), tuple(parts), merge))
@@ -166,6 +172,8 @@ def _are_there(files: tuple[Path, ...]) -> bool:
 
 def _logged(job: Job, log: Path) -> None:
     os.environ |= {"DVC_STAGE": job.name, "MPLBACKEND": "Agg"}  # lines instead of bars, figures without a screen
+    if job.name not in ("prior", "gan"):  # as in dvc.yaml
+        torch.set_num_threads(1)
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             job.run()

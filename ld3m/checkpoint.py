@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -77,22 +78,21 @@ class Checkpoint:
         if self.file is None:
             return
         is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._is_busy = True
         try:
             if kind is None or is_interrupted:
                 self._save()
-            if is_interrupted or kind is None and self._signals:  # while the last state was written
-                message = f"ended by a signal. {self.status()}"
-                print(message, flush=True)  # papermill, when it is ended itself, shows no more than what was printed
-                raise Interrupted(message) from None
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             _unlock(self.file, self._lock)
+        if is_interrupted or kind is None and self._signals:  # that came while the block was left
+            message = f"ended by a signal. {self.status()}"
+            print(message, flush=True)  # papermill, when it is ended itself, shows no more than what was printed
+            raise Interrupted(message) from None
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
-        if not self._is_busy or self._signals.count(signal.SIGINT) > 1:
+        if not (self._is_busy or _is_at_edge(frame)) or self._signals.count(signal.SIGINT) > 1:
             self._is_busy = True  # the next signal lets the state be written
             raise Interrupted
 
@@ -145,7 +145,8 @@ class Checkpoint:
         print(f"goes on from the last state of an interrupted run; {self._anew()}", flush=True)
 
     def _anew(self) -> str:
-        return f"to start anew delete {os.path.relpath(self.file)}*"  # the state before it too
+        beside = f" and {os.path.relpath(self.folder)}" if self.folder.is_dir() else ""
+        return f"to start anew delete {os.path.relpath(self.file)}*{beside}"  # the state before it too
 
     def _is_there(self) -> bool:
         return self.file is not None and (self.file.exists() or self.previous.exists())
@@ -177,6 +178,14 @@ class Checkpoint:
             self.file.unlink(missing_ok=True)
             self.previous.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_at_edge(frame: FrameType | None) -> bool:
+    """Whether the block of a checkpoint is being entered or left, where an exception would leave its lock behind."""
+    edges = (Checkpoint.__enter__.__code__, Checkpoint.__exit__.__code__)
+    while frame and frame.f_code not in edges:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _lock(file: Path) -> int:
@@ -212,7 +221,7 @@ def _unlock(file: Path, descriptor: int) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """`configuration` and `state` of a file that `Checkpoint.save` wrote; ValueError where it is not as written."""
+    """`configuration` and `state` of a file that a `Checkpoint` wrote; ValueError where it is not as written."""
     try:
         tensors, content = read_tensors(file)
         digest = content.pop("sha256")

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,6 +25,7 @@ from ld3m.checkpoint import SIGNALS, Checkpoint, Interrupted
 from ld3m.progress import progress
 
 ATTEMPTS = 3  # at a task whose worker is lost
+SECONDS_DEAF = 1.0  # to signals, while tasks run on a Ray cluster
 _connected_here = threading.Event()  # to a Ray cluster: else it is the caller's, to close too
 
 
@@ -52,7 +54,7 @@ def fan_out(
     with checkpoint or Checkpoint() as checkpoint, _passed_on(is_alone) as signals:
         checkpoint.resume(results.update)
         calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results and not signals)
-        arriving = _arriving(calls, processes, signals) if cluster is None else _arriving_from(cluster, calls)
+        arriving = _arriving(calls, processes, signals) if cluster is None else _arriving_from(cluster, calls, signals)
         for _ in progress(len(tasks), label=label, start=len(results)):
             k, result = next(arriving, (None, None))
             if k is None:
@@ -77,7 +79,8 @@ def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Ite
             sent[call[1]] = call
             yield delayed(_in_worker)(os.getpid(), *call)
 
-    for attempts_left in reversed(range(ATTEMPTS)):
+    lost: Counter[int] = Counter()
+    while True:
         with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
             parallel = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
             outcomes = parallel(sending(chain(list(sent.values()), calls)))
@@ -90,11 +93,12 @@ def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Ite
         except TerminatedWorkerError:  # its other workers are ended with it
             if signals:
                 return
-            if not attempts_left:
+            lost.update(list(sent))
+            if max(lost.values()) == ATTEMPTS:
                 raise
 
 
-def _arriving_from(cluster: str, calls: Iterator[tuple]) -> Iterator[tuple[int, Any]]:
+def _arriving_from(cluster: str, calls: Iterator[tuple], signals: list[int]) -> Iterator[tuple[int, Any]]:
     """As `_arriving`, from a Ray cluster. Its own tasks and not joblib's backend for it, which gives no result before
     it has all."""
     ray = _connected(cluster)
@@ -108,9 +112,14 @@ def _arriving_from(cluster: str, calls: Iterator[tuple]) -> Iterator[tuple[int, 
     run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_on_one_thread)
     waiting = [run.remote(*call) for call in islice(calls, at_once)]
     while waiting:
-        (done,), waiting = ray.wait(waiting)
-        yield ray.get(done)
-        waiting += [run.remote(*call) for call in islice(calls, 1)]
+        done, waiting = ray.wait(waiting, timeout=SECONDS_DEAF)
+        for task in done:
+            yield ray.get(task)
+            waiting += [run.remote(*call) for call in islice(calls, 1)]
+        if signals:
+            for task in waiting:
+                ray.cancel(task)
+            return
 
 
 def _connected(cluster: str) -> Any:
@@ -148,7 +157,10 @@ def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -
 
 @contextmanager
 def _passed_on(is_alone: bool) -> Iterator[list[int]]:
-    """The signals that came, each passed on to the workers, so that their tasks end; a second Ctrl-C waits for none."""
+    """The signals that came, each passed on to the workers, so that their tasks end; a second Ctrl-C waits for none.
+
+    One that came while the last result arrived ends the call at the end of the block.
+    """
     came: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -168,6 +180,8 @@ def _passed_on(is_alone: bool) -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    if came:
+        raise Interrupted
 
 
 def _in_worker(parent: int, function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:

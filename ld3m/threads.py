@@ -11,8 +11,9 @@ from torch import Tensor
 def in_parts(
     function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor], *, size: int, threads: int
 ) -> Tensor:
-    """`function(tensors)`, (N, ...), of tensors (N, ...): `size` of the N at a time, in `threads` threads of which each
-    computes on one core. Neither the result nor its gradient depends on how many there are."""
+    """`function(tensors)`, (N, ...), of tensors (N, ...): `size` of the N at a time, in so many threads of one core
+    each. Neither the result nor its gradient depends on how many there are, but that a single one is the caller's: it
+    computes on as many cores as torch is set to."""
     if not torch.is_grad_enabled():  # which a Function is not told
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     return _InParts.apply(function, size, threads, tuple(tensors), *tensors.values())

@@ -3,15 +3,19 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
 
+from ld3m import batch, paths
 from ld3m.batch import Job, jobs, run, run_notebook
-from ld3m.config import load_params
+from ld3m.config import ablation_settings, apply_profile, load_params
 
 
 def write_after(file: Path, seconds: float = 0.0) -> None:
@@ -104,6 +108,32 @@ def test_there_is_a_job_for_every_stage_before_the_tables():
     assert {f"evaluate-more-none-{key}" for key in params.more.controls} <= names
     assert "distill-dc-glad-1" not in names  # the grid has none
     assert {f"ablation-{name}" for name in params.ablations.settings} <= names
+
+
+def count_threads(file: Path) -> None:
+    file.write_text(str(torch.get_num_threads()))
+
+
+def test_a_job_has_one_thread_as_its_stage_has_but_the_training_of_a_prior(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    forkserver._forkserver._stop()  # another test's, with the threads of that time
+    todo = [Job(name, (tmp_path / name,), (), partial(count_threads, tmp_path / name)) for name in ("prior", "cell")]
+    assert run(todo, at_once=2, minutes=1, log_folder=tmp_path / "logs") == []
+    assert [(tmp_path / name).read_text() for name in ("prior", "cell")] == ["2", "1"]
+    forkserver._forkserver._stop()
+
+
+def test_ablations_alone_ask_for_a_gan_and_for_experts(tmp_path, monkeypatch):
+    file, profile = shutil.copy(paths.PARAMS, tmp_path), tmp_path / "profile.yaml"
+    settings = {"spaces": {"ld3m": {}, "glad": {"space": "glad"}, "mtt": {"objective": "mtt"}}}
+    changes = {"ablations": {"settings": settings}, "more": {"cells": {}}, "grid": {"objective": ["dm"]}}
+    profile.write_text(json.dumps(changes))
+    apply_profile(profile, path=file)
+    monkeypatch.setattr(batch, "ablation_settings", partial(ablation_settings, path=file))
+    made = {each.name: each for each in jobs(load_params(path=file))}
+    assert {"gan", "trajectories"} <= made.keys()
+    needed = [{need.name for need in made[f"ablation-spaces-{k}"].needs} for k in range(3)]
+    assert needed == [{"prior"}, {"prior", "gan"}, {"prior", "trajectories"}]
 
 
 @pytest.mark.parametrize("space, needed", [("pixel", set()), ("ld3m", {"prior"}), ("glad", {"gan"})])

@@ -7,9 +7,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks import __main__ as everything
-from benchmarks import evaluation, iteration, memory, table
+from benchmarks import evaluation, iteration, memory, representable, table
 from benchmarks.experts import textbook
 from benchmarks.table import Row, less_is_better, require_same
+from ld3m.config import load_params
+from ld3m.experiment import Experiment
 from ld3m.networks import build
 from ld3m.training import accuracy, train
 
@@ -89,3 +91,30 @@ def test_ours_and_the_plain_loop_end_with_the_same_network_and_accuracy_in_float
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     test = TensorDataset(randn(70, 3, 32, 32), torch.arange(70) % 3)
     assert accuracy(ours, test.tensors[0].__getitem__, test.tensors[1]) == evaluation._accuracy(plain, test)
+
+
+def test_the_nearest_images_are_least_squares_and_what_they_miss_is_a_share_of_the_variance():
+    rng = torch.Generator().manual_seed(0)
+    basis, target = torch.randn(12, 4, generator=rng), torch.randn(12, generator=rng)
+    weights = torch.zeros(4, requires_grad=True)
+    found = representable.nearest(lambda: basis @ weights, [weights], target, iterations=600)
+    solved = basis @ torch.linalg.lstsq(basis, target[:, None]).solution[:, 0]
+    assert found == pytest.approx(solved, abs=0.01)
+    missed = ((solved - target) ** 2).sum() / ((target - target.mean()) ** 2).sum()
+    assert representable.missed_share(found, target) == pytest.approx(missed.item(), rel=0.01)
+    assert representable.missed_share(target.mean().expand(12), target) == pytest.approx(1)
+
+
+def test_what_ld3m_can_draw_of_a_set_lies_between_its_start_and_the_set(monkeypatch):
+    few = {name: 1 for name in ("convnet", "alexnet", "vgg11", "resnet18", "vit")}
+    given = {"grid.architecture": ["convnet", "alexnet"], "evaluate.recipe.epochs": few, "spaces.ld3m.steps": 2}
+    experiment = Experiment(load_params(given))
+    pixels, labels = experiment.initial(1)
+    target = experiment.dataset.normalization.to_images(pixels)
+    monkeypatch.setattr(Experiment, "images_of", lambda *cell: (target, labels))
+    found = representable.measure(experiment, "dc", iterations=10)
+    missed = found.groupby("images").missed.first()
+    assert missed["as distilled"] == 0 < missed["nearest of the decoder"] < missed["through the autoencoder"] < 0.5
+    assert 0 < missed["nearest of LD3M"] < 0.5
+    assert set(found.architecture) == {"convnet", "alexnet", "unseen"} and set(found.n) == {3}
+    assert (found[found.images == "as distilled"][["change", "change_low", "change_high"]] == 0).all(axis=None)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -146,6 +147,43 @@ def test_between_steps_a_run_ends_at_once_with_its_last_whole_step(file, number)
             signal.raise_signal(number)
             pytest.fail("not ended")
     assert read(checkpoint) == [0]
+
+
+def test_a_signal_at_any_call_of_a_block_ends_it_with_what_is_done(file):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def block(after):
+        """What was done when the signal came at so many calls, or None where there are fewer."""
+        calls, done = 0, []
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += getattr(signal.getsignal(signal.SIGTERM), "__func__", None) is Checkpoint._on_signal
+            if calls == after:
+                calls += 1
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        sys.setprofile(count)
+        try:
+            with Checkpoint(file, minutes=0) as checkpoint:
+                for step in range(2):
+                    with checkpoint.step(lambda: done):
+                        done.append(step)
+        except Interrupted:
+            return done
+        finally:
+            sys.setprofile(None)
+        assert calls < after, "the signal was not heard"
+        return None
+
+    after, found = 0, []
+    while (done := block(after := after + 1)) is not None:
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        assert not file.with_suffix(".lock").exists()
+        assert (read(Checkpoint(file)) if file.exists() else []) == done
+        Checkpoint(file).remove()
+        found.append(len(done))
+    assert set(found) == {0, 1, 2} and len(found) > 50
 
 
 def test_an_error_in_a_step_leaves_the_state_before_it(file):

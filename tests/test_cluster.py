@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from ld3m import parallel
-from ld3m.checkpoint import Checkpoint
+from ld3m.checkpoint import Checkpoint, Interrupted
 from ld3m.config import load_params
 from ld3m.data import Dataset, Normalization, Split
 from ld3m.evaluate import Judged, judge_all
@@ -52,7 +53,7 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     """Everything that fans out asks for the cluster, whatever `processes` is."""
     asked = []
 
-    def arriving(cluster, calls):
+    def arriving(cluster, calls, signals):
         asked.append(cluster)
         for function, k, task in calls:
             yield k, function(**task)
@@ -159,6 +160,33 @@ def test_the_tasks_of_a_lost_node_are_run_on_the_others(cluster, tmp_path):
     assert found == [0, 1, 2, 3]
     (begun,) = tmp_path.glob(f"*-{lost.node_id}")
     assert len(list(tmp_path.glob(f"{begun.name.split('-')[0]}-*"))) == 2
+
+
+def waits(folder, k):
+    (folder / f"{k}").touch()
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        (folder / f"{k} ended").touch()
+        raise
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_tasks_of_a_cluster_too(cluster, tmp_path):
+    def send():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(Interrupted):
+        tasks = [{"folder": tmp_path, "k": k} for k in range(3)]
+        fan_out(waits, tasks, processes=1, cluster=cluster.address, label="tasks")
+    end = time.monotonic() + 30
+    while not {f"{k} ended" for k in range(2)} <= (found := {file.name for file in tmp_path.iterdir()}):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert "2" not in found
 
 
 def fails(k):

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from ld3m.checkpoint import Checkpoint
+from ld3m.checkpoint import Checkpoint, Interrupted
 from ld3m.parallel import ATTEMPTS, end_workers, fan_out
 from ld3m.paths import ROOT
 
@@ -48,6 +48,40 @@ def test_a_task_that_kills_every_worker_is_an_error_which_keeps_what_is_done(tmp
         results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint)
     assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
     assert results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint) == [k * k for k in range(6)]
+
+
+def flaky(folder, k):
+    """k, but the first worker that every second task is given to is killed."""
+    marker = folder / f"lost {k}"
+    if k % 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return k
+
+
+@pytest.mark.slow
+def test_losses_of_other_tasks_workers_do_not_add_up(tmp_path):
+    tasks = [{"folder": tmp_path, "k": k} for k in range(2 * ATTEMPTS + 1)]
+    assert fan_out(flaky, tasks, processes=2, label="tasks") == list(range(2 * ATTEMPTS + 1))
+    assert len(list(tmp_path.iterdir())) == ATTEMPTS
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_the_last_result_arrives_ends_the_call(tmp_path, processes):
+    arrived = []
+
+    def receive(k, result):
+        arrived.append(k)
+        if len(arrived) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    given = dict(processes=processes, label="tasks", checkpoint=Checkpoint(tmp_path / "state.safetensors"))
+    tasks = [{"folder": tmp_path, "k": 2 * k} for k in range(4)]
+    with pytest.raises(Interrupted):
+        fan_out(flaky, tasks, receive=receive, **given)
+    assert fan_out(flaky, tasks, receive=lambda k, result: arrived.append(k), **given) == [0, 2, 4, 6]
+    assert len(arrived) == 4
 
 
 FANS_OUT = """
