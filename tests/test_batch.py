@@ -124,7 +124,7 @@ def test_a_job_has_one_thread_as_its_stage_has_but_the_training_of_a_prior(tmp_p
 
 
 def test_ablations_alone_ask_for_a_gan_and_for_experts(tmp_path, monkeypatch):
-    file, profile = shutil.copy(paths.PARAMS, tmp_path), tmp_path / "profile.yaml"
+    file, profile = Path(shutil.copy(paths.PARAMS, tmp_path)), tmp_path / "profile.yaml"
     settings = {"spaces": {"ld3m": {}, "glad": {"space": "glad"}, "mtt": {"objective": "mtt"}}}
     changes = {"ablations": {"settings": settings}, "more": {"cells": {}}, "grid": {"objective": ["dm"]}}
     profile.write_text(json.dumps(changes))
