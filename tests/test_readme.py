@@ -140,6 +140,31 @@ def test_natural_images_show_what_the_readme_and_the_profile_say(committed):
             assert f"{name} {seen} and {unseen}" in header, (objective, space)
 
 
+def test_runs_and_ablations_on_natural_images_show_what_the_readme_says(committed):
+    runs = pd.read_csv(committed / "reports/cifar10/runs_differences.csv").query("space == 'ld3m' and minus == 'pixel'")
+    runs = runs.set_index(["objective", "architecture"]).sort_index()
+    assert set(runs.n) == {3}
+    low, high = runs.ci_low.xs("unseen", level=1), runs.ci_high.xs("unseen", level=1)
+    assert -0.001 < high["dc"] < 0 and low["dm"] < 0 < high["dm"] and low["mtt"] > 0
+    assert (runs.ci_low.xs("convnet", level=1) < 0).all()
+    changes = pd.read_csv(committed / "reports/cifar10/ablation_changes.csv").set_index(["setting", "architecture"])
+    five = changes.loc[("T = 5", "convnet")]  # T = 2 is the first
+    more = changes["mean"][[(f"T = {steps}", name) for steps in (10, 20) for name in ("convnet", "unseen")]]
+    assert five.ci_low > 0 and (more < 0.0131).all()
+    both = ["convnet", "unseen"]
+    assert changes["mean"][[("none, Z", name) for name in both]].between(-0.035, -0.02).all()
+    assert changes["mean"][[("none, z_T", name) for name in both]].between(-0.035, -0.01).all()
+    assert (changes.ci_high[[(f"none, {learned}", name) for learned in ("Z", "z_T") for name in both]] < 0).all()
+    pair = changes.loc["mean, z_T"]
+    assert 0.015 < pair["mean"]["unseen"] < 0.025 and pair.ci_low["unseen"] > 0
+    assert pair.ci_low["convnet"] < 0 < pair.ci_high["convnet"]
+    ablations = pd.read_csv(committed / "reports/cifar10/ablations.csv").set_index(["setting", "architecture"])["mean"]
+    main = pd.read_csv(committed / "reports/tables/cifar10.csv").query("space == 'random_real'")
+    assert (ablations["mean, Z"] < main.set_index("architecture")["mean"]).all()
+    norms = pd.read_csv(committed / "reports/cifar10/ablation_costs.csv").set_index(["ablation", "setting"]).grad_norm_z
+    assert 6.5 < norms["skip_learn", "x0, Z"] / norms["skip_learn", "mean, Z"] < 7.5
+
+
 def test_a_gpu_shows_what_the_readme_says(committed):
     scores = pd.read_csv(committed / "reports/cifar10/gpu_scores.csv").query("architecture == 'convnet'")
     found = scores.set_index(["objective", "space", "ipc"])["mean"]
