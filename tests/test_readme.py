@@ -182,6 +182,16 @@ def test_runs_and_ablations_on_natural_images_show_what_the_readme_says(committe
     first = pd.read_csv(committed / "reports/cifar10/first_run.csv")
     first = first[first.architecture == "unseen"].set_index(["objective", "space"])["mean"]
     assert first["mtt", "ld3m"] < first["mtt", "pixel"]
+    drawn = pd.read_csv(committed / "reports/cifar10/representable.csv")
+    drawn = drawn.set_index(["objective", "images", "architecture"]).sort_index()
+    table = pd.read_csv(committed / "reports/tables/cifar10.csv").set_index(["objective", "space", "architecture"])
+    for objective in ("dc", "mtt"):
+        for name in ("convnet", "unseen"):
+            as_distilled = drawn["mean"][objective, "as distilled", name]
+            assert as_distilled == pytest.approx(table["mean"][objective, "pixel", name], abs=1e-6)
+            ahead = table["mean"][objective, "ld3m", name] - drawn["mean"][objective, "nearest of LD3M", name]
+            assert abs(ahead) < 0.0025 if objective == "dc" else ahead > 0.025
+        assert 0.38 < drawn.missed[objective, "nearest of LD3M", "convnet"] < 0.43
     trials = pd.read_csv(committed / "reports/cifar10/trials.csv")
     counts = trials.drop_duplicates(["objective", "space", "learning_rate", "iterations"])
     assert counts.groupby(["objective", "space"]).size().tolist() == [4, 1, 7, 3, 4, 3]
