@@ -67,8 +67,8 @@ def gan(keep: Callable[[str], Checkpoint], out: Path) -> None:
     save_generator(generator, out)
 
 
-def trajectories(keep: Callable[[str], Checkpoint], out: Path, processes: int = 1) -> None:
-    arguments = dict(count=3, epochs=2, batch=4, learning_rate=0.05, strategy="crop", seed=0, processes=processes)
+def trajectories(keep: Callable[[str], Checkpoint], out: Path) -> None:
+    arguments = dict(count=3, epochs=2, batch=4, learning_rate=0.05, strategy="crop", seed=0, processes=1)
     train_experts(out, toy(), new_network=CONVNET, checkpoint=keep("trajectories"), **arguments)
 
 
@@ -111,11 +111,11 @@ def distil(
         write_tensors(partial_folder / "distilled.safetensors", run.best, records)
 
 
-def evaluate(keep: Callable[[str], Checkpoint], out: Path, processes: int = 1) -> None:
+def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
     dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
     images = dataset.normalization.to_images(dataset.train.pixels())
     judged = Judged(images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0)
-    shared = dict(normalization=NORMALIZATION, networks=networks, processes=processes)
+    shared = dict(normalization=NORMALIZATION, networks=networks, processes=1)
     write_json(out / "scores.json", judge_all([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
 
 
@@ -159,7 +159,6 @@ def attempt(stage: Callable, root: Path, minutes: float, after: int, number: int
                 stage(keep, root / "out")
                 for checkpoint in kept:
                     checkpoint.remove()
-                end_workers()
         except Interrupted as ended:
             (root / "said").write_text(str(ended))
             sys.exit(INTERRUPTED)
@@ -211,20 +210,6 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(server, undis
     if ends[-1] != 0:
         assert run(server, stage, tmp_path) == 0
     assert content(tmp_path / "out") == expected != {}
-    assert content(tmp_path / "checkpoints") == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [trajectories, evaluate], ids=lambda stage: stage.__name__)
-def test_killed_with_two_processes_at_work_it_gives_the_bytes_of_one(server, undisturbed, tmp_path, stage):
-    side_by_side, draw = partial(stage, processes=2), random.Random(f"two {stage.__name__} {KILLS}")
-    assert run(server, side_by_side, tmp_path) == 0
-    assert content(tmp_path / "out") == undisturbed(stage)[0]
-    calls = int((tmp_path / "calls").read_text())
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        assert run(server, side_by_side, tmp_path, after=draw.randrange(calls // 4, calls), number=number) != 0
-    assert run(server, side_by_side, tmp_path) == 0
-    assert content(tmp_path / "out") == undisturbed(stage)[0]
     assert content(tmp_path / "checkpoints") == {}
 
 
