@@ -94,7 +94,7 @@ def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Ite
             if signals:
                 return
             lost.update(list(sent))
-            if max(lost.values()) == ATTEMPTS:
+            if max(lost.values(), default=0) == ATTEMPTS:
                 raise
 
 
