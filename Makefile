@@ -38,7 +38,7 @@ embedded: $(INSTALLED)
 	@test -d runs/mnist5k/gan || $(PY) -m dvc pull --allow-missing gan
 
 reproduce: embedded ## run what the main table needs (only what changed) and print it
-	@$(PY) -m ld3m.check
+	@$(PY) -m ld3m.pipeline.check
 	@$(PY) -m dvc repro tables
 	@echo && cat reports/tables/main.md && echo
 	@echo 'tables    reports/tables/'
@@ -46,7 +46,7 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 	@echo 'notebooks reports/notebooks/ (executed)'
 
 report: embedded ## run the whole pipeline: more spaces and controls, ablations, reports/index.html
-	@$(PY) -m ld3m.check
+	@$(PY) -m ld3m.pipeline.check
 	@$(PY) -m dvc repro
 	@echo && cat reports/full/tables/main.md && echo
 	@echo 'report    reports/index.html'

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks import evaluation, experts, iteration, memory, objectives, rendering, roofline
 from benchmarks.table import FILE, show, write
-from ld3m.parallel import end_workers
-from ld3m.progress import silent
+from ld3m.runtime.parallel import end_workers
+from ld3m.runtime.progress import silent
 
 ALL = (iteration, memory, rendering, objectives, evaluation, roofline, experts)
 

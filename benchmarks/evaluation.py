@@ -1,6 +1,6 @@
 """Judging a set of ten images: every architecture trained from several seeds and tested on all real test images.
 
-Ours is `ld3m.evaluate.judge_all` over processes, which are started before. The plain loop takes one network after
+Ours is `ld3m.evaluation.evaluate.evaluate_sets` over processes, which are started before. The plain loop takes one network after
 another with a DataLoader over a TensorDataset: the same recipe and the same random streams, with the layers, the SGD,
 the schedule and the averaged model of torch as they come, on one thread or on all of them. Seconds are those of one
 (set, architecture) score, so of all its seeds.
@@ -26,20 +26,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.experts import textbook
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
-from ld3m.augment import augment, draw
-from ld3m.config import load_params
-from ld3m.data import Split
-from ld3m.evaluate import Judged
-from ld3m.experiment import Experiment
-from ld3m.networks import flat_parameters
-from ld3m.seeds import derive, forked, generator
-from ld3m.training import accuracy, train
+from ld3m.data.augment import augment, draw
+from ld3m.pipeline.profiles import load_params
+from ld3m.data.dataset import Split
+from ld3m.evaluation.evaluate import EvaluationJob
+from ld3m.pipeline.experiment import Experiment
+from ld3m.models.networks import flat_parameters
+from ld3m.runtime.seeds import derive, forked, generator
+from ld3m.evaluation.training import accuracy, train
 
 Scores = dict[str, list[float]]  # {architecture: an accuracy in [0, 1] a seed}
 ALIKE = 0.15  # no recipe is so far from itself: three networks of one architecture have a standard deviation of 0.05
 
 
-def plain(judged: Judged, networks: dict[str, Callable], test: TensorDataset, *, threads: int) -> Scores:
+def plain(judged: EvaluationJob, networks: dict[str, Callable], test: TensorDataset, *, threads: int) -> Scores:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     train = TensorDataset(judged.fetch(torch.arange(len(judged.labels))), judged.labels)
@@ -102,7 +102,7 @@ def _accuracy(network: nn.Module, test: TensorDataset) -> float:
     return right / len(test)
 
 
-def _require_same_training(judged: Judged, networks: dict[str, Callable], test: TensorDataset) -> None:
+def _require_same_training(judged: EvaluationJob, networks: dict[str, Callable], test: TensorDataset) -> None:
     images, labels = test.tensors
     train_set = TensorDataset(judged.fetch(torch.arange(len(judged.labels))), judged.labels)
     for architecture, recipe in judged.recipes.items():
@@ -125,7 +125,7 @@ def measure(*, smoke: bool) -> list[Row]:
         real = Split(real.uint8[:50], real.labels[:50], real.classes)
         judged = replace(judged, recipes={"convnet": judged.recipes["convnet"] | {"epochs": 2}})
     networks = {name: experiment.new_network(name) for name in judged.recipes}
-    test = TensorDataset(real.images(experiment.dataset.normalization, torch.arange(len(real.labels))), real.labels)
+    test = TensorDataset(real.normalized(experiment.dataset.normalization, torch.arange(len(real.labels))), real.labels)
     found: dict[str, Scores] = {}
 
     def kept(name: str, way: Callable[[], Scores]) -> None:

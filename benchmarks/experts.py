@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
-from ld3m.augment import augment, draw
-from ld3m.checkpoint import Checkpoint
-from ld3m.config import load_params
-from ld3m.data import Dataset, Split
-from ld3m.experiment import Experiment
-from ld3m.experts import train_experts
-from ld3m.networks import _AveragePool, flat_parameters
-from ld3m.seeds import derive, generator
-from ld3m.training import accuracy, train_together
+from ld3m.data.augment import augment, draw
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.pipeline.profiles import load_params
+from ld3m.data.dataset import Dataset, Split
+from ld3m.pipeline.experiment import Experiment
+from ld3m.evaluation.experts import train_experts
+from ld3m.models.networks import _AveragePool, flat_parameters
+from ld3m.runtime.seeds import derive, generator
+from ld3m.evaluation.training import accuracy, train_together
 
 
 def textbook(network: nn.Module) -> nn.Module:
@@ -71,14 +71,14 @@ def plain(
         for epoch in range(epochs):
             rng = generator(seed_k, "epoch", epoch)
             for index in torch.randperm(len(dataset.train.labels), generator=rng).split(batch):
-                images = dataset.train.images(dataset.normalization, index)
+                images = dataset.train.normalized(dataset.normalization, index)
                 images = augment(images, draw(strategy, count=len(index), generator=rng))
                 loss = cross_entropy(network(images), dataset.train.labels[index].to(images.device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             snapshots.append(flat_parameters(network))
-        accuracy(network, partial(dataset.validation.images, dataset.normalization), dataset.validation.labels)
+        accuracy(network, partial(dataset.validation.normalized, dataset.normalization), dataset.validation.labels)
         folder.mkdir(exist_ok=True)
         save_file({"snapshots": torch.stack(snapshots).cpu()}, folder / f"expert-{k:04d}.safetensors")
     torch.set_num_threads(before)
@@ -89,7 +89,7 @@ def batched(
 ) -> None:
     seeds = [derive(seed, "expert", k) for k in range(count)]
     fixed = dict(momentum=0.0, weight_decay=0.0, warm_up=False, ema_decay=None)
-    fetch = partial(dataset.train.images, dataset.normalization)
+    fetch = partial(dataset.train.normalized, dataset.normalization)
     train_together(
         [new_network(seed=one) for one in seeds], fetch, dataset.train.labels, seeds=seeds, **fixed, **recipe
     )

@@ -33,20 +33,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.flop import Flop
-from ld3m.compvis import KINDS, Kind, build
-from ld3m.data import Normalization, Split
-from ld3m.devices import describe
-from ld3m.diffusion import Prior
-from ld3m.experts import Experts
-from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.measure import clock
-from ld3m.memory import is_out_of_memory
-from ld3m.networks import build as build_network
-from ld3m.networks import flat_parameters
-from ld3m.progress import forget_peak, peak_gib
-from ld3m.seeds import derive
-from ld3m.storage import write_tensors
-from ld3m.synthetic import LD3MCodes, start_ld3m
+from ld3m.models.compvis import KINDS, Kind, build
+from ld3m.data.dataset import Normalization, Split
+from ld3m.runtime.devices import describe
+from ld3m.models.diffusion_prior import Prior
+from ld3m.evaluation.experts import Experts
+from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.pipeline.measure import clock
+from ld3m.runtime.memory import is_out_of_memory
+from ld3m.models.networks import build as build_network
+from ld3m.models.networks import flat_parameters
+from ld3m.runtime.progress import forget_peak, peak_gib
+from ld3m.runtime.seeds import derive
+from ld3m.runtime.storage import write_tensors
+from ld3m.method.spaces import LatentCodes, start_ld3m
 
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -148,11 +148,11 @@ def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:
     return Split(uint8, labels, tuple(map(str, range(scale.classes))))
 
 
-def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int) -> LD3MCodes:
+def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int) -> LatentCodes:
     """The codes of the first images of every class."""
     index = torch.cat([split.of_class(label)[:ipc] for label in range(len(split.classes))])
     return start_ld3m(
-        split.pixels(index),
+        split.x(index),
         split.labels[index],
         prior=prior,
         normalization=NORMALIZATION,
@@ -193,8 +193,8 @@ def class_matching(
     )
 
 
-def iterate(codes: LD3MCodes, objective: Any, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """One iteration, as `ld3m.distill` does it; returns the loss."""
+def iterate(codes: LatentCodes, objective: Any, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """One iteration, as `ld3m.method.distill` does it; returns the loss."""
     optimizer.zero_grad(set_to_none=True)
     images = codes.render(step=step)
     loss, grad_images = objective(images.detach(), codes.labels, step=step)
@@ -261,7 +261,7 @@ def measure(
     """Milliseconds and peak memory of an iteration, the median after a first one. If that is eager, its arithmetic is
     counted: counting does not see into compiled and replayed code."""
     if case.launch == "replayed":
-        prior = prior.replayed()  # of these shapes alone, that memory is not that of several
+        prior = prior.with_cuda_graphs()  # of these shapes alone, that memory is not that of several
     machine.reset_peak()
     codes = start(split, prior, ipc=case.ipc, steps=case.steps, render_batch=render_batch)
     objective = class_matching(case.objective, split, scale)

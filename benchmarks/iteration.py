@@ -5,7 +5,7 @@ Counted in forward passes of the U-Net, with both halves of guidance in one batc
 | way | passes | memory |
 |---|---|---|
 | ours: a pass without a graph, then one step at a time with one | T + T + 2T = 4T | of one step |
-| ours, every step kept (`kept_steps`) | T + 2T = 3T | grows with T |
+| ours, every step kept (`uncheckpointed_steps`) | T + 2T = 3T | grows with T |
 | 4T floor: the same passes of the U-Net alone | 4T | of one step |
 | plain autograd through the whole chain | T + 2T = 3T | grows with T |
 | released scheme: sampling pass, checkpointed pass, recomputation | T + T + T + 2T = 5T | of one step |
@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
-from ld3m.config import load_params
-from ld3m.diffusion import Prior
-from ld3m.experiment import Experiment
-from ld3m.sampler import noised, reverse
+from ld3m.pipeline.profiles import load_params
+from ld3m.models.diffusion_prior import Prior
+from ld3m.pipeline.experiment import Experiment
+from ld3m.method.sampler import noised, reverse
 
 STEPS = 10
 Gradients = tuple[Tensor, ...]
@@ -39,10 +39,10 @@ def gradients(chain: Callable[[Tensor, Tensor], Tensor], z: Tensor, c: Tensor, g
 
 
 def ours(
-    prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidance: float, kept_steps: int = 0
+    prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidance: float, uncheckpointed_steps: int = 0
 ) -> Tensor:
     z_T = noised(prior, z, eps, steps=steps)
-    return reverse(prior, z_T, c, z=z, steps=steps, guidance=guidance, skip="x0", kept_steps=kept_steps)
+    return reverse(prior, z_T, c, z=z, steps=steps, guidance=guidance, skip="x0", uncheckpointed_steps=uncheckpointed_steps)
 
 
 def plain(
@@ -98,7 +98,7 @@ def measure(*, smoke: bool) -> list[Row]:
     z, c, eps = start(experiment)
     grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     given = dict(eps=eps, steps=2 if smoke else STEPS, guidance=experiment.params.spaces.ld3m.guidance)
-    kept = partial(ours, kept_steps=given["steps"])
+    kept = partial(ours, uncheckpointed_steps=given["steps"])
     chains = {"ours": ours, "every step kept": kept, "plain autograd": plain, "released scheme": released}
     ways = {name: partial(gradients, partial(chain, prior, **given), z, c, grad) for name, chain in chains.items()}
     found = {name: way() for name, way in ways.items()}

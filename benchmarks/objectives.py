@@ -20,15 +20,15 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.memory import peak_mib
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
-from ld3m.augment import augment, draw
-from ld3m.config import load_params
-from ld3m.data import class_batch
-from ld3m.experiment import Experiment
-from ld3m.experts import Experts
-from ld3m.matching import ClassMatching, TrajectoryMatching
-from ld3m.networks import flat_parameters, unflatten
-from ld3m.seeds import derive, generator
-from ld3m.storage import write_tensors
+from ld3m.data.augment import augment, draw
+from ld3m.pipeline.profiles import load_params
+from ld3m.data.dataset import class_batch
+from ld3m.pipeline.experiment import Experiment
+from ld3m.evaluation.experts import Experts
+from ld3m.method.objectives import ClassMatching, TrajectoryMatching
+from ld3m.models.networks import flat_parameters, unflatten
+from ld3m.runtime.seeds import derive, generator
+from ld3m.runtime.storage import write_tensors
 
 
 def plain_classes(matching: ClassMatching, images: Tensor, labels: Tensor, *, gradients: bool) -> Tensor:
@@ -40,7 +40,7 @@ def plain_classes(matching: ClassMatching, images: Tensor, labels: Tensor, *, gr
         rng = generator(matching.seed, "real", 0, label)
         chosen = class_batch(matching.split, label, count=matching.real_batch, generator=rng)
         augmentation = draw(matching.strategy, count=1, generator=rng)
-        real = augment(matching.split.images(matching.normalization, chosen), augmentation)
+        real = augment(matching.split.normalized(matching.normalization, chosen), augmentation)
         own = images[labels == label].requires_grad_()
         synthetic = augment(own, augmentation)
         if gradients:

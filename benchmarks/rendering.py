@@ -9,12 +9,12 @@ from math import ceil
 import torch
 
 from benchmarks.table import Row, in_turns, less_is_better, main
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
-from ld3m.synthetic import LD3MCodes
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
+from ld3m.method.spaces import LatentCodes
 
 
-def iteration(codes: LD3MCodes) -> None:
+def iteration(codes: LatentCodes) -> None:
     images = codes.render(step=0)
     images.backward(torch.ones_like(images))
 

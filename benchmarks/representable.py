@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
-from ld3m.metrics import interval
-from ld3m.progress import progress
-from ld3m.storage import write_bytes
-from ld3m.tables import UNSEEN
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
+from ld3m.evaluation.statistics import interval
+from ld3m.runtime.progress import progress
+from ld3m.runtime.storage import write_bytes
+from ld3m.reporting.tables import UNSEEN
 
 RATE = 0.03  # of Adam, falling to 0; latents have about unit variance
 
@@ -53,10 +53,10 @@ def measure(experiment: Experiment, objective: str, *, iterations: int) -> pd.Da
     target, labels = experiment.images_of(objective, "pixel", 1)
     target, prior, normalization = target.detach(), experiment.prior, experiment.dataset.normalization
     with torch.no_grad():
-        z = prior.encode(normalization.to_pixels(target))
-        sets = {"as distilled": target, "through the autoencoder": normalization.to_images(prior.decode(z))}
+        z = prior.encode(normalization.denormalize(target))
+        sets = {"as distilled": target, "through the autoencoder": normalization.normalize(prior.decode(z))}
     z.requires_grad_()
-    decoded = nearest(lambda: normalization.to_images(prior.decode(z)), [z], target, iterations=iterations)
+    decoded = nearest(lambda: normalization.normalize(prior.decode(z)), [z], target, iterations=iterations)
     synthetic = experiment.synthetic("ld3m", 1)
     with torch.no_grad():
         synthetic.learnables["z"].copy_(z)

@@ -17,15 +17,15 @@ from benchmarks.flop import Flop
 from benchmarks.full_size import PAPER, SMOKE, random_split, start
 from benchmarks.rendering import iteration
 from benchmarks.table import Row, in_turns, main, share_of_limit
-from ld3m.compvis import build
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
-from ld3m.synthetic import LD3MCodes
+from ld3m.models.compvis import build
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
+from ld3m.method.spaces import LatentCodes
 
 SIDE = 1536  # of the matrices
 
 
-def compared(name: str, codes: LD3MCodes, *, rounds: int, device: str, side: int) -> Row:
+def compared(name: str, codes: LatentCodes, *, rounds: int, device: str, side: int) -> Row:
     with Flop() as count:
         iteration(replace(codes, threads=1))  # the count does not see into other threads
     a, b = torch.randn(2, side, side, device=device)

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ld3m import paths
-from ld3m.devices import describe
-from ld3m.measure import clock
-from ld3m.progress import silent
-from ld3m.storage import write_bytes
+from ld3m.runtime import paths
+from ld3m.runtime.devices import describe
+from ld3m.pipeline.measure import clock
+from ld3m.runtime.progress import silent
+from ld3m.runtime.storage import write_bytes
 
 FILE = paths.TABLES / "benchmarks.csv"
 FIELDS = ("benchmark", "compared_with", "ratio", "ours", "other", "unit", "device")

@@ -19,7 +19,7 @@ def load(path: str | Path) -> "tuple[Tensor, Tensor]":
 
     FileNotFoundError where there is none, ValueError where it is broken or is not what it was written as.
     """
-    from ld3m.artefact import read_artefact  # here, so that `import ld3m` takes no time
+    from ld3m.evaluation.artefact import read_artefact  # here, so that `import ld3m` takes no time
 
     tensors, _ = read_artefact(Path(path))
     return tensors["images"], tensors["labels"]

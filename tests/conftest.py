@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ld3m import paths
-from ld3m.data import Dataset, Normalization, Split
-from ld3m.diffusion import build_prior
+from ld3m.runtime import paths
+from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.models.diffusion_prior import build_prior
 
 SIZE_PX = 16
 CLASSES = 3
@@ -49,7 +49,7 @@ def make_split(per_class, *, seed):
 @pytest.fixture(scope="session")
 def prior():
     """Shared by all tests: do not change it."""
-    return make_prior().to(torch.float64).frozen()
+    return make_prior().to(torch.float64).freeze_()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import ld3m
-from ld3m.artefact import read_artefact, tensors_hash, write_artefact
-from ld3m.data import Normalization
-from ld3m.storage import read_tensors, write_tensors
+from ld3m.evaluation.artefact import read_artefact, tensors_hash, write_artefact
+from ld3m.data.dataset import Normalization
+from ld3m.runtime.storage import read_tensors, write_tensors
 
 CLASSES = ("cat", "dog", "sea horse")
 IPC = 2
@@ -42,7 +42,7 @@ def toy(channels=3, classes=CLASSES):
         "cost": {"iterations": 4},
         "score": score,
     }
-    tensors = {"images": normalization.to_images(pixels), "z": torch.randn(len(labels), 4, generator=rng)}
+    tensors = {"images": normalization.normalize(pixels), "z": torch.randn(len(labels), 4, generator=rng)}
     return tensors, dict(labels=labels, classes=classes, normalization=normalization, name="toy", record=record)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ld3m import augment as dsa
-from ld3m.augment import OPERATIONS, Augmentation, augment, draw, parse_strategy
+from ld3m.data import augment as dsa
+from ld3m.data.augment import OPERATIONS, Augmentation, augment, draw, parse_strategy
 
 STRATEGY = ("crop", "rotate", "crop", "none")
 ALL = "color_crop_cutout_flip_scale_rotate"

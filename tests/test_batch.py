@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ld3m import batch, paths
-from ld3m.batch import Job, jobs, run, run_notebook
-from ld3m.config import ablation_settings, apply_profile, load_params
+from ld3m.pipeline import batch
+from ld3m.runtime import paths
+from ld3m.pipeline.batch import Job, jobs, run, run_notebook
+from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
 
 
 def write_after(file: Path, seconds: float = 0.0) -> None:

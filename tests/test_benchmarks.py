@@ -10,10 +10,10 @@ from benchmarks import __main__ as everything
 from benchmarks import evaluation, iteration, memory, representable, table
 from benchmarks.experts import textbook
 from benchmarks.table import Row, less_is_better, require_same
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
-from ld3m.networks import build
-from ld3m.training import accuracy, train
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
+from ld3m.models.networks import build
+from ld3m.evaluation.training import accuracy, train
 
 NAMES = {"ld3m_iteration", "ld3m_iteration_kept", "ld3m_memory_in_steps", "rendering"}
 NAMES |= {"dc_step", "dm_step", "mtt_step", "mtt_memory", "experts", "evaluation", "roofline"}
@@ -110,7 +110,7 @@ def test_what_ld3m_can_draw_of_a_set_lies_between_its_start_and_the_set(monkeypa
     given = {"grid.architecture": ["convnet", "alexnet"], "evaluate.recipe.epochs": few, "spaces.ld3m.steps": 2}
     experiment = Experiment(load_params(given))
     pixels, labels = experiment.initial(1)
-    target = experiment.dataset.normalization.to_images(pixels)
+    target = experiment.dataset.normalization.normalize(pixels)
     monkeypatch.setattr(Experiment, "images_of", lambda *cell: (target, labels))
     found = representable.measure(experiment, "dc", iterations=10)
     missed = found.groupby("images").missed.first()

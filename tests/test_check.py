@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ld3m import paths
-from ld3m.check import check
-from ld3m.config import apply_profile, load_params
-from ld3m.experiment import Experiment
+from ld3m.runtime import paths
+from ld3m.pipeline.check import check
+from ld3m.pipeline.profiles import apply_profile, load_params
+from ld3m.pipeline.experiment import Experiment
 
 
 def test_the_committed_profile_is_in_order():
@@ -146,10 +146,10 @@ def test_a_prior_without_a_part_is_an_error(trained, part):
 
 def test_the_command_fails_where_the_prior_is_broken(trained, monkeypatch):
     cut(trained["prior"] / "unet/diffusion_pytorch_model.safetensors")
-    monkeypatch.delitem(sys.modules, "ld3m.check")
+    monkeypatch.delitem(sys.modules, "ld3m.pipeline.check")
     monkeypatch.setattr(sys, "argv", ["check.py"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module("ld3m.check", run_name="__main__")
+        runpy.run_module("ld3m.pipeline.check", run_name="__main__")
     assert "dvc checkout -f prior" in str(end.value.code)
 
 

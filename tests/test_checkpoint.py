@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from ld3m.checkpoint import Checkpoint, Interrupted
-from ld3m.storage import new_folder, write_tensors
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.runtime.storage import new_folder, write_tensors
 
 STATE = {
     "network": {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([0.5, 3.0], dtype=torch.bfloat16)},

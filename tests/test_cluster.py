@@ -12,16 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ld3m import parallel
-from ld3m.checkpoint import Checkpoint, Interrupted
-from ld3m.config import load_params
-from ld3m.data import Dataset, Normalization, Split
-from ld3m.evaluate import Judged, judge_all
-from ld3m.experiment import Experiment
-from ld3m.experts import train_experts
-from ld3m.networks import build
-from ld3m.parallel import end_workers, fan_out
-from ld3m.paths import ROOT
+from ld3m.runtime import parallel
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.pipeline.profiles import load_params
+from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
+from ld3m.pipeline.experiment import Experiment
+from ld3m.evaluation.experts import train_experts
+from ld3m.models.networks import build
+from ld3m.runtime.parallel import end_workers, fan_out
+from ld3m.runtime.paths import ROOT
 
 NETWORK = partial(build, "convnet", channels=1, size_px=8, classes=3, width=8, depth=1)
 RECIPE = dict(epochs=2, batch=8, learning_rate=0.1, strategy="color_crop_rotate")
@@ -44,9 +44,9 @@ def experts(folder, **where):
 
 
 def scores(**where):
-    images = DATASET.normalization.to_images(DATASET.train.pixels())[:6]
-    sets = [Judged(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(3), 0)]
-    return judge_all(sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where)
+    images = DATASET.normalization.normalize(DATASET.train.x())[:6]
+    sets = [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(3), 0)]
+    return evaluate_sets(sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where)
 
 
 def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
@@ -65,9 +65,9 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     experiment = Experiment(params)
     vars(experiment)["dataset"] = DATASET
     monkeypatch.setattr(Experiment, "new_network", lambda self, architecture: NETWORK)
-    images = DATASET.normalization.to_images(DATASET.train.pixels())[:6]
+    images = DATASET.normalization.normalize(DATASET.train.x())[:6]
     experiment.judge(
-        [Judged(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(1), 0)], DATASET.test
+        [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(1), 0)], DATASET.test
     )
     assert asked == ["auto", "auto"]
 

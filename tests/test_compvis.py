@@ -13,14 +13,14 @@ import torch
 from compvis_original import LatentDiffusion
 from conftest import NORMALIZATION, relative_difference
 
-from ld3m import compvis
-from ld3m.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
-from ld3m.data import Normalization
-from ld3m.diffusion import with_classes, with_random_unet
-from ld3m.paths import ROOT
-from ld3m.priors import load_prior, save_prior
-from ld3m.sampler import sample
-from ld3m.synthetic import start_ld3m
+from ld3m.models import compvis
+from ld3m.models.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
+from ld3m.data.dataset import Normalization
+from ld3m.models.diffusion_prior import with_classes, with_random_unet
+from ld3m.runtime.paths import ROOT
+from ld3m.models.prior_io import load_prior, save_prior
+from ld3m.method.sampler import sample
+from ld3m.method.spaces import start_ld3m
 
 SMALL = {
     "cin256-v2": replace(
@@ -130,7 +130,7 @@ def test_equal_to_the_published_model(pair):
 def test_equal_to_the_published_model_at_full_size(name, size_px, tmp_path):
     model = original(KINDS[name])
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
-    command = [sys.executable, "-m", "ld3m.compvis", str(tmp_path / "model.ckpt"), str(tmp_path / "prior")]
+    command = [sys.executable, "-m", "ld3m.models.compvis", str(tmp_path / "model.ckpt"), str(tmp_path / "prior")]
     subprocess.run(command, cwd=ROOT, check=True)
     found = differences(load_prior(tmp_path / "prior"), model, size_px=size_px, dtype=torch.float32)
     print(name, size_px, found)
@@ -176,9 +176,9 @@ def test_a_checkpoint_is_not_converted_over_itself(write, monkeypatch, tmp_path,
     file = write({"state_dict": {}})
     content = file.read_bytes()
     monkeypatch.setattr(sys, "argv", ["compvis.py", str(file), str(tmp_path / folder)])
-    monkeypatch.delitem(sys.modules, "ld3m.compvis")
+    monkeypatch.delitem(sys.modules, "ld3m.models.compvis")
     with pytest.raises(SystemExit, match="model.ckpt.* name a new"):  # before the checkpoint, which is none, is read
-        runpy.run_module("ld3m.compvis", run_name="__main__")
+        runpy.run_module("ld3m.models.compvis", run_name="__main__")
     assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
 
 
@@ -392,8 +392,8 @@ def test_objects_of_the_training_program_are_dropped(state, write, monkeypatch):
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
-    for arguments, message in ((["nowhere.ckpt", "prior"], "is missing: place"), ([], "python -m ld3m.compvis")):
-        command = [sys.executable, "-m", "ld3m.compvis", *arguments]
+    for arguments, message in ((["nowhere.ckpt", "prior"], "is missing: place"), ([], "python -m ld3m.models.compvis")):
+        command = [sys.executable, "-m", "ld3m.models.compvis", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 

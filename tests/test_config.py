@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ld3m import paths
-from ld3m.config import ablation_settings, apply_profile, load_params, validate
+from ld3m.runtime import paths
+from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params, validate
 
 COMMITTED = YAML(typ="safe").load(paths.PARAMS.read_text())
 PARAMS = load_params()
@@ -411,9 +411,9 @@ def test_every_profile_applies_and_applying_it_again_changes_nothing(params_file
 
 def command(monkeypatch, params_file, *arguments):
     monkeypatch.setattr(paths, "PARAMS", params_file)
-    monkeypatch.setattr(sys, "argv", ["ld3m.config", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, "ld3m.config", raising=False)  # else runpy warns
-    runpy.run_module("ld3m.config", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["ld3m.pipeline.profiles", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "ld3m.pipeline.profiles", raising=False)  # else runpy warns
+    runpy.run_module("ld3m.pipeline.profiles", run_name="__main__")
 
 
 def test_the_command_checks_and_applies(monkeypatch, params_file, profile, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ld3m.coresets import CORESETS, herding, k_center
+from ld3m.data.coresets import CORESETS, herding, k_center
 
 
 @pytest.fixture

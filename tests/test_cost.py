@@ -7,21 +7,23 @@ from math import ceil
 import pytest
 import torch
 
-from ld3m import cost, measure, paths
-from ld3m.config import ablation_settings, load_params
-from ld3m.cost import Meter, announce, duration
-from ld3m.measure import Line, Plane, Taken
-from ld3m.memory import TooLittleMemory
-from ld3m.networks import flat_parameters
-from ld3m.rehearsal import Rehearsal
-from ld3m.storage import write_tensors
+from ld3m.pipeline import cost
+from ld3m.pipeline import measure
+from ld3m.runtime import paths
+from ld3m.pipeline.profiles import ablation_settings, load_params
+from ld3m.pipeline.cost import Meter, announce, duration
+from ld3m.pipeline.measure import Line, Plane, Taken
+from ld3m.runtime.memory import TooLittleMemory
+from ld3m.models.networks import flat_parameters
+from ld3m.pipeline.rehearsal import Rehearsal
+from ld3m.runtime.storage import write_tensors
 
 GIB = 2**30
 
 
 # What the expectations below are worked out from, whatever params.yaml comes to say.
 GIVEN = {"distill.validation_seeds": 3, "spaces.ld3m.render_batch": 25, "spaces.glad.render_batch": 25}
-GIVEN |= {"spaces.ld3m.kept_steps": 0}
+GIVEN |= {"spaces.ld3m.uncheckpointed_steps": 0}
 
 
 def line(a, b, full, *, peak=GIB):
@@ -78,7 +80,7 @@ def test_a_cell_takes_what_its_space_and_its_objective_take(meter, cell, seconds
 
 
 def test_graphs_that_are_kept_are_those_of_every_part_of_the_set():
-    given = Meter(Known(load_params(GIVEN | {"spaces.ld3m.kept_steps": 5})))
+    given = Meter(Known(load_params(GIVEN | {"spaces.ld3m.uncheckpointed_steps": 5})))
     (found,) = cost.of_cell(given, "dm", "ld3m", 10, range(1))  # a hundred images in four parts, two at once
     assert found.seconds == pytest.approx(2 * 2 + 1)
     assert found.peak == pytest.approx((0.5 + 4 * 1 + 0.5) * GIB)

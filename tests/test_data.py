@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from ld3m import data, mnist5k, sources
-from ld3m.paths import ROOT
+from ld3m.data import dataset as data
+from ld3m.data import mnist5k
+from ld3m.data import sources
+from ld3m.runtime.paths import ROOT
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": SPLITS}
@@ -70,20 +72,20 @@ def test_images_of_stored_ones_are_the_normalised_pixels():
     normalization = data.Normalization((0.4, 0.5, 0.1), (0.2, 0.3, 0.25))
     uint8 = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = data.Split(uint8, torch.zeros(3, dtype=torch.long), ("a",), rows=torch.tensor([4, 0, 2]))
-    images = split.images(normalization, torch.tensor([2, 0]))
+    images = split.normalized(normalization, torch.tensor([2, 0]))
     assert images.dtype == torch.float32
-    torch.testing.assert_close(images, normalization.to_images(uint8[[2, 4]] / 127.5 - 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(images, normalization.normalize(uint8[[2, 4]] / 127.5 - 1), rtol=1e-5, atol=1e-5)
 
 
 def test_normalization_is_affine_and_inverted():
     normalization = data.Normalization((0.1, 0.5, 0.8), (0.2, 0.3, 0.4))
     pixels = torch.rand(2, 3, 4, 5, dtype=torch.float64) * 2 - 1
-    images = normalization.to_images(pixels)
+    images = normalization.normalize(pixels)
     for channel, (mean, std) in enumerate(zip(normalization.mean, normalization.std, strict=True)):
         expected = (pixels[:, channel].numpy() * 0.5 + 0.5 - mean) / std
         np.testing.assert_allclose(images[:, channel].numpy(), expected, rtol=1e-12)
     assert images.dtype == torch.float64
-    torch.testing.assert_close(normalization.to_pixels(images), pixels)
+    torch.testing.assert_close(normalization.denormalize(images), pixels)
 
 
 @pytest.mark.parametrize("mean, std", [((), ()), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (float("nan"),))])
@@ -94,7 +96,7 @@ def test_normalization_refuses_impossible_statistics(mean, std):
 
 def test_normalization_refuses_another_number_of_channels():
     with pytest.raises(ValueError, match="1 channels"):
-        data.Normalization((0.5,), (0.5,)).to_images(torch.zeros(2, 3, 4, 4))
+        data.Normalization((0.5,), (0.5,)).normalize(torch.zeros(2, 3, 4, 4))
 
 
 def test_measured_normalization_is_exact():
@@ -118,12 +120,12 @@ def toy_split(counts=(5, 3)):
 
 def test_split_pixels_span_minus_one_to_one():
     split = data.Split(torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1), torch.zeros(256).long(), ("a",))
-    pixels = split.pixels()
+    pixels = split.x()
     assert pixels.dtype == torch.float32 and pixels.shape == (256, 1, 1, 1) and len(split) == 256
     expected = np.arange(256, dtype=np.float64) * 2 / 255 - 1
     np.testing.assert_allclose(pixels.flatten().numpy(), expected, atol=1e-7)
     assert pixels[0] == -1 and pixels[255] == 1
-    torch.testing.assert_close(split.pixels(torch.tensor([7, 3])), pixels[[7, 3]])
+    torch.testing.assert_close(split.x(torch.tensor([7, 3])), pixels[[7, 3]])
 
 
 def test_of_class_partitions_the_split():
@@ -679,7 +681,7 @@ def test_sixteen_bits_are_scaled_and_unbounded_modes_refused():
 
 def test_loading_leaves_no_files_but_the_cache_and_importing_is_light(tmp_path, tmp_path_factory):
     code = (
-        "import sys, pathlib, ld3m.data as data, ld3m.paths as paths\n"
+        "import sys, pathlib, ld3m.data.dataset as data, ld3m.runtime.paths as paths\n"
         "assert 'datasets' not in sys.modules and 'mlxtend' not in sys.modules\n"
         f"paths.DECODED = pathlib.Path({str(tmp_path_factory.mktemp('decoded'))!r})\n"
         "assert not list(paths.DECODED.iterdir())\n"

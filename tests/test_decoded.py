@@ -16,9 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ld3m import data, decoded, paths, sources, storage
-from ld3m.parallel import end_workers, fan_out
-from ld3m.paths import ROOT
+from ld3m.data import dataset as data
+from ld3m.data import decoded
+from ld3m.runtime import paths
+from ld3m.data import sources
+from ld3m.runtime import storage
+from ld3m.runtime.parallel import end_workers, fan_out
+from ld3m.runtime.paths import ROOT
 
 SPLITS = {"train": "train", "validation": 0.25, "test": "test"}
 SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": SPLITS}
@@ -86,7 +90,7 @@ def test_train_and_validation_share_the_stored_images(folder):
     assert (len(dataset.train), len(dataset.validation), len(dataset.train.stored)) == (18, 6, 24)
     for part in (dataset.train, dataset.validation):
         index = torch.tensor([3, 0])
-        assert torch.equal(part.pixels(index), part.pixels()[index])
+        assert torch.equal(part.x(index), part.x()[index])
         assert torch.equal(torch.cat(list(part.chunks(4))), part.uint8)
         assert part.shape == (3, 8, 8) and part.device == torch.device("cpu")
         assert torch.equal(part.to("meta").labels, part.labels) and len(part.to("meta").uint8) == len(part)
@@ -315,7 +319,8 @@ def test_a_pickled_split_is_the_name_of_its_file(tmp_path, cache):
 
 LOADING = """
 import sys, pathlib, time
-from ld3m import data, paths
+from ld3m.data import dataset as data
+from ld3m.runtime import paths
 paths.DECODED = pathlib.Path(sys.argv[2])
 print(data.load_dataset(sys.argv[1], name="toy", size_px=8, channels=3, splits={SPLITS}).fingerprint)
 """

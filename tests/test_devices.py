@@ -6,20 +6,21 @@ import pytest
 import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
-from ld3m import devices, paths
-from ld3m.checkpoint import Checkpoint
-from ld3m.data import Dataset, Normalization
-from ld3m.devices import choose_device, usable_precision
-from ld3m.distill import distill
-from ld3m.evaluate import Judged, judge_all
-from ld3m.experts import open_experts, train_experts
-from ld3m.gan import build_generator
-from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.networks import build, flat_parameters
-from ld3m.priors import load_prior
-from ld3m.synthetic import start_glad, start_ld3m, start_pixels
-from ld3m.train_gan import fit_gan
-from ld3m.train_prior import fit_autoencoder, fit_denoiser, reconstruct
+from ld3m.runtime import devices
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.data.dataset import Dataset, Normalization
+from ld3m.runtime.devices import choose_device, usable_precision
+from ld3m.method.distill import distill
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
+from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.models.gan import build_generator
+from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.models.networks import build, flat_parameters
+from ld3m.models.prior_io import load_prior
+from ld3m.method.spaces import start_glad, start_ld3m, start_pixels
+from ld3m.models.train_gan import fit_gan
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, reconstruct
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 LABELS = torch.arange(CLASSES).repeat_interleave(2)
@@ -39,25 +40,25 @@ def new_network(device, *, seed, name="convnet"):
 def ld3m_codes(dataset, prior, **changes):
     given = dict(start="real", learn="auto", steps=3, guidance=3.0, skip="x0", eta=0.0, clamp="none", noise="stored")
     given |= dict(encoder_input="pixels", render_batch=4, seed=0) | changes
-    return start_ld3m(dataset.train.pixels(torch.arange(6)), LABELS, prior=prior, normalization=NORMALIZATION, **given)
+    return start_ld3m(dataset.train.x(torch.arange(6)), LABELS, prior=prior, normalization=NORMALIZATION, **given)
 
 
 def space(name, dataset, device):
     if name == "pixel":
-        pixels = dataset.train.pixels(torch.arange(6))
+        pixels = dataset.train.x(torch.arange(6))
         return start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="real", seed=0)
     if name == "glad":
         gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
         return start_glad(
             LABELS,
-            gan=gan.frozen().to(device),
+            gan=gan.freeze_().to(device),
             normalization=NORMALIZATION,
             layer=1,
             mean_w="auto",
             render_batch=4,
             seed=0,
         )
-    return ld3m_codes(dataset, make_prior().frozen().to(device), skip=name)
+    return ld3m_codes(dataset, make_prior().freeze_().to(device), skip=name)
 
 
 def objective(name, dataset, device, folder):
@@ -104,7 +105,7 @@ def test_distilling_on_cuda_is_that_on_the_cpu(dataset: Dataset, tmp_path, name,
             learning_rates=dict.fromkeys(made.learnables, 1e-3) | dict.fromkeys(matched.learnables, 1e-5),
             momentum=0.5,
             validate=lambda images: [0.5],
-            validations=0,
+            validation_checks=0,
             checkpoint=Checkpoint(tmp_path / f"{device}.safetensors"),
         )
         assert run.best["images"].device.type == device
@@ -127,7 +128,7 @@ def test_a_run_that_was_killed_goes_on_on_cuda(dataset, tmp_path):
             learning_rates={"z": 1e-3, "c": 1e-3},
             momentum=0.5,
             validate=lambda images: [float(images.mean())],
-            validations=1,
+            validation_checks=1,
             checkpoint=Checkpoint(tmp_path / "state.safetensors"),
             callback=callback,
         )
@@ -149,10 +150,10 @@ def test_judging_on_cuda(dataset, name):
     recipe |= {"strategy": DSA}
     for processes in (1, 2):
         placed = dataset.to("cuda")
-        images = NORMALIZATION.to_images(placed.train.pixels())
+        images = NORMALIZATION.normalize(placed.train.x())
         scores = [
-            judge_all(
-                [Judged(images.__getitem__, placed.train.labels, {name: recipe}, range(2), 0)],
+            evaluate_sets(
+                [EvaluationJob(images.__getitem__, placed.train.labels, {name: recipe}, range(2), 0)],
                 placed.test,
                 normalization=NORMALIZATION,
                 networks={name: partial(new_network, "cuda", name=name)},
@@ -170,7 +171,7 @@ def test_the_priors_train_on_cuda(dataset):
     fit_autoencoder(prior, placed.train, steps=3, continuous_steps=1, batch=4, learning_rate=1e-3, seed=0)
     given = dict(steps=3, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
     losses = fit_denoiser(prior.in_precision("bfloat16"), placed.train, **given)
-    assert len(losses) == 3 and reconstruct(prior, placed.test.pixels()).isfinite().all()
+    assert len(losses) == 3 and reconstruct(prior, placed.test.x()).isfinite().all()
     gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0).to("cuda")
     given = dict(discriminator_widths=(8, 8), steps=3, batch=4, learning_rate=1e-3, r1=1.0, r1_every=2, ema_decay=0.9)
     assert len(fit_gan(gan, placed.train, strategy=DSA, seed=0, **given)) == 3

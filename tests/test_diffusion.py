@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_prior
 
-from ld3m.diffusion import unconditional, with_random_unet, with_random_weights
+from ld3m.models.diffusion_prior import unconditional, with_random_unet, with_random_weights
 
 SCALE = 0.7  # of make_prior
 
@@ -122,7 +122,7 @@ def test_build_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize(("channels", "latent_channels"), [(3, 4), (1, 3)])
 def test_other_numbers_of_channels(channels, latent_channels):
-    prior = make_prior(channels=channels, latent_channels=latent_channels).frozen()
+    prior = make_prior(channels=channels, latent_channels=latent_channels).freeze_()
     assert prior.channels == channels
     z = prior.encode(torch.zeros(2, channels, 16, 16))
     assert z.shape == (2, latent_channels, 4, 4) == (2, *prior.latent_shape(16))
@@ -189,6 +189,6 @@ def test_the_fingerprint_is_of_the_weights_in_whatever_order_of_memory():
 
 
 def test_a_replayed_prior_is_no_longer_one_once_it_is_changed():
-    replayed = make_prior().frozen().replayed()
+    replayed = make_prior().freeze_().with_cuda_graphs()
     assert replayed.recordings and not replayed.in_precision("bfloat16").recordings
     assert not with_random_unet(replayed, seed=0).recordings

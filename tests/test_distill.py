@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ld3m.checkpoint
-import ld3m.distill
-from ld3m.checkpoint import Checkpoint
-from ld3m.distill import distill
+import ld3m.runtime.checkpoint
+import ld3m.method.distill
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.method.distill import distill
 
 ITERATIONS = 7
 RATES = {"z": 0.05, "c": 0.02, "student_lr": 0.01}
@@ -86,7 +86,7 @@ def run(tmp_path):
             learning_rates=RATES,
             momentum=0.7,
             validate=accuracy_of,
-            validations=3,
+            validation_checks=3,
         )
         where = {"minutes": 0, "configuration": CONFIGURATION}
         where |= {name: changes.pop(name) for name in where.keys() & changes.keys()}
@@ -146,10 +146,10 @@ def test_the_loop_is_sgd_with_momentum(run, momentum):
 
 
 @pytest.mark.parametrize(
-    "iterations, validations, expected",
+    "iterations, validation_checks, expected",
     [(7, 3, [0, 2, 4, 7]), (6, 3, [0, 2, 4, 6]), (7, 1, [0, 7]), (2, 5, [0, 1, 2]), (1, 1, [0, 1])],
 )
-def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, iterations, validations, expected):
+def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, iterations, validation_checks, expected):
     asked = []
 
     def validate(images):
@@ -157,7 +157,7 @@ def test_validation_is_asked_at_the_start_evenly_between_and_at_the_end(run, ite
         asked.append(images)
         return 0.5
 
-    result = run(iterations=iterations, validations=validations, validate=validate)
+    result = run(iterations=iterations, validation_checks=validation_checks, validate=validate)
     assert [record["iteration"] for record in result.validation] == expected and len(asked) == len(expected)
     values, _, _ = by_hand(0.7)
     for iteration, images in zip(expected, asked, strict=True):
@@ -169,7 +169,7 @@ def test_the_mean_over_networks_decides():
     given = iter([[0.1, 0.9], [0.6, 0.6]])
     result = distill(
         Codes(), Squares(), iterations=2, learning_rates=RATES, momentum=0.7, validate=lambda images: next(given),
-        validations=1, checkpoint=Checkpoint(),
+        validation_checks=1, checkpoint=Checkpoint(),
     )  # fmt: skip
     assert result.chosen == {"iteration": 2, "accuracy": 0.6, "accuracies": [0.6, 0.6]}
 
@@ -207,7 +207,7 @@ def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
 def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
-    monkeypatch.setattr(ld3m.distill, "time", clock)
+    monkeypatch.setattr(ld3m.method.distill, "time", clock)
 
     def advance(seconds, value):
         now[0] += seconds
@@ -263,7 +263,7 @@ def test_killed_while_the_checkpoint_is_written_and_resumed_gives_the_same_bits(
 
 def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
     now, saved_at = [0.0], []
-    monkeypatch.setattr(ld3m.checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ld3m.runtime.checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def callback(step):
         if checkpoint.exists():

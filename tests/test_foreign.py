@@ -11,12 +11,12 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX
 from PIL import Image
 
-from ld3m.artefact import write_artefact
-from ld3m.data import Dataset, Normalization, Split, initial_indices
-from ld3m.export import export
-from ld3m.foreign import read_set
-from ld3m.paths import ROOT
-from ld3m.sources import decode, read_split
+from ld3m.evaluation.artefact import write_artefact
+from ld3m.data.dataset import Dataset, Normalization, Split, initial_indices
+from ld3m.reporting.export import export
+from ld3m.evaluation.foreign import read_set
+from ld3m.runtime.paths import ROOT
+from ld3m.data.sources import decode, read_split
 
 IPC = 2
 NAMES = ("a", "b", "c")
@@ -27,7 +27,7 @@ UNIT = {"form": "unit"}
 @pytest.fixture
 def pixels(dataset):
     """Real pixels (N, 1, H, W), classes contiguous."""
-    return dataset.train.pixels(initial_indices(dataset.train, ipc=IPC, seed=0))
+    return dataset.train.x(initial_indices(dataset.train, ipc=IPC, seed=0))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def artefact(folder, pixels, labels, *, normalization=NORMALIZATION, classes=NAM
     configuration |= {"validation_recipe": recipe, "augmentation": "flip", "data_sha256": "d", "prior_sha256": None}
     write_artefact(
         folder,
-        {"images": normalization.to_images(pixels)} | codes,
+        {"images": normalization.normalize(pixels)} | codes,
         labels=labels,
         classes=classes,
         normalization=normalization,
@@ -184,7 +184,7 @@ def test_ddranking_gets_tensors_and_the_learned_rate(tmp_path, pixels, labels):
     export(source, "ddranking", tmp_path / "exported")
     loaded = {file.name: torch.load(file, weights_only=True) for file in (tmp_path / "exported").iterdir()}
     assert set(loaded) == {"images.pt", "labels.pt", "lr.pt"} and loaded["lr.pt"].item() == 0.25
-    assert torch.equal(loaded["images.pt"], NORMALIZATION.to_images(pixels))
+    assert torch.equal(loaded["images.pt"], NORMALIZATION.normalize(pixels))
     assert loaded["labels.pt"].dtype == torch.int64 and torch.equal(loaded["labels.pt"], labels)
 
 
@@ -205,7 +205,7 @@ def test_the_command_exports_and_refuses_in_one_line(tmp_path, pixels, labels):
     source, target = artefact(tmp_path / "set", pixels, labels), tmp_path / "exported"
 
     def run(*arguments):
-        command = [sys.executable, "-m", "ld3m.export", *map(str, arguments)]
+        command = [sys.executable, "-m", "ld3m.reporting.export", *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert run(source, "folder", target).returncode == 0 and (target / "000 a" / "0.png").is_file()

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import full_size
 from benchmarks.full_size import SMOKE, Case, Machine, measure, prepare, random_split
-from ld3m.compvis import build
+from ld3m.models.compvis import build
 
 CPU = torch.device("cpu")
 CASES = [Case(32, 2, 1, "dm", "bf16", "eager"), Case(32, 2, 1, "dc", "fp32", "eager")]

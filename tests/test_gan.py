@@ -8,10 +8,10 @@ from conftest import directional_derivative, relative_difference
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, leaky_relu
 
-from ld3m.augment import OPERATIONS
-from ld3m.data import Dataset, Split, measure_normalization
-from ld3m.gan import Generator, build_generator, load_generator, save_generator
-from ld3m.train_gan import GROUP, Discriminator, fit_gan, recognised, spread
+from ld3m.data.augment import OPERATIONS
+from ld3m.data.dataset import Dataset, Split, measure_normalization
+from ld3m.models.gan import Generator, build_generator, load_generator, save_generator
+from ld3m.models.train_gan import GROUP, Discriminator, fit_gan, recognised, spread
 
 CONFIG = dict(channels=1, classes=2, noise_width=6, w_width=5, widths=(8, 6, 4))
 
@@ -22,7 +22,7 @@ def made(**changes) -> Generator:
 
 @pytest.fixture
 def gan() -> Generator:
-    return made().double().frozen()
+    return made().double().freeze_()
 
 
 def codes(gan, count, randn):
@@ -150,7 +150,7 @@ def test_the_network_of_a_config_is_not_allocated_before_the_weights_fit_it(tmp_
     save_generator(made(), tmp_path)
     devices = []
     monkeypatch.setattr(
-        "ld3m.gan.StyleLayer.__init__", lambda *_, **__: devices.append(torch.empty(1).device.type) or 1 / 0
+        "ld3m.models.gan.StyleLayer.__init__", lambda *_, **__: devices.append(torch.empty(1).device.type) or 1 / 0
     )
     with pytest.raises(ValueError, match="cannot be read"):
         load_generator(tmp_path)
@@ -220,7 +220,7 @@ def test_it_learns_the_classes_and_a_classifier_sees_it(dataset):
     assert pixels.shape == (40, 1, 16, 16) and labels.tolist() == [0, 1] * 20 and pixels.abs().max() <= 1
     assert record["recognised"] >= 0.9 and record["samples"] == 40 and len(losses) == 150
     assert not any(parameter.requires_grad for parameter in gan.parameters())
-    untrained = recognised(made().frozen(), dataset, samples_per_class=20, seed=0, **judging)[2]
+    untrained = recognised(made().freeze_(), dataset, samples_per_class=20, seed=0, **judging)[2]
     assert untrained["recognised"] < 0.9
 
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 from conftest import NORMALIZATION, SIZE_PX, make_prior, make_split
 
-from ld3m.graphs import Replayed
-from ld3m.sampler import sample
-from ld3m.synthetic import start_ld3m
-from ld3m.train_prior import fit_denoiser
+from ld3m.runtime.cuda_graphs import GraphedFunction
+from ld3m.method.sampler import sample
+from ld3m.method.spaces import start_ld3m
+from ld3m.models.train_prior import fit_denoiser
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 LABELS = torch.tensor([0, 1, 2])
 
 
 def a_prior(precision):
-    return make_prior().frozen().to("cuda").in_precision(precision)
+    return make_prior().freeze_().to("cuda").in_precision(precision)
 
 
 def rendered(prior, pixels, weight):
@@ -43,7 +43,7 @@ def rendered(prior, pixels, weight):
 
 def test_on_a_cpu_it_is_the_function_itself():
     calls = []
-    replayed = Replayed(lambda x: calls.append(x) or x + 1)
+    replayed = GraphedFunction(lambda x: calls.append(x) or x + 1)
     x = torch.zeros(2, requires_grad=True)
     assert torch.equal(replayed(x), x + 1) and calls[0] is x and not replayed.recorded
 
@@ -53,7 +53,7 @@ def test_values_and_gradients_those_of_parameters_too_are_the_function_s():
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.SiLU(), torch.nn.Linear(5, 3)).cuda()
     function = lambda x, y: (layer(x) * y).square()  # noqa: E731
-    replayed = Replayed(function, layer)
+    replayed = GraphedFunction(function, layer)
     kept = []
     for rows in (4, 4, 2, 4):
         x, y = torch.randn(rows, 3, device="cuda", requires_grad=True), torch.randn(rows, 3, device="cuda")
@@ -74,7 +74,7 @@ def test_values_and_gradients_those_of_parameters_too_are_the_function_s():
 
 @NEEDS_CUDA
 def test_a_gradient_after_another_call_is_an_error():
-    replayed = Replayed(torch.square)
+    replayed = GraphedFunction(torch.square)
     x = torch.ones(2, device="cuda", requires_grad=True)
     first, second = replayed(x), replayed(x)
     with pytest.raises(RuntimeError, match="called again before this gradient"):
@@ -88,7 +88,7 @@ def test_a_gradient_after_another_call_is_an_error():
 def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, tolerance):
     pixels, weight = (torch.randn(3, 1, SIZE_PX, SIZE_PX, device="cuda").clamp(-1, 1) for _ in range(2))
     prior = a_prior(precision)
-    for plain, replayed in zip(*(rendered(used, pixels, weight) for used in (prior, prior.replayed())), strict=True):
+    for plain, replayed in zip(*(rendered(used, pixels, weight) for used in (prior, prior.with_cuda_graphs())), strict=True):
         assert (plain - replayed).norm() / plain.norm() < tolerance
 
 
@@ -96,7 +96,7 @@ def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, to
 def test_samples_are_the_same():
     prior = a_prior("float32")
     drawing = dict(size_px=SIZE_PX, steps=3, guidance=3.0, render_batch=2, seed=0)
-    plain, replayed = (sample(used, LABELS, **drawing) for used in (prior, prior.replayed()))
+    plain, replayed = (sample(used, LABELS, **drawing) for used in (prior, prior.with_cuda_graphs()))
     torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_a_denoiser_is_trained_as_without(monkeypatch):
     for is_replayed in (False, True):
         with monkeypatch.context() as patch:
             if not is_replayed:
-                patch.setattr(Replayed, "__call__", lambda replayed, *inputs: replayed.function(*inputs))
+                patch.setattr(GraphedFunction, "__call__", lambda replayed, *inputs: replayed.function(*inputs))
             given = dict(steps=8, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
             found.append(fit_denoiser(make_prior().to("cuda").in_precision("bfloat16"), split, **given))
     torch.testing.assert_close(*map(torch.tensor, found), rtol=0.02, atol=0)

@@ -8,10 +8,12 @@ import nbformat
 import pytest
 import torch
 
-from ld3m import config, paths, runs
-from ld3m.artefact import write_images
-from ld3m.experiment import Experiment
-from ld3m.paths import ROOT
+from ld3m.pipeline import profiles as config
+from ld3m.runtime import paths
+from ld3m.pipeline import runs
+from ld3m.evaluation.artefact import write_images
+from ld3m.pipeline.experiment import Experiment
+from ld3m.runtime.paths import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_CONVERT)
 

@@ -8,19 +8,19 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, directional_derivative, make_split, relative_difference
 from torch.func import functional_call, grad
 
-from ld3m import matching
-from ld3m.augment import augment, draw
-from ld3m.data import Split
-from ld3m.matching import (
+from ld3m.method import objectives as matching
+from ld3m.data.augment import augment, draw
+from ld3m.data.dataset import Split
+from ld3m.method.objectives import (
     DISTANCES,
     ClassMatching,
     TrajectoryMatching,
-    classes_at_once,
+    class_chunk_size,
     feature_distance,
     gradient_distance,
     match_trajectory,
 )
-from ld3m.networks import build, flat_parameters, unflatten
+from ld3m.models.networks import build, flat_parameters, unflatten
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 
@@ -129,7 +129,7 @@ def test_the_number_of_threads_changes_no_bit(dataset, randn, name):
 
 def test_classes_in_one_pass_are_those_one_by_one(dataset, randn):
     images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1])
-    single, joint = (class_matching(dataset.train, classes_at_once=count)(images, labels, step=5) for count in (1, 2))
+    single, joint = (class_matching(dataset.train, class_chunk_size=count)(images, labels, step=5) for count in (1, 2))
     assert joint[0] == pytest.approx(single[0], rel=1e-12)
     assert relative_difference(joint[1], single[1]) < 1e-12
 
@@ -139,7 +139,7 @@ def test_classes_in_one_pass_are_those_one_by_one(dataset, randn):
     [("dm", 64, 32, 5), ("dm", 256, 32, 4), ("dm", 64, 256, 1), ("dc", 64, 32, 1)],
 )
 def test_classes_at_once(name, real_batch, size_px, count):
-    assert classes_at_once(name, real_batch=real_batch, size_px=size_px) == count
+    assert class_chunk_size(name, real_batch=real_batch, size_px=size_px) == count
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
@@ -221,7 +221,7 @@ def test_real_and_synthetic_images_share_one_augmentation(randn):
     uint8 = make_split(1, seed=0).uint8
     labels = torch.arange(CLASSES)
     split = Split(uint8.repeat(3, 1, 1, 1), labels.repeat(3), ("a", "b", "c"))
-    images = NORMALIZATION.to_images(split.pixels(labels))
+    images = NORMALIZATION.normalize(split.x(labels))
     augmented = []
 
     def spy(network, real, real_labels, synthetic, labels):

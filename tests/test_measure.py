@@ -5,9 +5,9 @@ import mmap
 import numpy as np
 import pytest
 
-from ld3m import measure
-from ld3m.measure import Line, Plane, Taken, grow, grow_plane, peak_of
-from ld3m.progress import forget_peak
+from ld3m.pipeline import measure
+from ld3m.pipeline.measure import Line, Plane, Taken, grow, grow_plane, peak_of
+from ld3m.runtime.progress import forget_peak
 
 MIB = 2**20
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from ld3m import ablations, memory
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
-from ld3m.memory import TooLittleMemory, available_bytes, is_out_of_memory, limited, named, used_bytes
-from ld3m.train_prior import fit_denoiser
+from ld3m.pipeline import ablations
+from ld3m.runtime import memory
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
+from ld3m.runtime.memory import TooLittleMemory, available_bytes, is_out_of_memory, limited, explain_out_of_memory, used_bytes
+from ld3m.models.train_prior import fit_denoiser
 
 MIB = 2**20
 FOLDERS = {
@@ -104,15 +105,15 @@ def exhaust_cuda(*_, **__):
 @pytest.mark.parametrize("run_out", [exhaust, exhaust_cuda])
 def test_memory_that_runs_out_names_what_to_lower(run_out):
     with pytest.raises(TooLittleMemory, match=r"memory ran out \(.*\): lower a\.batch or b\.batch in params\.yaml"):
-        with named("a.batch", "b.batch"):
+        with explain_out_of_memory("a.batch", "b.batch"):
             run_out()
-    with pytest.raises(TooLittleMemory, match="lower inner in"), named("outer"), named("inner"):
+    with pytest.raises(TooLittleMemory, match="lower inner in"), explain_out_of_memory("outer"), explain_out_of_memory("inner"):
         run_out()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), FileNotFoundError("a file"), ValueError("out of memory")])
 def test_other_errors_stay_as_they_are(error):
-    with pytest.raises(type(error)) as raised, named("a.batch"):
+    with pytest.raises(type(error)) as raised, explain_out_of_memory("a.batch"):
         raise error
     assert raised.value is error
 
@@ -124,7 +125,7 @@ def test_a_worker_that_the_system_ended_is_taken_for_one_that_ran_out():
 @pytest.mark.parametrize(
     "objective, space, settings",
     [
-        ("dm", "ld3m", "spaces.ld3m.kept_steps or spaces.ld3m.render_batch or objectives.dm.real_batch"),
+        ("dm", "ld3m", "spaces.ld3m.uncheckpointed_steps or spaces.ld3m.render_batch or objectives.dm.real_batch"),
         ("dc", "pixel", "objectives.dc.real_batch"),
         ("mtt", "glad", "spaces.glad.render_batch or objectives.mtt.student_batch"),
     ],
@@ -137,7 +138,7 @@ def test_a_cell_names_the_batches_of_its_space_and_its_objective(monkeypatch, ob
 
 def test_judging_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypatch):
     experiment = Experiment(load_params({"processes": 1}))
-    monkeypatch.setattr("ld3m.experiment.judge_all", exhaust)
+    monkeypatch.setattr("ld3m.pipeline.experiment.evaluate_sets", exhaust)
     with pytest.raises(TooLittleMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.changes"):
         experiment.judge([], experiment.dataset.test)
     monkeypatch.setattr(Experiment, "control", exhaust)
@@ -146,7 +147,7 @@ def test_judging_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypa
     monkeypatch.setattr(ablations, "distill", exhaust)
     with pytest.raises(TooLittleMemory, match=r"spaces\.ld3m\.render_batch or objectives\.dm\.real_batch or processes"):
         ablations.measure(experiment.params, "dm", "ld3m")
-    monkeypatch.setattr("ld3m.train_prior._encode_all", exhaust)
+    monkeypatch.setattr("ld3m.models.train_prior._encode_all", exhaust)
     with pytest.raises(TooLittleMemory, match=r"lower prior\.denoiser\.batch in"):
         training = experiment.params.prior.denoiser.training()
         fit_denoiser(experiment.prior, experiment.dataset.train, **training, seed=0)

@@ -3,7 +3,7 @@ import math
 import pandas as pd
 import pytest
 
-from ld3m.metrics import (
+from ld3m.evaluation.statistics import (
     PLAIN,
     augmentation_robust_score,
     compare,

@@ -5,8 +5,8 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional
 
-from ld3m import networks
-from ld3m.networks import ARCHITECTURES, ViT, build, flat_parameters, unflatten
+from ld3m.models import networks
+from ld3m.models.networks import ARCHITECTURES, ViT, build, flat_parameters, unflatten
 
 TINY_WIDTH = {"convnet": 4, "alexnet": 4, "vgg11": 2, "resnet18": 2, "vit": 32}
 

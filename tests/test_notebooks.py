@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
-from ld3m.paths import ROOT
+from ld3m.runtime.paths import ROOT
 
 NUMBERED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 BY_HAND = [ROOT / "notebooks" / name for name in ("explore.ipynb", "judge.ipynb")]
@@ -81,7 +81,7 @@ def test_a_notebook_calls_the_library_and_defines_nothing(notebook):
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert not {name for name in imported if name.startswith("torch.")}
     strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    assert not [text for text in strings if text.startswith(("/", "~", ".."))]  # paths come from ld3m.paths
+    assert not [text for text in strings if text.startswith(("/", "~", ".."))]  # paths come from ld3m.runtime.paths
 
 
 def test_a_notebook_uses_only_what_the_library_has(notebook):

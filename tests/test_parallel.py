@@ -12,9 +12,9 @@ import nbformat
 import pytest
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from ld3m.checkpoint import Checkpoint, Interrupted
-from ld3m.parallel import ATTEMPTS, end_workers, fan_out
-from ld3m.paths import ROOT
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.runtime.parallel import ATTEMPTS, end_workers, fan_out
+from ld3m.runtime.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_a_signal_while_the_last_result_arrives_ends_the_call(tmp_path, processe
 
 
 FANS_OUT = """
-from ld3m.parallel import end_workers, fan_out
+from ld3m.runtime.parallel import end_workers, fan_out
 
 fan_out(dict, [{"k": k} for k in range(4)], processes=2, label="tasks")
 end_workers()
@@ -96,7 +96,7 @@ def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
     """A kernel that is asked to end signals joblib's trackers for half a minute, and they ignore it."""
     cells = [nbformat.v4.new_code_cell(FANS_OUT)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "given.ipynb")
-    command = [sys.executable, "-m", "ld3m.papermill", "-k", "python3", "given.ipynb", "executed.ipynb"]
+    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", "given.ipynb", "executed.ipynb"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
     executed = nbformat.read(tmp_path / "executed.ipynb", as_version=4)

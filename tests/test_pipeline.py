@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from ld3m import code, paths
-from ld3m.config import apply_profile, load_params
-from ld3m.paths import PROFILES, ROOT
-from ld3m.storage import read_tensors
+from ld3m import code
+from ld3m.runtime import paths
+from ld3m.pipeline.profiles import apply_profile, load_params
+from ld3m.runtime.paths import PROFILES, ROOT
+from ld3m.runtime.storage import read_tensors
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 USER = "somebody-special"
@@ -213,8 +214,8 @@ def test_dvc_reports_nothing_to_anybody():
 
 RESTORED = """
 from ld3m import explore
-from ld3m.config import load_params
-from ld3m.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.experiment import Experiment
 
 experiment, cell = Experiment(load_params()), ("mtt", "ld3m", 1)
 print((explore.restored(experiment, cell).render() - experiment.images_of(*cell)[0]).abs().max().item() < 1e-5)

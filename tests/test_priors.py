@@ -25,16 +25,18 @@ from safetensors.torch import load_file, save_file
 from test_compvis import SMALL, original
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ld3m import compvis, paths, priors
-from ld3m.artefact import read_artefact
-from ld3m.batch import run_notebook
-from ld3m.config import load_params
-from ld3m.diffusion import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
-from ld3m.experiment import Experiment
-from ld3m.paths import PROFILES
-from ld3m.priors import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
-from ld3m.sampler import reverse, timesteps
-from ld3m.subsets import IMAGENET
+from ld3m.models import compvis
+from ld3m.runtime import paths
+from ld3m.models import prior_io as priors
+from ld3m.evaluation.artefact import read_artefact
+from ld3m.pipeline.batch import run_notebook
+from ld3m.pipeline.profiles import load_params
+from ld3m.models.diffusion_prior import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
+from ld3m.pipeline.experiment import Experiment
+from ld3m.runtime.paths import PROFILES
+from ld3m.models.prior_io import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
+from ld3m.method.sampler import reverse, timesteps
+from ld3m.data.subsets import IMAGENET
 
 SCALE = 0.7  # of make_prior
 WEIGHTS = (
@@ -62,7 +64,7 @@ def as_stored(prior):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a prior, and the prior that was saved there. Do not change it."""
-    folder, prior = tmp_path_factory.mktemp("priors") / "tiny", make_prior().frozen()
+    folder, prior = tmp_path_factory.mktemp("priors") / "tiny", make_prior().freeze_()
     save_prior(prior, folder)
     return folder, as_stored(prior)
 
@@ -734,7 +736,7 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, mon
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
     assert json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
     for kept, is_replayed in ((0, True), (1, False)):
-        used = Experiment(load_params(overrides | {"spaces.ld3m.kept_steps": kept})).prior
+        used = Experiment(load_params(overrides | {"spaces.ld3m.uncheckpointed_steps": kept})).prior
         assert bool(used.recordings) == is_replayed
     monkeypatch.setattr(Prior, "compiled", lambda prior: (prior, "compiled"))
     changes = {"spaces.ld3m.prior": "all_random", "spaces.ld3m.compile": True}

@@ -3,8 +3,10 @@
 import pytest
 from test_compvis import SMALL
 
-from ld3m import compvis, networks, paths
-from ld3m.config import ablation_settings, apply_profile, load_params
+from ld3m.models import compvis
+from ld3m.models import networks
+from ld3m.runtime import paths
+from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def applied(tmp_path):
 def test_a_profile_opens_with_what_it_reproduces_its_source_and_its_cost(file):
     header = file.read_text().split("\n\n")[0]
     comment = [line for line in header.splitlines() if line.startswith("#")]
-    assert len(comment) >= 3 and f"python -m ld3m.config apply profiles/{file.name}" in "\n".join(comment)
+    assert len(comment) >= 3 and f"python -m ld3m.pipeline.profiles apply profiles/{file.name}" in "\n".join(comment)
     if file.stem != "smoke":
         assert "Cost:" in header and "Hyper-parameters:" in header
 

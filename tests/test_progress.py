@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from ld3m import progress as module
-from ld3m.progress import forget_peak, peak_gib, progress, silent
+from ld3m.runtime import progress as module
+from ld3m.runtime.progress import forget_peak, peak_gib, progress, silent
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import ld3m
-from ld3m import paths
-from ld3m.config import load_params
-from ld3m.paths import ROOT
-from ld3m.readme import filled
+from ld3m.runtime import paths
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime.paths import ROOT
+from ld3m.reporting.readme import filled
 
 README = (ROOT / "README.md").read_text()
 
@@ -32,7 +32,7 @@ def committed(tmp_path_factory):
 
 def test_every_number_in_the_readme_is_that_of_the_committed_tables(committed):
     readme = (committed / "README.md").read_text()
-    assert readme == filled(readme, committed / "reports"), "run `python -m ld3m.readme`"
+    assert readme == filled(readme, committed / "reports"), "run `python -m ld3m.reporting.readme`"
 
 
 def test_the_committed_tables_show_what_the_readme_says(committed):

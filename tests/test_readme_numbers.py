@@ -2,7 +2,7 @@
 
 import pytest
 
-from ld3m.readme import filled, number
+from ld3m.reporting.readme import filled, number
 
 MAIN = "dataset,ipc,space,mean,seconds\ntoy,1,pixel,0.5,1234.5\ntoy,1,ld3m,0.625,2\ntoy,10,ld3m,-0.0125,3\n"
 

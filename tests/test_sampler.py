@@ -6,8 +6,8 @@ from conftest import directional_derivative, make_prior, relative_difference
 from diffusers import DDIMScheduler
 
 from benchmarks.memory import LiveBytes
-from ld3m import sampler
-from ld3m.sampler import noised, reverse, sample, skip_weight, timesteps
+from ld3m.method import sampler
+from ld3m.method.sampler import noised, reverse, sample, skip_weight, timesteps
 
 
 def plain_reverse(prior, z_T, c, *, z, steps, guidance, skip, eta, eps):
@@ -221,8 +221,8 @@ def test_a_step_is_two_forwards_and_one_backward_and_guidance_one_batch(prior, r
     assert calls == [(4, False)] * 3 + [(4, True)] * 3
 
 
-@pytest.mark.parametrize(("kept_steps", "again"), [(1, 2), (2, 1), (3, 0), (20, 0)])
-def test_kept_steps_are_not_run_again_and_change_no_bit(prior, randn, monkeypatch, kept_steps, again):
+@pytest.mark.parametrize(("uncheckpointed_steps", "again"), [(1, 2), (2, 1), (3, 0), (20, 0)])
+def test_kept_steps_are_not_run_again_and_change_no_bit(prior, randn, monkeypatch, uncheckpointed_steps, again):
     calls, denoise = [], type(prior).denoise
 
     def counted(self, z_t, t, c):
@@ -231,14 +231,14 @@ def test_kept_steps_are_not_run_again_and_change_no_bit(prior, randn, monkeypatc
 
     z_T, z, c, eps = leaves(prior, randn)
 
-    def found(kept_steps):
-        given = dict(z=z, steps=3, guidance=3, skip="x0", eta=0.5, eps=eps, kept_steps=kept_steps)
+    def found(uncheckpointed_steps):
+        given = dict(z=z, steps=3, guidance=3, skip="x0", eta=0.5, eps=eps, uncheckpointed_steps=uncheckpointed_steps)
         z_0 = reverse(prior, z_T, c, **given)
         return z_0, *torch.autograd.grad(z_0.square().sum(), [z_T, z, c])
 
     expected = found(0)
     monkeypatch.setattr(type(prior), "denoise", counted)
-    assert all(map(torch.equal, found(kept_steps), expected))
+    assert all(map(torch.equal, found(uncheckpointed_steps), expected))
     ts = [667, 334, 1]
     assert calls == [(t, k >= again) for k, t in enumerate(ts)] + [(t, True) for t in ts[:again][::-1]]
 
@@ -246,9 +246,9 @@ def test_kept_steps_are_not_run_again_and_change_no_bit(prior, randn, monkeypatc
 def test_kept_steps_are_in_memory_only_where_there_is_a_gradient_to_take(prior, randn):
     z_T, z, c, _ = leaves(prior, randn)
 
-    def peak(kept_steps):
+    def peak(uncheckpointed_steps):
         with LiveBytes() as meter:
-            reverse(prior, z_T, c, z=z, steps=4, guidance=3, skip="mean", kept_steps=kept_steps)
+            reverse(prior, z_T, c, z=z, steps=4, guidance=3, skip="mean", uncheckpointed_steps=uncheckpointed_steps)
         return meter.peak
 
     assert peak(4) > 1.5 * peak(2) > 2 * peak(0)
@@ -264,7 +264,7 @@ def test_the_gradient_can_be_taken_twice(prior, randn):
 
 
 def test_samples_are_pixels_that_do_not_depend_on_the_batch():
-    prior = make_prior().frozen()  # samples are drawn in the float32 of a loaded prior
+    prior = make_prior().freeze_()  # samples are drawn in the float32 of a loaded prior
     labels = torch.tensor([0, 1, 2, 0, 1])
     settings = {"size_px": 16, "steps": 3, "guidance": 3.0, "seed": 4}
     whole = sample(prior, labels, render_batch=5, **settings)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ld3m import storage
-from ld3m.storage import new_folder, read_tensors, require_space, write_bytes, write_json, write_tensors
+from ld3m.runtime import storage
+from ld3m.runtime.storage import new_folder, read_tensors, require_space, write_bytes, write_json, write_tensors
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2]), "scalar": torch.tensor(0.1)}
 

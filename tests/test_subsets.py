@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
-from ld3m import data, subsets
-from ld3m.config import load_params
+from ld3m.data import dataset as data
+from ld3m.data import subsets
+from ld3m.pipeline.profiles import load_params
 
 SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": {"train": "train", "validation": 0.5, "test": "val"}}
 

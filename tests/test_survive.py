@@ -25,20 +25,20 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split
 from safetensors.torch import load
 
-from ld3m.checkpoint import Checkpoint, Interrupted
-from ld3m.data import Dataset
-from ld3m.distill import Objective, Synthetic, distill
-from ld3m.evaluate import Judged, judge_all
-from ld3m.experts import open_experts, train_experts
-from ld3m.gan import build_generator, save_generator
-from ld3m.matching import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.networks import build, flat_parameters
-from ld3m.parallel import end_workers, fan_out
-from ld3m.priors import save_prior
-from ld3m.storage import new_folder, write_json, write_tensors
-from ld3m.synthetic import start_ld3m, start_pixels
-from ld3m.train_gan import fit_gan
-from ld3m.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.data.dataset import Dataset
+from ld3m.method.distill import Objective, Synthetic, distill
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
+from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.models.gan import build_generator, save_generator
+from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
+from ld3m.models.networks import build, flat_parameters
+from ld3m.runtime.parallel import end_workers, fan_out
+from ld3m.models.prior_io import save_prior
+from ld3m.runtime.storage import new_folder, write_json, write_tensors
+from ld3m.method.spaces import start_ld3m, start_pixels
+from ld3m.models.train_gan import fit_gan
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 
 KILLS = os.environ.get("LD3M_KILLS", "")
 NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
@@ -75,7 +75,7 @@ def trajectories(keep: Callable[[str], Checkpoint], out: Path) -> None:
 def dm_ld3m(keep: Callable[[str], Checkpoint], out: Path) -> None:
     train = toy().train
     synthetic = start_ld3m(
-        train.pixels(torch.arange(3)), train.labels[:3], prior=make_prior().frozen(), normalization=NORMALIZATION,
+        train.x(torch.arange(3)), train.labels[:3], prior=make_prior().freeze_(), normalization=NORMALIZATION,
         start="real", learn="auto", steps=2, guidance=2.0, skip="mean", eta=0.0, clamp="none", noise="redrawn",
         encoder_input="pixels", render_batch=2, seed=0,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def mtt_pixel(keep: Callable[[str], Checkpoint], out: Path) -> None:
     if not experts.exists():
         trajectories(lambda name: Checkpoint(experts.with_name(f"{name}.safetensors")), experts)
     synthetic = start_pixels(
-        train.pixels(torch.arange(3)), train.labels[:3], normalization=NORMALIZATION, start="real", seed=0
+        train.x(torch.arange(3)), train.labels[:3], normalization=NORMALIZATION, start="real", seed=0
     )
     objective = TrajectoryMatching(
         experts=open_experts(experts, count=3, last_epoch=2, parameters=len(flat_parameters(CONVNET(seed=0)))),
@@ -103,7 +103,7 @@ def distil(
     synthetic: Synthetic, objective: Objective, rates: dict[str, float], checkpoint: Checkpoint, out: Path
 ) -> None:
     run = distill(
-        synthetic, objective, iterations=5, learning_rates=rates, momentum=0.5, validations=2, checkpoint=checkpoint,
+        synthetic, objective, iterations=5, learning_rates=rates, momentum=0.5, validation_checks=2, checkpoint=checkpoint,
         validate=lambda images: [images.sigmoid().mean().item()],
     )  # fmt: skip
     with new_folder(out) as partial_folder:
@@ -113,10 +113,10 @@ def distil(
 
 def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
     dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
-    images = dataset.normalization.to_images(dataset.train.pixels())
-    judged = Judged(images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0)
+    images = dataset.normalization.normalize(dataset.train.x())
+    judged = EvaluationJob(images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0)
     shared = dict(normalization=NORMALIZATION, networks=networks, processes=1)
-    write_json(out / "scores.json", judge_all([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
+    write_json(out / "scores.json", evaluate_sets([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
 
 
 STAGES = [prior, gan, trajectories, dm_ld3m, mtt_pixel, evaluate]

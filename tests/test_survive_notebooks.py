@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from test_survive import INTERRUPTED, KILLS, NEVER, content, server, signalled  # noqa: F401
 
-from ld3m import config, paths
-from ld3m.batch import run_notebook
-from ld3m.checkpoint import Interrupted
+from ld3m.pipeline import profiles as config
+from ld3m.runtime import paths
+from ld3m.pipeline.batch import run_notebook
+from ld3m.runtime.checkpoint import Interrupted
 
 pytestmark = pytest.mark.slow
 CELL = {"objective": "mtt", "space": "ld3m", "ipc": 1}

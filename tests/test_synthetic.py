@@ -8,12 +8,13 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
 from benchmarks.memory import LiveBytes
-from ld3m import sampler, synthetic
-from ld3m.data import Normalization
-from ld3m.gan import build_generator
-from ld3m.sampler import noised, reverse, sample
-from ld3m.seeds import generator
-from ld3m.synthetic import shifted, start_glad, start_ld3m, start_pixels
+from ld3m.method import sampler
+from ld3m.method import spaces as synthetic
+from ld3m.data.dataset import Normalization
+from ld3m.models.gan import build_generator
+from ld3m.method.sampler import noised, reverse, sample
+from ld3m.runtime.seeds import generator
+from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
 
 IPC = 2
 LABELS = torch.arange(CLASSES).repeat_interleave(IPC)
@@ -57,7 +58,7 @@ def plain_chain(chain, kept, on_state, z_t, *arguments):
 
 
 def without_checkpoints(monkeypatch):
-    monkeypatch.setattr(synthetic, "made_again", lambda function, x: function(x))
+    monkeypatch.setattr(synthetic, "recomputed", lambda function, x: function(x))
     monkeypatch.setattr(sampler._Chain, "apply", plain_chain)
 
 
@@ -171,15 +172,15 @@ def test_kept_steps_change_no_bit(prior, pixels, randn, threads):
     made = codes(prior, pixels, eta=0.3, render_batch=4, threads=threads)
     weight = randn(*pixels.shape)
     images, gradients = images_and_gradients(made, weight)
-    kept_images, kept_gradients = images_and_gradients(replace(made, kept_steps=2), weight)
+    kept_images, kept_gradients = images_and_gradients(replace(made, uncheckpointed_steps=2), weight)
     assert torch.equal(images, kept_images)
     assert all(torch.equal(gradients[name], kept_gradients[name]) for name in gradients)
 
 
 def test_kept_steps_are_in_memory_only_where_there_is_a_gradient_to_take(prior, pixels):
-    def peak(kept_steps):
+    def peak(uncheckpointed_steps):
         with LiveBytes() as meter:
-            codes(prior, pixels, render_batch=2, steps=4, kept_steps=kept_steps).render()
+            codes(prior, pixels, render_batch=2, steps=4, uncheckpointed_steps=uncheckpointed_steps).render()
         return meter.peak
 
     assert peak(4) > 1.5 * peak(2) > 2 * peak(0)
@@ -204,7 +205,7 @@ def test_memory_of_the_networks_is_that_of_one_render_batch(prior, pixels, monke
         return meter.peak
 
     assert peak(6) < 1.3 * peak(1)
-    monkeypatch.setattr(synthetic, "made_again", lambda function, x: function(x))
+    monkeypatch.setattr(synthetic, "recomputed", lambda function, x: function(x))
     assert peak(6) > 1.5 * peak(1)  # the meter sees what the decoder would save
 
 
@@ -241,7 +242,7 @@ def test_the_path_starts_at_z_T_and_ends_at_the_rendered_images(prior, pixels, s
     torch.testing.assert_close(path[-1], made.render().detach()[index])
     tensors = made.tensors()
     z_T = tensors["z_T"] if skip == "mean" else noised(prior, tensors["z"], tensors["eps"][:, 0], steps=3)
-    torch.testing.assert_close(path[0], NORMALIZATION.to_images(prior.decode(z_T[index])).detach())
+    torch.testing.assert_close(path[0], NORMALIZATION.normalize(prior.decode(z_T[index])).detach())
 
 
 def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
@@ -250,12 +251,12 @@ def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
     bright.autoencoder.decoder.conv_out.weight.mul_(5)
     free, hard, soft = (codes(bright, pixels, clamp=clamp) for clamp in ("none", "hard", "soft"))
     with torch.no_grad():
-        unclamped = NORMALIZATION.to_pixels(free.render())
+        unclamped = NORMALIZATION.denormalize(free.render())
         outside = unclamped.abs() > 1
         assert 0.05 < outside.float().mean() < 0.95
         for clamped in (hard, soft):
             torch.testing.assert_close(
-                NORMALIZATION.to_pixels(clamped.render()), unclamped.clamp(-1, 1), rtol=0, atol=1e-12
+                NORMALIZATION.denormalize(clamped.render()), unclamped.clamp(-1, 1), rtol=0, atol=1e-12
             )
     _, beyond_free = images_and_gradients(free, outside.double())
     _, beyond_hard = images_and_gradients(hard, outside.double())
@@ -269,7 +270,7 @@ def test_hard_clamp_stops_the_gradient_outside_the_range(prior, pixels):
 
 
 def test_starting_from_samples_of_the_prior(pixels):
-    prior = make_prior().frozen()
+    prior = make_prior().freeze_()
     made = codes(prior, pixels.float(), start="prior")
     drawn = sample(prior, LABELS, size_px=SIZE_PX, steps=3, guidance=3.0, render_batch=4, seed=0)
     torch.testing.assert_close(made.learnables["z"].detach(), prior.encode(drawn))
@@ -302,7 +303,7 @@ def test_shifted_normalization():
 @pytest.fixture(scope="module")
 def gan():
     config = dict(channels=1, classes=CLASSES, noise_width=6, w_width=5, widths=(8, 6, 4))
-    return build_generator(seed=0, **config).double().frozen()
+    return build_generator(seed=0, **config).double().freeze_()
 
 
 def glad(gan, labels=LABELS, **changes):

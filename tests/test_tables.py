@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from ld3m import paths, published, report
-from ld3m.ablations import write_records
-from ld3m.config import load_params
-from ld3m.storage import write_json
-from ld3m.tables import (
+from ld3m.runtime import paths
+from ld3m.reporting import published
+from ld3m.reporting import report
+from ld3m.pipeline.ablations import write_records
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime.storage import write_json
+from ld3m.reporting.tables import (
     CHANGES,
     COLUMNS,
     UNSEEN,
@@ -398,7 +400,7 @@ def test_ours_stand_beside_the_papers(params):
     settings = pd.read_csv(paths.TABLES / "settings.csv", index_col="setting").ours
     assert settings["Iteration reported"].startswith("the start or the end, whichever is better on validation data")
     assert (
-        published.settings(load_params({"distill.validations": 5}), spaces=["ld3m"], ipcs=[1])
+        published.settings(load_params({"distill.validation_checks": 5}), spaces=["ld3m"], ipcs=[1])
         .set_index("setting")
         .ours["Iteration reported"]
         .startswith("best of 6 on validation data")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ld3m.threads import in_parts
+from ld3m.runtime.chunked import in_chunks
 
 
 def function(tensors):
@@ -16,7 +16,7 @@ def computed(randn, *, size, threads, function=function):
     a, b, unused = (randn(7, 3).requires_grad_() for _ in range(3))
     fixed = randn(7, 3)
     tensors = {"a": a, "b": fixed, "unused": unused} | {"c": b}
-    output = in_parts(lambda given: function(given) + given["c"] ** 2, tensors, size=size, threads=threads)
+    output = in_chunks(lambda given: function(given) + given["c"] ** 2, tensors, size=size, threads=threads)
     grads = torch.autograd.grad(output, (a, b, unused), fixed + 1, allow_unused=True)
     whole = function(tensors) + tensors["c"] ** 2
     return output, grads, whole, torch.autograd.grad(whole, (a, b, unused), fixed + 1, allow_unused=True)
@@ -39,7 +39,7 @@ def test_a_part_is_computed_by_one_thread_of_several(randn):
 
     given = {"a": randn(4, 3), "b": randn(4, 3)}
     barrier = threading.Barrier(2, timeout=20)  # passed only where two threads compute at once
-    in_parts(lambda tensors: barrier.wait() * 0 + noted(tensors), given, size=2, threads=2)
+    in_chunks(lambda tensors: barrier.wait() * 0 + noted(tensors), given, size=2, threads=2)
     assert len({thread for thread, _, _ in seen}) == 2 and {(count, grad) for _, count, grad in seen} == {(1, False)}
 
 
@@ -48,4 +48,4 @@ def test_an_error_in_a_part_is_raised(randn):
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        in_parts(broken, {"a": randn(4, 3)}, size=2, threads=2)
+        in_chunks(broken, {"a": randn(4, 3)}, size=2, threads=2)

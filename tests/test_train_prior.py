@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ld3m.data import Dataset, Split, measure_normalization
-from ld3m.diffusion import build_prior
-from ld3m.train_prior import fit_autoencoder, fit_denoiser, recognised, reconstruct, reconstruction_error
+from ld3m.data.dataset import Dataset, Split, measure_normalization
+from ld3m.models.diffusion_prior import build_prior
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, recognised, reconstruct, reconstruction_error
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_both_losses_fall_the_latents_have_unit_variance_and_a_second_run_gives_
     prior, images, noise = trained(dataset)
     assert sum(images[-5:]) < 0.7 * sum(images[:5])
     assert sum(noise[-10:]) < 0.8 * sum(noise[:10])
-    assert prior.encode(dataset.train.pixels()).std().item() == pytest.approx(1, rel=1e-4)
+    assert prior.encode(dataset.train.x()).std().item() == pytest.approx(1, rel=1e-4)
     assert not any(parameter.requires_grad for parameter in prior.unet.parameters())
     again, images_again, noise_again = trained(dataset)
     assert (images_again, noise_again) == (images, noise)
@@ -53,9 +53,9 @@ def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
     prior = build_prior(
         channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
         unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
-    ).frozen()  # fmt: skip
-    real = dataset.validation.pixels()
-    monkeypatch.setattr("ld3m.train_prior.at_once", lambda size_px: 5)
+    ).freeze_()  # fmt: skip
+    real = dataset.validation.x()
+    monkeypatch.setattr("ld3m.models.train_prior.prior_chunk_size", lambda size_px: 5)
     drawn = reconstruct(prior, real)
     torch.testing.assert_close(drawn, prior.decode(prior.encode(real)).clamp(-1, 1))
     error = reconstruction_error(real, drawn)
@@ -74,9 +74,9 @@ def test_samples_are_recognised_by_a_classifier_that_knows_the_real_images(datas
     assert record["samples"] == 6 and record["classifier_accuracy"] == 1.0
 
     def real(prior, labels, **_):
-        return dataset.train.pixels(torch.tensor([int(label) for label in labels]))
+        return dataset.train.x(torch.tensor([int(label) for label in labels]))
 
-    monkeypatch.setattr("ld3m.train_prior.sample", real)
+    monkeypatch.setattr("ld3m.models.train_prior.sample", real)
     assert recognised(prior, dataset, **arguments)[2]["recognised"] == 1.0
-    monkeypatch.setattr("ld3m.train_prior.sample", lambda prior, labels, **k: real(prior, 1 - labels))
+    monkeypatch.setattr("ld3m.models.train_prior.sample", lambda prior, labels, **k: real(prior, 1 - labels))
     assert recognised(prior, dataset, **arguments)[2]["recognised"] == 0.0

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from ld3m import experts, storage
-from ld3m.checkpoint import Checkpoint
-from ld3m.data import Dataset, Normalization, Split
-from ld3m.devices import networks_at_once
-from ld3m.evaluate import Judged, judge, judge_all
-from ld3m.experts import open_experts, train_experts
-from ld3m.networks import build, flat_parameters, unflatten
-from ld3m.parallel import fan_out
-from ld3m.training import accuracy, train, train_together
+from ld3m.evaluation import experts
+from ld3m.runtime import storage
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.runtime.devices import network_chunk_size
+from ld3m.evaluation.evaluate import EvaluationJob, judge, evaluate_sets
+from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.models.networks import build, flat_parameters, unflatten
+from ld3m.runtime.parallel import fan_out
+from ld3m.evaluation.training import accuracy, train, train_together
 
 RECIPE = dict(
     epochs=2, batch=4, learning_rate=0.1, momentum=0.9, weight_decay=0.01, warm_up=False, ema_decay=None
@@ -34,7 +35,7 @@ def split(count, seed):
 
 DATASET = Dataset("toy", split(24, 0), split(12, 1), split(12, 2), Normalization((0.3,), (0.25,)))
 LABELS = DATASET.train.labels
-IMAGES = DATASET.normalization.to_images(DATASET.train.pixels())
+IMAGES = DATASET.normalization.normalize(DATASET.train.x())
 
 
 def linear():
@@ -219,7 +220,7 @@ def test_an_expert_does_not_depend_on_how_many_there_are_or_on_the_processes(thr
 
 def test_experts_trained_in_groups_do_not_depend_on_how_many_there_are(three, tmp_path, monkeypatch):
     folder, records = three
-    monkeypatch.setattr(experts, "networks_at_once", lambda device, *, batch, size_px: 2)
+    monkeypatch.setattr(experts, "network_chunk_size", lambda device, *, batch, size_px: 2)
     five, four = (trained_experts(tmp_path / str(count), count=count, processes=1) for count in (5, 4))
     assert [record["expert"] for record in five] == [0, 1, 2, 3, 4] and five[:4] == four
     names = sorted(file.name for file in (tmp_path / "5").iterdir())
@@ -239,7 +240,7 @@ def test_experts_trained_in_groups_do_not_depend_on_how_many_there_are(three, tm
     [("cpu", 10, 32, 1), ("cuda", 10, 32, 8), ("cuda", 256, 32, 4), ("cuda", 256, 128, 1)],
 )
 def test_networks_at_once(device, batch, size_px, count):
-    assert networks_at_once(device, batch=batch, size_px=size_px) == count
+    assert network_chunk_size(device, batch=batch, size_px=size_px) == count
 
 
 def test_snapshots_are_those_of_plain_sgd_from_the_initialisation(three, tmp_path, monkeypatch):
@@ -301,7 +302,7 @@ def test_the_record_is_the_accuracy_of_the_last_snapshot(three):
     network = NETWORK(seed=0)
     stored = storage.read_tensors(folder / "expert-0001.safetensors")[0]["snapshots"]
     nn.utils.vector_to_parameters(stored[-1], network.parameters())
-    images = DATASET.normalization.to_images(DATASET.validation.pixels())
+    images = DATASET.normalization.normalize(DATASET.validation.x())
     expected = (network(images).argmax(1) == DATASET.validation.labels).double().mean().item()
     assert records[1]["validation_accuracy"] == expected > 0.5
 
@@ -343,8 +344,8 @@ def test_experts_ask_for_the_space_they_need(tmp_path, monkeypatch):
 
 def judged(images, *, processes=1, seeds=2, new_network=NETWORK, seed=0, names=("convnet", "other")):
     recipes = {name: RECIPE | {"epochs": 1 + k, "strategy": "color_crop"} for k, name in enumerate(names)}
-    (scores,) = judge_all(
-        [Judged(images.__getitem__, LABELS[: len(images)], recipes, range(seeds), seed)],
+    (scores,) = evaluate_sets(
+        [EvaluationJob(images.__getitem__, LABELS[: len(images)], recipes, range(seeds), seed)],
         DATASET.test,
         normalization=DATASET.normalization,
         networks={name: partial(new_network, name) if new_network is not NETWORK else NETWORK for name in names},
@@ -400,12 +401,12 @@ def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_network
     one = {"convnet": RECIPE | {"epochs": 1, "strategy": "none"}}
     two = {"convnet": RECIPE | {"epochs": 2, "strategy": "none"}, "other": RECIPE | {"epochs": 1, "strategy": "none"}}
     sets = [
-        Judged(IMAGES[:6].__getitem__, LABELS[:6], one, range(2), 0),
-        Judged((-IMAGES[:9]).__getitem__, LABELS[:9], two, range(1), 1),
+        EvaluationJob(IMAGES[:6].__getitem__, LABELS[:6], one, range(2), 0),
+        EvaluationJob((-IMAGES[:9]).__getitem__, LABELS[:9], two, range(1), 1),
     ]
     shared = dict(normalization=DATASET.normalization, networks={"convnet": NETWORK, "other": NETWORK}, processes=1)
-    together = judge_all(sets, DATASET.test, **shared)
-    assert together == [judge_all([given], DATASET.test, **shared)[0] for given in sets]
+    together = evaluate_sets(sets, DATASET.test, **shared)
+    assert together == [evaluate_sets([given], DATASET.test, **shared)[0] for given in sets]
     assert [{name: len(values) for name, values in scores.items()} for scores in together] == [
         {"convnet": 2},
         {"convnet": 1, "other": 1},

@@ -1,0 +1,155 @@
+"""Training classifiers: the one loop behind experts, validation, evaluation and the check of the prior."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ld3m.data.augment import augment_each, draw
+from ld3m.runtime.seeds import forked, generator
+
+
+def train(
+    network: nn.Module,
+    fetch: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    seed: int,
+    after_epoch: Callable[[nn.Module], None] = lambda network: None,
+    **recipe: Any,
+) -> nn.Module:
+    """`train_together` of one network."""
+    after = lambda networks: after_epoch(networks[0])  # noqa: E731
+    (judged,) = train_together([network], fetch, labels, seeds=[seed], after_epoch=after, **recipe)
+    return judged
+
+
+def train_together(
+    networks: Sequence[nn.Module],
+    fetch: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    warm_up: bool,
+    ema_decay: float | None,
+    strategy: str,
+    seeds: Sequence[int],
+    clip_norm: float | None = None,
+    after_epoch: Callable[[Sequence[nn.Module]], None] = lambda networks: None,
+) -> list[nn.Module]:
+    """Trains networks of one architecture in place with SGD on hard labels and returns those to judge.
+
+    `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
+    CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
+    constant). `clip_norm`: a network's gradient of a larger norm is scaled down to it. `ema_decay`: what is returned
+    are moving averages, updated once an epoch (None: the trained networks themselves). Everything random of a network
+    follows from its seed, but dropout from the first one's: several networks are one with stacked weights, each what it
+    would be alone up to rounding. ValueError, after the epoch, where a loss is not finite.
+    """
+    count = len(networks)
+    parameters, logits = _as_one(networks)
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+    schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
+    average: list[Tensor] = []
+    for network in networks:
+        network.train()
+    with forked(seeds[0], "dropout"):
+        for epoch in range(epochs):
+            rngs = [generator(seed, "epoch", epoch) for seed in seeds]
+            orders = torch.stack([torch.randperm(len(labels), generator=rng) for rng in rngs])  # (networks, N)
+            losses = []
+            for index in orders.split(batch, dim=1):
+                size = index.shape[1]
+                augmentations = [draw(strategy, count=size, generator=rng) for rng in rngs]
+                images = augment_each(fetch(index.flatten()), [size] * count, augmentations)
+                answers = labels[index.flatten()].to(images.device)
+                loss = cross_entropy(logits(images), answers, reduction="none").view(count, size).mean(1)
+                optimizer.zero_grad(set_to_none=True)
+                loss.sum().backward()
+                if clip_norm is not None:
+                    gradients = [parameter.grad for parameter in parameters]
+                    _clip(gradients if count > 1 else [gradient[None] for gradient in gradients], clip_norm)
+                optimizer.step()
+                losses.append(loss.detach())
+            advice = f"the training diverges: lower its learning_rate, {learning_rate}, in params.yaml"
+            require_finite(torch.stack(losses), advice=f"{advice} (epoch {epoch})")
+            if schedule is not None:
+                schedule.step()
+            if ema_decay is not None:
+                if not average:
+                    average = [parameter.detach().clone() for parameter in parameters]
+                else:
+                    get_ema_multi_avg_fn(ema_decay)(average, parameters, None)
+            if count > 1:
+                _give(parameters, networks)
+            after_epoch(networks)
+    judged = [deepcopy(network) for network in networks] if average else list(networks)
+    if average:
+        _give(average, judged)
+    return [network.eval() for network in judged]
+
+
+def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """The parameters of the networks, each stacked over the networks where there are several, and the function that
+    maps images (n, C, H, W), as many for each network one after another, to logits (n, classes)."""
+    if len(networks) == 1:
+        return list(networks[0].parameters()), networks[0]
+    stacked, _ = stack_module_state(list(networks))
+
+    def one(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(networks[0], parameters, (images,))
+
+    def logits(images: Tensor) -> Tensor:
+        shares = images.unflatten(0, (len(networks), -1))
+        return vmap(one, randomness="different")(stacked, shares).flatten(0, 1)
+
+    return list(stacked.values()), logits
+
+
+def _clip(gradients: Sequence[Tensor], norm: float) -> None:
+    """Scales those of each network, stacked over the networks, down to a norm in place where theirs is larger."""
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    scales = (norm / norms).clamp(max=1)  # 1 at norm 0, too
+    for gradient in gradients:
+        gradient.mul_(scales.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+@torch.no_grad()
+def _give(parameters: Sequence[Tensor], networks: Sequence[nn.Module]) -> None:
+    """Copies parameters as `_as_one` has them into the networks."""
+    for k, network in enumerate(networks):
+        for parameter, values in zip(network.parameters(), parameters, strict=True):
+            parameter.copy_(values[k] if len(networks) > 1 else values)
+
+
+def require_finite(losses: Tensor, *, advice: str) -> None:
+    """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
+    broken = (~losses.isfinite()).nonzero()
+    if len(broken):
+        first = tuple(broken[0])
+        raise ValueError(f"step {int(first[0])}: the loss is {losses[first].item()}; {advice}")
+
+
+def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    half = max(1, epochs // 2)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / half, end_factor=1.0, total_iters=half)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, epochs - half))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[half])
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
+    """The share of images, in [0, 1], whose class the network names."""
+    network.eval()
+    parts = torch.arange(len(labels)).split(batch)
+    predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])
+    return int((predicted.cpu() == labels).sum()) / len(labels)

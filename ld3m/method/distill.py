@@ -1,0 +1,148 @@
+"""The loop: render, match, step; validation picks the iteration; killed and resumed gives the same bits."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ld3m.runtime.checkpoint import Checkpoint, State
+from ld3m.runtime.progress import progress
+
+
+class Synthetic(Protocol):
+    labels: Tensor
+    learnables: dict[str, Tensor]
+
+    def render(self, *, step: int | None = None) -> Tensor: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+class Objective(Protocol):
+    learnables: dict[str, Tensor]
+
+    def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]: ...
+
+
+@dataclass
+class Distilled:
+    """What a run has learned so far.
+
+    `best` holds the tensors of the iteration with the highest validation accuracy: images, everything needed to
+    render them again, and the objective's learnables. `history` has one record a step (loss, gradient norms),
+    `validation` one a check (iteration, accuracies in [0, 1], and accuracy, their mean). `seconds` is the time that the
+    iterations took, without the checks.
+    """
+
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        return max(self.validation, key=lambda record: record["accuracy"])
+
+
+def distill(
+    synthetic: Synthetic,
+    objective: Objective,
+    *,
+    iterations: int,
+    learning_rates: dict[str, float],
+    momentum: float,
+    validate: Callable[[Tensor], list[float]],
+    validation_checks: int,
+    checkpoint: Checkpoint,
+    callback: Callable[[int], None] = lambda step: None,
+) -> Distilled:
+    """Learns `synthetic` with SGD for some iterations.
+
+    `validate(images)` gives accuracies in [0, 1], whose mean decides; it is asked at iteration 0 and `validation_checks`
+    times after it, evenly spaced, the last time at the end; with `validation_checks` 0 at the end alone.
+    The run goes on from `checkpoint` where an interrupted one left its state there, and ends with the same bits. The
+    caller removes it once the result is safe.
+    """
+    learnables = synthetic.learnables | objective.learnables
+    if learning_rates.keys() != learnables.keys():
+        raise ValueError(
+            f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}: "
+            "change distill.<objective>.<space>.learning_rates in params.yaml"
+        )
+    optimizer = torch.optim.SGD(
+        [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()],
+        momentum=momentum,
+    )
+    run = Distilled()
+
+    def state() -> State:
+        return {"run": vars(run), "learnables": learnables, "optimizer": optimizer.state_dict()}
+
+    def restore(former: State) -> None:
+        vars(run).update(vars(Distilled(**former["run"])))
+        with torch.no_grad():
+            for name, tensor in learnables.items():
+                tensor.copy_(former["learnables"][name])
+        run.best = {name: tensor.to(next(iter(learnables.values())).device) for name, tensor in run.best.items()}
+        optimizer.load_state_dict(former["optimizer"])
+
+    checks = {iterations * check // validation_checks for check in range(validation_checks)} | {iterations}
+
+    def check(iteration: int) -> None:
+        if iteration in checks and all(record["iteration"] != iteration for record in run.validation):
+            with torch.no_grad():
+                images = synthetic.render()
+            accuracies = validate(images)
+            with checkpoint.step(state):
+                _record(run, synthetic.tensors() | objective.learnables | {"images": images}, accuracies, iteration)
+
+    with checkpoint:
+        checkpoint.resume(restore)
+        for step in progress(iterations, label="distil", start=len(run.history), status=lambda: _status(run)):
+            check(step)
+            with checkpoint.step(state):
+                began = time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                images = synthetic.render(step=step)
+                loss, grad_images = objective(images.detach(), synthetic.labels, step=step)
+                images.backward(grad_images)
+                record = {"step": step, "loss": loss} | {
+                    f"grad_norm_{name}": tensor.grad.norm().item() for name, tensor in learnables.items()
+                }
+                if not all(map(math.isfinite, record.values())):
+                    raise ValueError(
+                        f"step {step}: {record} is not finite; lower learning_rates of this cell under distill in "
+                        f"params.yaml and start anew. {checkpoint.status()}"
+                    )
+                optimizer.step()
+                _check_positive(objective, step)
+                run.history.append(record)
+                run.seconds += time.perf_counter() - began
+            callback(step)
+        check(iterations)
+    return run
+
+
+def _record(run: Distilled, tensors: dict[str, Tensor], accuracies: list[float], iteration: int) -> None:
+    former = run.chosen["accuracy"] if run.validation else -1.0
+    mean = sum(accuracies) / len(accuracies)
+    run.validation.append({"iteration": iteration, "accuracy": mean, "accuracies": accuracies})
+    if mean > former:
+        run.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _check_positive(objective: Objective, step: int) -> None:
+    for name, tensor in objective.learnables.items():
+        if tensor.item() <= 0:
+            raise ValueError(
+                f"step {step}: {name} has become {tensor.item():.2g}; "
+                f"lower distill.<objective>.<space>.learning_rates.{name} in params.yaml"
+            )
+
+
+def _status(run: Distilled) -> str:
+    checked = f", validation {run.validation[-1]['accuracy']:.3f}" if run.validation else ""
+    return f"loss {run.history[-1]['loss']:.4g}{checked}"

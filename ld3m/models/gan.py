@@ -1,0 +1,187 @@
+"""The generative prior of GLaD: a frozen class-conditional GAN whose synthesis network can be cut at any layer.
+
+On disk it is a folder: `config.json` with the arguments of `Generator`, `weights.safetensors` in half precision.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, leaky_relu
+
+from ld3m.runtime.seeds import forked
+from ld3m.runtime.storage import new_folder, write_bytes, write_json
+
+SMALLEST_PX = 4  # side of the constant input
+FILES = ("config.json", "weights.safetensors")
+
+
+class Generator(nn.Module):
+    """A small style-based generator (StyleGAN 2) without noise per pixel: the same codes always give the same image.
+
+    Shapes: noise (B, noise_width), labels (B,) int64, one code w (B, w_width), codes of the layers from n on
+    (B, layers - n, w_width), pixels (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps features
+    (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the pixels.
+    """
+
+    def __init__(self, *, channels: int, classes: int, noise_width: int, w_width: int, widths: tuple[int, ...]):
+        """`widths` are the feature channels at 4, 8, 16 ... px; their number sets the size of the image."""
+        super().__init__()
+        self.config = {
+            "channels": channels,
+            "classes": classes,
+            "noise_width": noise_width,
+            "w_width": w_width,
+            "widths": list(widths),
+        }
+        self.embedding = nn.Embedding(classes, noise_width)
+        self.to_w = nn.Sequential(
+            *(_linear(2 * noise_width, w_width), nn.LeakyReLU(0.2)),
+            *(_linear(w_width, w_width), nn.LeakyReLU(0.2)),
+        )
+        self.constant = nn.Parameter(torch.randn(widths[0], SMALLEST_PX, SMALLEST_PX))
+        layers = [StyleLayer(widths[0], widths[0], w_width)]
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [StyleLayer(inputs, outputs, w_width, doubles=True), StyleLayer(outputs, outputs, w_width)]
+        self.synthesis = nn.ModuleList([*layers, StyleLayer(widths[-1], channels, w_width, is_last=True)])
+
+    @property
+    def classes(self) -> int:
+        return self.config["classes"]
+
+    @property
+    def noise_width(self) -> int:
+        return self.config["noise_width"]
+
+    @property
+    def size_px(self) -> int:
+        return SMALLEST_PX * 2 ** (len(self.config["widths"]) - 1)
+
+    @property
+    def layers(self) -> int:
+        """The number of layers of the synthesis network, and of codes w for one image."""
+        return len(self.synthesis)
+
+    def check(self, *, size_px: int, channels: int, classes: int) -> None:
+        """Raises ValueError where the generator and the data set do not fit each other."""
+        given = {"size_px": size_px, "channels": channels, "classes": classes}
+        own = {"size_px": self.size_px, "channels": self.config["channels"], "classes": self.classes}
+        for key, value in given.items():
+            if value != own[key]:
+                raise ValueError(
+                    f"the data set has {key} = {value}, the GAN was trained with {own[key]}; restore "
+                    f"datasets.<name>.{key} in params.yaml, or train a GAN on this data with `dvc repro gan`"
+                )
+
+    def mapping(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """One code w (B, w_width) for standard normal noise (B, noise_width) and labels (B,)."""
+        asked = torch.cat([_unit(noise), _unit(self.embedding(labels.to(noise.device)))], dim=1)
+        return self.to_w(asked)
+
+    def features(self, w: Tensor, n: int) -> Tensor:
+        """What enters layer n: the constant run through the layers before it, with their codes w (B, n, w_width)."""
+        return self._run(self.constant.expand(len(w), -1, -1, -1), w, self.synthesis[:n])
+
+    def synthesize(self, features: Tensor, w: Tensor, n: int) -> Tensor:
+        """Pixels from what enters layer n and the codes w (B, layers - n, w_width) of the layers from n on."""
+        return self._run(features, w, self.synthesis[n:])
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Pixels (B, channels, size_px, size_px) of the class; every layer gets the same code."""
+        w = self.mapping(noise, labels)[:, None].expand(-1, self.layers, -1)
+        return self.synthesize(self.features(w[:, :0], 0), w, 0)
+
+    @staticmethod
+    def _run(features: Tensor, w: Tensor, layers: nn.ModuleList) -> Tensor:
+        for layer, code in zip(layers, w.unbind(1), strict=True):
+            features = layer(features, code)
+        return features
+
+    def freeze_(self) -> "Generator":
+        """In evaluation mode and without parameter gradients."""
+        return self.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """sha256 over every weight and the configuration: what the generator computes follows from it."""
+        weights = save({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()})
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode() + weights).hexdigest()
+
+
+class StyleLayer(nn.Module):
+    """A convolution whose kernel is scaled for each image by its code: input channel i by s_i(w), and every output
+    channel then to unit norm (StyleGAN 2, eq. 1 and 3). The last layer has a 1x1 kernel and is linear, without norm.
+    """
+
+    def __init__(self, inputs: int, outputs: int, w_width: int, *, doubles: bool = False, is_last: bool = False):
+        super().__init__()
+        side = 1 if is_last else 3
+        self.kernel = nn.Parameter(torch.randn(outputs, inputs, side, side))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.style = _linear(w_width, inputs, bias=1.0)
+        self.doubles, self.is_last = doubles, is_last
+        self.gain = (inputs * side**2) ** -0.5
+
+    def forward(self, features: Tensor, w: Tensor) -> Tensor:
+        """(B, inputs, h, h) and codes (B, w_width) to (B, outputs, h, h), or 2h where the layer doubles the side."""
+        s = self.style(w)  # (B, inputs)
+        kernel = self.gain * self.kernel
+        scaled = features * s[:, :, None, None]
+        if self.doubles:  # nearest neighbour; torch's interpolate has no deterministic gradient on CUDA
+            scaled = scaled.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        maps = conv2d(scaled, kernel, padding=kernel.shape[-1] // 2)
+        if self.is_last:
+            return maps + self.bias[:, None, None]
+        norm = (s.square() @ kernel.square().sum(dim=(2, 3)).T + 1e-8).rsqrt()  # (B, outputs)
+        return 2**0.5 * leaky_relu(maps * norm[:, :, None, None] + self.bias[:, None, None], 0.2)
+
+
+def build_generator(*, seed: int, **config) -> Generator:
+    """A generator with random weights; `config` are the arguments of `Generator`."""
+    with forked(seed, "generator"):
+        return Generator(**config)
+
+
+def save_generator(generator: Generator, folder: Path) -> None:
+    """Writes the folder whole or not at all; the weights are rounded to half precision."""
+    with new_folder(folder) as partial:
+        write_json(partial / "config.json", generator.config)
+        state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in generator.state_dict().items()}
+        write_bytes(partial / "weights.safetensors", save(state))
+
+
+def load_generator(folder: Path) -> Generator:
+    """The generator in a folder that `save_generator` wrote, frozen, in float32 on the CPU."""
+    folder = Path(folder)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no GAN in {folder}: {', '.join(missing)} missing. The embedded one comes with `dvc pull gan`; "
+            "`dvc repro -f gan` trains it again"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        with torch.device("meta"):  # nothing is allocated before the file's shapes are seen to fit
+            generator = Generator(**config)
+        state = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
+        generator.load_state_dict(state, assign=True)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("a weight is not finite")
+    except Exception as error:  # json, safetensors and torch raise many kinds for a truncated or foreign file
+        raise ValueError(f"the GAN in {folder} cannot be read ({error}); `dvc checkout -f gan` restores it") from error
+    return generator.freeze_()
+
+
+def _linear(inputs: int, outputs: int, *, bias: float = 0.0) -> nn.Linear:
+    """Starts with outputs as large as its inputs: torch's smaller weights would drown the noise."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=(2 / inputs) ** 0.5)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of mean square 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()

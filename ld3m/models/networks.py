@@ -1,0 +1,310 @@
+"""The five judges of the dataset distillation literature, one definition each.
+
+Images are normalised (N, channels, size_px, size_px). Every network maps them to features (N, F), what DM
+matches, and from there by one linear layer to logits (N, classes). Norms act on one image at a time: there
+are no buffers, and a student is its flat parameter vector alone. All operations have the second derivative
+that DC and MTT need.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ld3m.runtime import seeds
+
+CACHE_BYTES = 3 * 2**20  # of one map of all images that ConvNet takes at once on a CPU
+
+
+class Network(nn.Module):
+    """`classifier(features(images))`; subclasses define `classifier` and either `body` or `features`."""
+
+    body: nn.Module
+    classifier: nn.Linear
+
+    def features(self, images: Tensor) -> Tensor:
+        """The map before the classifier, flattened: (N, channels, size_px, size_px) -> (N, F)."""
+        return self.body(images).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, channels, size_px, size_px) -> logits (N, classes)."""
+        return self.classifier(self.features(images))
+
+
+class ConvNet(Network):
+    """`depth` times [3x3 convolution, norm, ReLU, average pool 2]; linear on the flattened map.
+
+    Depth None leaves a map of 4x4, as published: 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
+    """
+
+    def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 128, depth: int | None = None):
+        super().__init__()
+        if depth is None:
+            depth = max(1, (size_px - 1).bit_length() - 2)
+        side = size_px >> depth
+        if side < 1:
+            raise ValueError(
+                f"depth={depth} of convnet halves size_px={size_px} to nothing; "
+                f"depth must be at most {size_px.bit_length() - 1}"
+            )
+        layers, inputs = [], channels
+        for _ in range(depth):
+            layers += [*_conv_norm_relu(inputs, width), _AveragePool()]
+            inputs = width
+        self.body = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width * side**2, classes)
+        self.images_in_cache = max(1, CACHE_BYTES // (4 * width * size_px**2))
+
+    def features(self, images: Tensor) -> Tensor:
+        """As every network's; on a CPU a few images at a time, for maps that stay in its cache are a quarter faster."""
+        parts = images.split(self.images_in_cache) if images.device.type == "cpu" else (images,)
+        return torch.cat([super(ConvNet, self).features(part) for part in parts])
+
+
+class _AveragePool(nn.Module):
+    """Means of 2x2 windows. Sums of slices are vectorised on the CPU, where torch's AvgPool2d is not."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2  # an odd last row or column is left out
+        rows = maps[:, :, 0:height:2, :width] + maps[:, :, 1:height:2, :width]
+        return (rows[..., ::2] + rows[..., 1::2]) / 4
+
+
+class AlexNet(Network):
+    """Five convolutions, max pools after the first, second and last, one linear layer; no norm, no dropout.
+
+    `width` is that of the first layer; the others keep the published ratios 128, 192, 256, 192, 192.
+    """
+
+    def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 128):
+        super().__init__()
+        _require_size("alexnet", size_px, smallest_px=8)
+        if width % 2:
+            raise ValueError(f"width={width} of alexnet must be even: its second layer is 3/2 as wide")
+        middle = width * 3 // 2
+        self.body = nn.Sequential(
+            *(nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(width, middle, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(middle, 2 * width, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(2 * width, middle, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(middle, middle, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.classifier = nn.Linear(middle * (size_px // 8) ** 2, classes)
+        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, where norms, as others have, are slower
+
+
+class VGG11(Network):
+    """Eight 3x3 convolutions with norm, five max pools, one linear layer on a map of at most 7x7.
+
+    After the five pools the map is 1x1 at 32 px and 4x4 at 128 px; both stay as they are, because an adaptive
+    pool to 7x7 would only repeat their values. 8x8 at 256 px is max-pooled to 7x7, in overlapping windows.
+    `width` is that of the first layer.
+    """
+
+    def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
+        super().__init__()
+        _require_size("vgg11", size_px, smallest_px=32)
+        layers, inputs = [], channels
+        for stage in ((1,), (2,), (4, 4), (8, 8), (8, 8)):  # multiples of width; a pool ends each stage
+            for multiple in stage:
+                layers += _conv_norm_relu(inputs, multiple * width)
+                inputs = multiple * width
+            layers.append(nn.MaxPool2d(2))
+        side = size_px // 32
+        if side > 7:
+            side = 7
+            layers.append(nn.AdaptiveMaxPool2d(side))
+        self.body = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inputs * side**2, classes)
+
+
+class ResNet18(Network):
+    """3x3 stem without stride or pool, four stages of two residual blocks, global average pool.
+
+    `width` is that of the stem and the first stage; each further stage doubles it and halves the map.
+    """
+
+    def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
+        super().__init__()
+        _require_size("resnet18", size_px, smallest_px=16)
+        layers: list[nn.Module] = [*_conv_norm_relu(channels, width, bias=False)]
+        inputs = width
+        for stage in range(4):
+            outputs = width * 2**stage
+            layers.append(_Residual(inputs, outputs, stride=1 if stage == 0 else 2))
+            layers.append(_Residual(outputs, outputs, stride=1))
+            inputs = outputs
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(inputs, classes)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, *, stride: int):
+        super().__init__()
+        self.branch = nn.Sequential(
+            *_conv_norm_relu(inputs, outputs, stride=stride, bias=False),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.GroupNorm(outputs, outputs),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.GroupNorm(outputs, outputs)
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.relu(self.branch(maps) + self.shortcut(maps))
+
+
+class ViT(Network):
+    """Vision transformer with a class token, pre-norm blocks, dropout 0.1, and positions drawn from N(0, 1).
+
+    The patch is size_px // 8, at most 16: 4 at 32 px, 8 at 64 px, 16 from 128 px. `width` is the dimension of
+    tokens and of the MLPs' hidden layer, a multiple of 32: a head has 64 dimensions if `width` is a multiple
+    of 64 and at least 256, else 32. Depth None is the published 6 up to 32 px, 10 above. In training mode
+    dropout draws from the global generator of the images' device.
+    """
+
+    # norms=False is the released code's ViT: every LayerNorm in it is commented out.
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size_px: int,
+        classes: int,
+        width: int = 512,
+        depth: int | None = None,
+        norms: bool = True,
+    ):
+        super().__init__()
+        _require_size("vit", size_px, smallest_px=8)
+        patch_px = min(size_px // 8, 16)
+        if size_px % patch_px:
+            raise ValueError(
+                f"size_px={size_px} of vit is not divisible by its patch of {patch_px} px; "
+                "set datasets.<name>.size_px in params.yaml to a multiple of 8 up to 128 px, of 16 above"
+            )
+        if width % 32:
+            raise ValueError(f"width={width} of vit must be a multiple of 32, the size of an attention head")
+        if depth is None:
+            depth = 6 if size_px <= 32 else 10
+        heads = width // (64 if width % 64 == 0 and width >= 256 else 32)
+        self.patches = nn.Conv2d(channels, width, patch_px, stride=patch_px)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, (size_px // patch_px) ** 2 + 1, width))
+        self.dropout = nn.Dropout(0.1)
+        self.blocks = nn.Sequential(*(_Block(width, heads, norms=norms) for _ in range(depth)))
+        self.norm = _layer_norm(width, norms)
+        self.classifier = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The class token after the last block: (N, channels, size_px, size_px) -> (N, width)."""
+        patches = self.patches(images).flatten(2).transpose(1, 2)  # (N, patches, width)
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        return self.norm(self.blocks(self.dropout(tokens))[:, 0])
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, *, norms: bool):
+        super().__init__()
+        self.attention = nn.Sequential(_layer_norm(width, norms), _Attention(width, heads), nn.Dropout(0.1))
+        self.mlp = nn.Sequential(
+            *(_layer_norm(width, norms), nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1)),
+            *(nn.Linear(width, width), nn.Dropout(0.1)),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attention(tokens)
+        return tokens + self.mlp(tokens)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        split = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1))
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # (N, heads, tokens, head size) each
+        # Written out because torch's fused attention has no second derivative.
+        weights = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(dim=3)
+        return self.output((weights @ value).transpose(1, 2).flatten(2))
+
+
+def _conv_norm_relu(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
+    return [convolution, nn.GroupNorm(outputs, outputs), nn.ReLU()]
+
+
+def _layer_norm(width: int, norms: bool) -> nn.Module:
+    return nn.LayerNorm(width) if norms else nn.Identity()
+
+
+def _require_size(name: str, size_px: int, *, smallest_px: int) -> None:
+    if size_px < smallest_px:
+        raise ValueError(
+            f"size_px={size_px} is too small for {name}; set datasets.<name>.size_px in params.yaml to at least "
+            f"{smallest_px} px"
+        )
+
+
+ARCHITECTURES: dict[str, type[Network]] = {
+    "convnet": ConvNet,
+    "alexnet": AlexNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+    "vit": ViT,
+}
+
+
+def build(
+    name: str,
+    *,
+    channels: int,
+    size_px: int,
+    classes: int,
+    width: int | None = None,
+    depth: int | None = None,
+    norms: bool | None = None,
+    seed: int,
+    device: str = "cpu",
+) -> Network:
+    """A freshly initialised network; the same seed gives the same weights on every device, the global generator is
+    untouched.
+
+    None is the architecture's published value. Only convnet and vit have a `depth`, only vit has `norms`.
+    ValueError for an unknown name, an option the architecture lacks, or a size or width it cannot have.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    given = {"width": width, "depth": depth, "norms": norms}
+    options = {key: value for key, value in given.items() if value is not None}
+    for key, value in options.items():
+        if key not in inspect.signature(architecture).parameters:
+            raise ValueError(f"{name} has no {key}, but {key}={value} was given; leave it out")
+    for key, value in {"channels": channels, "size_px": size_px, "classes": classes, **options}.items():
+        if key != "norms" and value < 1:
+            raise ValueError(f"{key}={value} of {name} must be at least 1")
+    with seeds.forked(seed, "network", name):
+        network = architecture(channels=channels, size_px=size_px, classes=classes, **options)
+    return network.to(device)
+
+
+def flat_parameters(network: nn.Module) -> Tensor:
+    """A detached copy of all parameters as one vector (P,), in the order of `network.named_parameters()`."""
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
+    """Views of `flat` (P,) by parameter name, for `torch.func.functional_call`; gradients reach `flat`.
+
+    ValueError if P is not the number of parameters of `network`.
+    """
+    named = dict(network.named_parameters())
+    sizes = [parameter.numel() for parameter in named.values()]
+    if flat.shape != (sum(sizes),):
+        raise ValueError(f"flat has shape {tuple(flat.shape)}, but the network has {sum(sizes)} parameters")
+    return {name: part.view_as(named[name]) for name, part in zip(named, flat.split(sizes), strict=True)}

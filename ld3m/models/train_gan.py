@@ -1,0 +1,149 @@
+"""Trains the small class-conditional GAN of the space `glad` on the training split, and measures it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, softplus
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ld3m.data.augment import augment, draw
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.data.dataset import Dataset, Split
+from ld3m.runtime.training_state import TrainingState
+from ld3m.models.gan import SMALLEST_PX, Generator
+from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.progress import progress
+from ld3m.evaluation.prior_quality import recognise
+from ld3m.runtime.seeds import forked, generator
+
+GROUP = 4  # images of one class, side by side in a batch, whose spread the discriminator sees
+
+
+class Discriminator(nn.Module):
+    """Strided convolutions down to 4 px, and the projection of the features on the class (Miyato and Koyama, 2018).
+
+    It also sees how much the images of a group differ, so that a generator which ignores its noise is found out.
+    """
+
+    def __init__(self, *, channels: int, classes: int, widths: tuple[int, ...]):
+        """`widths` are the feature channels at half the image's side, a quarter, ... down to 4 px."""
+        super().__init__()
+        inputs = (channels, *widths)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(inputs, widths, strict=False)
+        )
+        self.hidden = nn.Linear((widths[-1] + 1) * SMALLEST_PX**2, widths[-1])
+        self.realness = nn.Linear(widths[-1], 1)
+        self.embedding = nn.Embedding(classes, widths[-1])
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) and labels (B,), in groups of one class, to logits (B,), positive for real."""
+        maps = pixels
+        for convolution in self.convolutions:
+            maps = leaky_relu(convolution(maps), 0.2)
+        groups = maps.unflatten(0, (-1, GROUP))
+        spread = groups.var(dim=1, unbiased=False).add(1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / GROUP,)
+        spread = spread.repeat_interleave(GROUP)[:, None, None, None].expand(-1, 1, SMALLEST_PX, SMALLEST_PX)
+        h = leaky_relu(self.hidden(torch.cat([maps, spread], dim=1).flatten(1)), 0.2)
+        return self.realness(h).squeeze(1) + (self.embedding(labels.to(h.device)) * h).sum(1) / h.shape[1] ** 0.5
+
+
+@explain_out_of_memory("gan.batch")
+def fit_gan(
+    gan: Generator,
+    split: Split,
+    *,
+    discriminator_widths: tuple[int, ...],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    r1: float,
+    r1_every: int,
+    ema_decay: float,
+    strategy: str,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> list[dict[str, float]]:
+    """Trains the generator in place with the non-saturating loss, and leaves the moving average of its weights there.
+
+    The discriminator pays `r1` / 2 times the squared gradient of its logit at real images, every `r1_every` steps.
+    `strategy` augments real and generated images alike (DSA). Returns the losses of every step; ValueError where one is
+    not finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
+    """
+    with forked(seed, "discriminator"):
+        discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
+    device = split.device
+    discriminator.to(device)
+    average = AveragedModel(gan, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.0, 0.99)) for network in (gan, discriminator)
+    ]
+    training = TrainingState(
+        {"generator": gan, "discriminator": discriminator, "average": average}
+        | {f"optimizer {k}": optimizer for k, optimizer in enumerate(optimizers)},
+        losses=torch.zeros(steps, 2, device=device),
+        advice="lower gan.learning_rate in params.yaml",
+    )
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(training.restore)
+        for step in progress(steps, label="gan", start=training.done, status=training.status):
+            with checkpoint.step(training.state):
+                rng = generator(seed, "gan", step)
+                index = _draw_groups(split, batch, rng)
+                noise = torch.randn(2, batch, gan.noise_width, generator=rng).to(device)
+                labels = split.labels[index]
+                augmentation = draw(strategy, count=batch, generator=rng)
+                real = augment(split.x(index), augmentation)
+
+                with torch.no_grad():
+                    fake = augment(gan(noise[0], labels), augmentation)
+                is_penalised = step % r1_every == 0
+                logits = discriminator(real.requires_grad_(is_penalised), labels)
+                loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
+                penalty = 0.0
+                if is_penalised:
+                    (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+                    penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+                _step(optimizers[1], loss_d + r1_every * penalty)
+
+                discriminator.requires_grad_(False)
+                loss_g = softplus(-discriminator(augment(gan(noise[1], labels), augmentation), labels)).mean()
+                _step(optimizers[0], loss_g)
+                discriminator.requires_grad_(True)
+                average.update_parameters(gan)
+                training.record(torch.stack([loss_g.detach(), loss_d.detach()]))
+    gan.load_state_dict(average.module.state_dict())
+    gan.freeze_()
+    return [dict(zip(("generator", "discriminator"), losses, strict=True)) for losses in training.losses.tolist()]
+
+
+def recognised(
+    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Samples, their asked labels, and how a classifier sees them; `judging` is what `recognise` needs.
+
+    Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
+    """
+    labels = torch.arange(gan.classes).repeat(samples_per_class)
+    noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
+    noise = noise.to(dataset.train.device)
+    pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
+    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **judging)
+
+
+def spread(pixels: Tensor, labels: Tensor) -> float:
+    """The mean distance of two images of one class, for pixels (N, C, H, W) and labels (N,); mean over classes."""
+    distances = [torch.pdist(pixels[labels == label].flatten(1)).mean() for label in labels.unique()]
+    return torch.stack(distances).mean().item()
+
+
+def _draw_groups(split: Split, batch: int, rng: torch.Generator) -> Tensor:
+    """Indices (batch,) of training images, `GROUP` in a row of one class."""
+    labels = torch.randint(len(split.classes), (batch // GROUP,), generator=rng).tolist()
+    members = [split.of_class(label) for label in labels]
+    return torch.cat([of[torch.randint(len(of), (GROUP,), generator=rng)] for of in members])
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()

@@ -1,0 +1,183 @@
+"""Trains a small class-conditional latent diffusion model on the training split, and measures it."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, mse_loss
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.data.dataset import Dataset, Split
+from ld3m.models.diffusion_prior import Prior, prior_chunk_size
+from ld3m.runtime.training_state import TrainingState
+from ld3m.runtime.cuda_graphs import GraphedFunction
+from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.progress import progress
+from ld3m.evaluation.prior_quality import recognise
+from ld3m.method.sampler import sample
+from ld3m.runtime.seeds import generator
+
+
+@explain_out_of_memory("prior.autoencoder.batch")
+def fit_autoencoder(
+    prior: Prior,
+    split: Split,
+    *,
+    steps: int,
+    continuous_steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> list[float]:
+    """Trains the VQ autoencoder in place and sets its scaling factor to one over the standard deviation of `z`.
+
+    The first `continuous_steps` train without the quantiser; the codebook then starts from encoded training
+    images, so that no entry is dead from the outset. Returns the loss of every step; ValueError where one is not
+    finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
+    """
+    autoencoder = prior.autoencoder
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    training = TrainingState(
+        {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule},
+        losses=torch.zeros(steps, device=split.device),
+        advice="lower prior.autoencoder.learning_rate in params.yaml",
+    )
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(training.restore)
+        for step in progress(steps, label="autoencoder", start=training.done, status=training.status):
+            with checkpoint.step(training.state):
+                draw = generator(seed, "autoencoder", step)
+                if step == continuous_steps:
+                    _start_codebook(prior, split, draw)
+                pixels = split.x(torch.randint(len(split), (batch,), generator=draw))
+                latents = autoencoder.encode(pixels).latents
+                decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
+                loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                training.record(loss)
+    autoencoder.requires_grad_(False).eval()
+    autoencoder.register_to_config(scaling_factor=1 / _encode_all(prior, split).std().item())
+    return training.losses.tolist()
+
+
+@explain_out_of_memory("prior.denoiser.batch")
+def fit_denoiser(
+    prior: Prior,
+    split: Split,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    null_share: float,
+    ema_decay: float,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> list[float]:
+    """Trains the U-Net and the class embeddings in place on the encoded split, and leaves their moving averages there.
+
+    `null_share` of the labels are replaced by the null class, for classifier-free guidance.
+    Returns the loss of every step; ValueError where one is not finite. Goes on from `checkpoint`, with the same bits,
+    where an interrupted run left its state there.
+    """
+    z_all = _encode_all(prior, split)
+    alpha_bar = prior.alpha_bar.float()
+    trained = torch.nn.ModuleList([prior.unet.train(), prior.embedding])
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    training = TrainingState(
+        {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule},
+        losses=torch.zeros(steps, device=split.device),
+        advice="lower prior.denoiser.learning_rate in params.yaml",
+    )
+
+    def loss_of(z_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+        return mse_loss(prior.denoise(z_t, t, prior.embed(labels)), eps)
+
+    replayed = GraphedFunction(loss_of, prior.unet, prior.embedding)
+    with checkpoint or Checkpoint() as checkpoint:
+        checkpoint.resume(training.restore)
+        for step in progress(steps, label="denoiser", start=training.done, status=training.status):
+            with checkpoint.step(training.state):
+                draw = generator(seed, "denoiser", step)
+                index = torch.randint(len(split), (batch,), generator=draw)
+                t = torch.randint(len(alpha_bar), (batch,), generator=draw)
+                eps = torch.randn(z_all[index].shape, generator=draw)
+                is_null = torch.rand(batch, generator=draw) < null_share
+                labels = torch.where(is_null, prior.classes, split.labels[index]).to(z_all.device)
+                a, eps, t = alpha_bar[t].to(z_all)[:, None, None, None], eps.to(z_all), t.to(z_all.device)
+                z_t = a.sqrt() * z_all[index] + (1 - a).sqrt() * eps  # eq. 1
+                loss = replayed(z_t, t, labels, eps)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                average.update_parameters(trained)
+                training.record(loss)
+    trained.load_state_dict(average.module.state_dict())
+    prior.freeze_()
+    return training.losses.tolist()
+
+
+@torch.no_grad()
+def reconstruct(prior: Prior, pixels: Tensor) -> Tensor:
+    """Encoded, quantised and decoded pixels, clamped to [-1, 1]."""
+    parts = pixels.split(prior_chunk_size(pixels.shape[-1]))
+    return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in parts])
+
+
+def reconstruction_error(pixels: Tensor, reconstructed: Tensor) -> dict[str, float]:
+    """Mean squared error on the [-1, 1] scale, and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
+    mse = mse_loss(reconstructed, pixels).item()
+    return {"mse": mse, "psnr_db": 10 * math.log10(4 / mse)}
+
+
+def recognised(
+    prior: Prior,
+    dataset: Dataset,
+    *,
+    samples_per_class: int,
+    steps: int,
+    guidance: float,
+    width: int,
+    epochs: int,
+    learning_rate: float,
+    strategy: str,
+    seed: int,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Guided samples, their asked labels, and how a ConvNet trained on the real training images sees them.
+
+    Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
+    share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
+    """
+    count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
+    labels = torch.arange(count).repeat(samples_per_class)
+    drawing = dict(steps=steps, guidance=guidance, render_batch=prior_chunk_size(size_px, count=100), seed=seed)
+    pixels = sample(prior, labels, size_px=size_px, **drawing)
+    judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
+    return pixels, labels, recognise(pixels, labels, dataset, **judging)
+
+
+def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:
+    codebook = prior.autoencoder.quantize.embedding.weight
+    with torch.no_grad():
+        pixels = split.x(torch.randperm(len(split), generator=draw)[:500])
+        latents = prior.autoencoder.encode(pixels).latents.movedim(1, -1).flatten(0, 2)  # (positions, c)
+        codebook.copy_(latents[torch.randperm(len(latents), generator=draw)[: len(codebook)]])
+
+
+@torch.no_grad()
+def _encode_all(prior: Prior, split: Split) -> Tensor:
+    parts = torch.arange(len(split)).split(prior_chunk_size(split.shape[-1]))
+    return torch.cat([prior.encode(split.x(index)) for index in parts])
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

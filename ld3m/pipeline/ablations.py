@@ -1,0 +1,96 @@
+"""One change at a time: for every setting of an ablation a set is distilled, judged on test images and measured."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.method.distill import distill
+from ld3m.pipeline.experiment import Experiment
+from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.parallel import end_workers, fan_out
+from ld3m.runtime.progress import forget_peak, peak_gib
+from ld3m.pipeline.params import Params
+from ld3m.runtime.storage import write_json
+
+MEASURED = ("seconds_per_iteration", "peak_mib")
+# the parameters that a record depends on
+DECISIVE = {"seed", "datasets", "networks", "trajectories", "objectives", "spaces", "distill", "evaluate", "ablations"}
+
+
+def ablation_checkpoint(ablation: str, params: Params, settings: dict[str, tuple[Params, str, str]]) -> Checkpoint:
+    """Where `ablate` keeps the settings of an ablation that are done."""
+    experiment = Experiment(params)
+    given = {
+        name: {"objective": objective, "space": space}
+        | changed.model_dump(include=DECISIVE, exclude={"ablations": {"settings"}})
+        for name, (changed, objective, space) in settings.items()
+    }
+    configuration = {
+        "settings": given,
+        "data_sha256": experiment.dataset.fingerprint,
+        "prior_sha256": experiment.prior.fingerprint(),
+    }
+    return params.checkpoint(f"ablation-{ablation}", configuration)
+
+
+def ablate(
+    settings: dict[str, tuple[Params, str, str]], *, processes: int, cluster: str | None = None, checkpoint: Checkpoint
+) -> list[dict[str, Any]]:
+    """One record a setting (its parameters, objective and space), in their order: `measure`, and the setting's name.
+
+    Settings run side by side, one thread each; those that an interrupted call left in `checkpoint` are not run again.
+    """
+    tasks = [dict(zip(("params", "objective", "space"), setting, strict=True)) for setting in settings.values()]
+    records = fan_out(measure, tasks, processes=processes, cluster=cluster, label="settings", checkpoint=checkpoint)
+    end_workers()
+    return [{"setting": name} | record for name, record in zip(settings, records, strict=True)]
+
+
+def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
+    """Writes what `ablate` gives; seconds and memory, which never repeat, to a file of their own."""
+    measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
+    write_json(paths.ablation_cost_file(dataset, ablation), measured)
+    repeating = [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+    write_json(paths.ablation_file(dataset, ablation), repeating)
+
+
+def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
+    """Distils one image per class and judges it: `accuracy` (architecture to one number a seed, on test images, in
+    [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process
+    (None where the system cannot tell a setting from those before it).
+
+    The set of the last iteration is judged. `ablations.select_on_test` of the parameters, the released code's
+    selection, judges the set at every check instead and keeps each architecture's best mean on the test images.
+    """
+    experiment = Experiment(params)
+    synthetic = experiment.synthetic(space, ipc=1)
+    candidates: list[Tensor] = []
+    budget = params.budget(objective, space)
+    checks = params.distill.validation_checks if params.ablations.select_on_test else 0
+    matched = experiment.objective(objective)
+    forgotten = forget_peak()  # of the setting that this process ran before
+    with explain_out_of_memory(*params.lowers_memory(objective, space), "processes"):
+        run = distill(
+            synthetic,
+            matched,
+            iterations=budget.iterations,
+            learning_rates=budget.learning_rates,
+            momentum=params.distill.momentum,
+            validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
+            validation_checks=checks,
+            checkpoint=Checkpoint(),
+        )
+    peak_mib = 1024 * peak_gib() if forgotten else None
+    sets = [experiment.judged(images, synthetic.labels, plain=False) for images in candidates]
+    scores = experiment.judge(sets, experiment.dataset.test)
+    norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
+    return {
+        "objective": objective,
+        "space": space,
+        "accuracy": {name: max((score[name] for score in scores), key=sum) for name in scores[0]},
+        **{name: sum(values) / len(values) for name, values in norms.items()},
+        "seconds_per_iteration": run.seconds / budget.iterations,
+        "peak_mib": peak_mib,
+    }

@@ -1,0 +1,365 @@
+"""From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ld3m.data import dataset as data
+from ld3m.runtime import paths
+from ld3m.evaluation.artefact import read_artefact, write_artefact
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.data.coresets import CORESETS
+from ld3m.models.diffusion_prior import Prior, IncompatiblePrior, prior_chunk_size, unconditional, with_random_unet, with_random_weights
+from ld3m.method.distill import Distilled, Objective, Synthetic, distill
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
+from ld3m.evaluation.experts import Experts, open_experts
+from ld3m.models.gan import Generator, load_generator
+from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
+from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.evaluation.statistics import PLAIN
+from ld3m.models.networks import build, flat_parameters
+from ld3m.runtime.parallel import end_workers
+from ld3m.models.prior_io import linked_source, load_prior
+from ld3m.runtime.progress import peak_gib, progress
+from ld3m.method.sampler import sample
+from ld3m.pipeline.params import Params
+from ld3m.runtime.seeds import derive
+from ld3m.runtime.storage import require_space, write_json
+from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
+
+CARD_NETWORKS = 3  # at least, for the score on the card of a set
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the cells of one params.yaml share; each part is loaded when it is first asked for.
+
+    Of a cell there may be several runs: from other real images, with other noise, batches, networks and judges. The
+    data set, the prior and the experts are the same for all.
+    """
+
+    params: Params
+    run: int = 0
+
+    @property
+    def seed(self) -> int:
+        return derive(self.params.seed, "run", self.run)
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        return data.load_dataset(**self.params.dataset_arguments())
+
+    @cached_property
+    def prior(self) -> Prior:
+        folder, wanted = paths.prior_folder(self.params.dataset), self.params.prior.source
+        if (there := linked_source(folder)) != wanted:
+            raise IncompatiblePrior(
+                f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
+            )
+        given, changes = self.params.data, self.params.spaces.ld3m
+        prior = load_prior(folder)
+        prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+        if changes.prior == "unconditional":
+            prior = unconditional(prior)
+        if changes.prior == "random":
+            prior = with_random_unet(prior, seed=self.params.seed)
+        if changes.prior == "all_random":
+            prior = with_random_weights(prior, seed=self.params.seed)
+        return self.launched(prior)
+
+    def launched(self, prior: Prior) -> Prior:
+        """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
+        given = self.params.spaces.ld3m
+        prior = prior.to(self.params.on_device).in_precision(given.precision)
+        if given.compile:
+            return prior.compiled()
+        return prior if given.uncheckpointed_steps else prior.with_cuda_graphs()
+
+    @cached_property
+    def gan(self) -> Generator:
+        gan = load_generator(paths.gan_folder(self.params.dataset)).to(self.params.on_device)
+        given = self.params.data
+        gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+        return gan
+
+    def new_network(self, architecture: str) -> Callable[..., nn.Module]:
+        """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
+        return partial(
+            build,
+            classes=len(self.dataset.train.classes),
+            device=self.params.on_device,
+            **self.network_arguments(architecture),
+        )
+
+    def network_arguments(self, architecture: str) -> dict[str, Any]:
+        """Those of `networks.build` but the classes and the seed; `PLAIN` is the distilling architecture."""
+        return self.params.network_arguments(self.params.distill.network if architecture == PLAIN else architecture)
+
+    def recipes(self, ipc: int, *, plain: bool) -> dict[str, dict[str, Any]]:
+        """How every architecture of the grid, and `PLAIN` if so, judges sets of `ipc` images a class (0: all real
+        images): the keyword arguments of `training.train` but the seed."""
+        recipes = {name: self.params.recipe(name, ipc) for name in self.params.grid.architecture}
+        if plain:
+            recipes[PLAIN] = self.params.recipe(self.params.distill.network, ipc) | {"strategy": "none"}
+        return recipes
+
+    def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
+        """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
+        train = self.dataset.train
+        index = data.initial_indices(train, ipc=ipc, seed=self.seed)
+        return train.x(index), train.labels[index]
+
+    def synthetic(self, space: str, ipc: int, **changes: Any) -> Synthetic:
+        """The synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say)."""
+        pixels, labels = self.initial(ipc)
+        shared = dict(normalization=self.dataset.normalization, seed=self.seed)
+        given = getattr(self.params.spaces, space).model_dump() | changes
+        if space == "pixel":
+            return start_pixels(pixels, labels, **shared, **given)
+        shared["threads"] = self.params.threads
+        if space == "glad":
+            return start_glad(labels, gan=self.gan, **shared, **given)
+        del given["prior"], given["precision"], given["compile"]  # of `self.prior`
+        if given.pop("normalization") == "shifted":
+            shared["normalization"] = shifted(self.dataset.normalization)
+        return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
+
+    def objective(self, name: str) -> Objective:
+        given = getattr(self.params.objectives, name)
+        new_network = self.new_network(self.params.distill.network)
+        shared = dict(strategy=self.params.data.augmentation, seed=derive(self.seed, name))
+        if name in DISTANCES:
+            together = class_chunk_size(name, real_batch=given.real_batch, size_px=self.params.data.size_px)
+            return ClassMatching(
+                distance=DISTANCES[name],
+                split=self.dataset.train,
+                normalization=self.dataset.normalization,
+                new_network=new_network,
+                real_batch=given.real_batch,
+                threads=self.params.threads,
+                class_chunk_size=together,
+                **shared,
+            )
+        return TrajectoryMatching(
+            experts=self.experts(),
+            network=new_network(seed=0),
+            student_lr=torch.tensor(given.student_lr, device=self.params.on_device, requires_grad=True),
+            student_steps=given.student_steps,
+            student_batch=given.student_batch,
+            expert_epochs=given.expert_epochs,
+            max_start_epoch=given.max_start_epoch,
+            first_order=given.first_order,
+            **shared,
+        )
+
+    def experts(self) -> Experts:
+        given = self.params.objectives.mtt
+        return open_experts(
+            paths.trajectories_folder(self.params.dataset),
+            count=self.params.trajectories.experts,
+            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
+            parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
+        )
+
+    def validate(self, images: Tensor, labels: Tensor, *, seeds: range | None = None) -> list[float]:
+        """Validation accuracies, in [0, 1], of networks of the distilling architecture trained on the images."""
+        given = self.params.distill
+        recipes = {given.network: self.params.recipe(given.network, self._ipc(labels))}
+        seeds = seeds or range(given.validation_seeds)
+        judged = EvaluationJob(images.__getitem__, labels, recipes, seeds, self.seed)
+        return self.judge([judged], self.dataset.validation)[0][given.network]
+
+    def judged(self, images: Tensor | None, labels: Tensor, *, plain: bool) -> EvaluationJob:
+        """The images, or the full training split (None), with the networks that judge them (`PLAIN` too if so)."""
+        ipc = 0 if images is None else self._ipc(labels)
+        real = partial(self.dataset.train.normalized, self.dataset.normalization)
+        fetch = real if images is None else images.__getitem__
+        seeds = range(self.params.networks_a_set(self.run))
+        return EvaluationJob(fetch, labels, self.recipes(ipc, plain=plain), seeds, self.seed)
+
+    def judge(
+        self, sets: list[EvaluationJob], real: data.Split, *, checkpoint: Checkpoint | None = None
+    ) -> list[dict[str, list[float]]]:
+        """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
+        with explain_out_of_memory("evaluate.recipe.batch", "that of evaluate.changes", "processes"):
+            return evaluate_sets(
+                sets,
+                real,
+                normalization=self.dataset.normalization,
+                networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
+                processes=self.params.processes,
+                cluster=self.params.cluster,
+                checkpoint=checkpoint,
+            )
+
+    def _ipc(self, labels: Tensor) -> int:
+        """Images a class, of a set with unlike numbers about."""
+        return max(1, round(len(labels) / len(self.dataset.train.classes)))
+
+    def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
+        """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
+        if name == "full_data":
+            return None, self.dataset.train.labels
+        pixels, labels = self.initial(ipc)
+        given = self.params.spaces.ld3m
+        normalize = self.dataset.normalization.normalize
+        if name == "random_real":
+            return normalize(pixels), labels
+        if name in CORESETS:
+            index = self._coreset(name, ipc)
+            return normalize(self.dataset.train.x(index)), self.dataset.train.labels[index]
+        if name == "iteration0":
+            return self.synthetic("ld3m", ipc, start="real").render().detach(), labels
+        samples = sample(
+            self.prior,
+            labels,
+            size_px=pixels.shape[-1],
+            steps=given.steps,
+            guidance=given.guidance,
+            render_batch=given.render_batch,
+            seed=self.seed,
+        )
+        return normalize(samples), labels
+
+    def _coreset(self, name: str, ipc: int) -> Tensor:
+        """Indices of `ipc` training images of every class, chosen among the latents of the prior's autoencoder."""
+        train, chosen = self.dataset.train, []
+        for label in range(len(train.classes)):
+            members = train.of_class(label)
+            with torch.no_grad():
+                parts = members.split(prior_chunk_size(train.shape[-1]))
+                z = torch.cat([self.prior.encode(train.x(part)) for part in parts])
+            chosen.append(members[CORESETS[name](z.flatten(1).cpu(), ipc)])
+        return torch.cat(chosen)
+
+    def distill(self, objective: str, space: str, ipc: int) -> Path:
+        """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
+
+        The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
+        """
+        configuration = self.configuration(objective, space, ipc) | {"normalization": vars(self.dataset.normalization)}
+        checkpoint = self.checkpoint_of(objective, space, ipc, configuration)
+        with explain_out_of_memory(*self.params.lowers_memory(objective, space)):
+            synthetic = self.synthetic(space, ipc)
+            run = self._run(synthetic, objective, space, ipc, checkpoint)
+        with checkpoint:  # one process writes
+            return self._write(run, synthetic, objective, space, ipc)
+
+    def checkpoint_of(self, objective: str, space: str, ipc: int, configuration: dict[str, Any]) -> Checkpoint:
+        place = self.params.place(objective, space, ipc, self.run)
+        return self.params.checkpoint(f"{objective}-{space}-{ipc}-run-{self.run}", configuration, place=place)
+
+    def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int, checkpoint: Checkpoint) -> Distilled:
+        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
+        target = paths.distilled_folder(place, cell, self.run)
+        tensors = synthetic.tensors()
+        require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
+        budget = self.params.budget(objective, space, ipc)
+        return distill(
+            synthetic,
+            self.objective(objective),
+            iterations=budget.iterations,
+            learning_rates=budget.learning_rates,
+            momentum=self.params.distill.momentum,
+            validate=partial(self.validate, labels=synthetic.labels),
+            validation_checks=self.params.distill.validation_checks,
+            checkpoint=checkpoint,
+        )
+
+    def _write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
+        """Writes the artefact of a finished run, and beside it what the run cost; returns the artefact's folder."""
+        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
+        folder, iterations = paths.distilled_folder(place, cell, self.run), len(run.history)
+        cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
+        if space == "ld3m":
+            given = self.params.spaces.ld3m
+            cost["denoising steps, forward and backward"] = iterations * given.steps
+            cost["of them forward once more"] = iterations * max(0, given.steps - given.uncheckpointed_steps)
+        score = run.chosen["accuracies"]
+        if more := range(len(score), CARD_NETWORKS):
+            score = score + self.validate(run.best["images"], synthetic.labels, seeds=more)
+        end_workers()
+        write_artefact(
+            folder,
+            run.best,
+            labels=synthetic.labels,
+            classes=self.dataset.train.classes,
+            normalization=self.dataset.normalization,
+            name=f"{self.params.dataset} {cell} run {self.run}",
+            record={
+                "configuration": self.configuration(objective, space, ipc),
+                "history": run.history,
+                "validation": run.validation,
+                "cost": cost,
+                "score": {"split": "validation", "accuracy": score},
+            },
+        )
+        measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
+        write_json(paths.cost_file(place, cell, self.run), measured)
+        return folder
+
+    def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
+        """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
+        if objective == "none":
+            with explain_out_of_memory("spaces.ld3m.render_batch"):
+                return self.control(space, ipc)
+        place = self.params.place(objective, space, ipc, self.run)
+        tensors, _ = read_artefact(paths.distilled_folder(place, f"{objective}-{space}-{ipc}", self.run))
+        return tensors["images"].to(self.params.on_device), tensors["labels"]
+
+    def gradient_norms(self) -> pd.DataFrame:
+        """The norms of every image's DM gradient of what is learned, at iteration 0: columns skip, learned, steps,
+        image, norm."""
+        given = self.params.gradient_norms
+        objective = self.objective("dm")
+        settings = [
+            (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
+        ]
+        rows = []
+        configuration = self.configuration("dm", "ld3m", given.images_per_class) | given.model_dump()
+        with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
+            checkpoint.resume(rows.extend)
+            done = len(rows) // (given.images_per_class * len(self.dataset.train.classes))
+            for k in progress(len(settings), label="gradient norms", start=done):
+                with checkpoint.step(lambda: rows):
+                    learn, skip, steps = settings[k]
+                    synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
+                    images = synthetic.render()
+                    _, grad = objective(images.detach(), synthetic.labels, step=0)
+                    (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad)
+                    norms = grad.flatten(1).norm(dim=1).tolist()
+                    rows.extend((skip, learn, steps, image, norm) for image, norm in enumerate(norms))
+        return pd.DataFrame(rows, columns=["skip", "learned", "steps", "image", "norm"])
+
+    def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
+        """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
+        params, architecture = self.params, self.params.distill.network
+        prior = {"ld3m": "prior", "glad": "gan"}.get(space)
+        return {
+            "objective": objective,
+            "space": space,
+            "ipc": ipc,
+            "seed": self.seed,
+            "run": self.run,
+            "dataset": params.dataset,
+            "augmentation": params.data.augmentation,
+            "network": architecture,
+            "network_size": params.networks[architecture].model_dump(),
+            "iterations": params.budget(objective, space, ipc).iterations,
+            "learning_rates": params.budget(objective, space, ipc).learning_rates,
+            "momentum": params.distill.momentum,
+            "validation_checks": params.distill.validation_checks,
+            "validation_seeds": params.distill.validation_seeds,
+            "validation_recipe": params.recipe(architecture, ipc),
+            "objective_parameters": getattr(params.objectives, objective).model_dump(),
+            "trajectories": params.trajectories.model_dump() if objective == "mtt" else None,
+            "space_parameters": getattr(params.spaces, space).model_dump(),
+            "data_sha256": self.dataset.fingerprint,
+            "prior_sha256": getattr(self, prior).fingerprint() if prior else None,
+        }

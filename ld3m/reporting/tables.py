@@ -1,0 +1,276 @@
+"""From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ld3m.runtime import paths
+from ld3m.evaluation.statistics import PLAIN, compare, interval, p_value
+from ld3m.pipeline.params import Params
+
+Cell = tuple[str, str, int]  # objective ("none" for a control), space or control, images per class
+SCORES = ["dataset", "ipc", "objective", "space", "run", "architecture", "seed", "accuracy"]
+CELL = ["ipc", "objective", "space", "architecture"]
+SPREAD = [*CELL, "networks", "runs", "net_sd", "run_sd", "total_sd"]
+COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
+CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high", "p"]
+COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
+UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
+NAMES = {
+    "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
+    "none": "-", "random_real": "Random real", "herding": "Herding", "k_center": "k-center",
+    "iteration0": "Iteration 0", "prior_samples": "Prior samples",
+    "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "glad": "GLaD", "ld3m": "LD3M",
+    "full_data": "Full data", UNSEEN: "Unseen mean",
+}  # fmt: skip
+
+
+def cells(params: Params, *, more: bool = False) -> list[Cell]:
+    """(objective, space, ipc) of every row of the main table, or with `more` of the report's: of every IPC the controls
+    first, the full data (ipc 0) last."""
+    grid, added = params.grid, params.more if more else None
+    found = {("none", control, ipc) for control in grid.control for ipc in grid.ipc}
+    found |= {(o, space, ipc) for o in grid.objective for space in grid.space for ipc in grid.ipc}
+    if added:
+        found |= {("none", entry.control, entry.ipc) for entry in added.controls.values()}
+        found |= {(entry.objective, entry.space, entry.ipc) for entry in added.cells.values()}
+    order = list(NAMES)
+    ranked = sorted(found, key=lambda cell: (cell[0] != "none", cell[2], order.index(cell[0]), order.index(cell[1])))
+    return [*ranked, ("none", "full_data", 0)]
+
+
+def read_scores(params: Params, found: list[Cell]) -> pd.DataFrame:
+    """`SCORES` of run 0 of some cells: one row a cell, architecture and network."""
+    return pd.concat([_scores(params, cell, range(1)) for cell in found], ignore_index=True)
+
+
+def read_runs(params: Params) -> pd.DataFrame:
+    """`SCORES` of every run of the cells and controls of which `more` has several."""
+    runs = {cell: range(params.runs(*cell, more=True).stop) for cell in cells(params, more=True)}
+    frames = [_scores(params, cell, of_cell) for cell, of_cell in runs.items() if len(of_cell) > 1]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORES)
+
+
+def _scores(params: Params, cell: Cell, runs: range) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        folder = paths.scores_folder(params.place(*cell, run), "-".join(map(str, cell)))
+        for architecture in params.grid.architecture:
+            file = folder / f"{architecture}.json"
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of params.yaml")
+            accuracies = json.loads(file.read_text())["accuracy"].get(str(run), [])
+            if len(accuracies) != params.networks_a_set(run):
+                raise ValueError(
+                    f"{file} has {len(accuracies)} networks for run {run}, params.yaml asks for "
+                    f"{params.networks_a_set(run)} (evaluate.seeds, more.seeds): dvc repro"
+                )
+            keys = (params.dataset, cell[2], *cell[:2], run, architecture)
+            rows += [(*keys, seed, accuracy) for seed, accuracy in enumerate(accuracies)]
+    return pd.DataFrame(rows, columns=SCORES)
+
+
+def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
+    """The scores with, for every cell, run and network, the mean over the unseen architectures as one more."""
+    keys = ["dataset", "ipc", "objective", "space", "run", "seed"]
+    unseen = scores[scores.architecture != seen].groupby(keys, sort=False).accuracy.mean().reset_index()
+    return pd.concat([scores, unseen.assign(architecture=UNSEEN)], ignore_index=True)
+
+
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """`COLUMNS`: one row per cell and architecture; the interval is over networks (of one run) or runs (of one
+    network each), whichever there are."""
+    keys = ["dataset", "ipc", "objective", "space", "architecture"]
+    rows = [(*key, len(group), *interval(group.accuracy)) for key, group in scores.groupby(keys, sort=False)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def spread(runs: pd.DataFrame) -> pd.DataFrame:
+    """`SPREAD`: how far networks on one set, and sets of other runs, lie apart, as standard deviations in accuracy.
+
+    `net_sd` is that of the networks of run 0. `total_sd` is that of one network a run, in which both are; what it has
+    beyond `net_sd` is `run_sd`, zero where it has nothing. The row "all" has the roots of the mean variances of all
+    distilled cells.
+    """
+    one_each = runs[runs.seed == 0].groupby(CELL, sort=False).accuracy
+    of_run_0 = runs[runs.run == 0].groupby(CELL, sort=False).accuracy
+    table = pd.DataFrame(
+        {"networks": of_run_0.size(), "runs": one_each.size(), "net_var": of_run_0.var(), "total_var": one_each.var()}
+    ).reset_index()
+    distilled = table[table.objective != "none"]
+    pooled = distilled.groupby("architecture", sort=False)[["networks", "runs", "net_var", "total_var"]].mean()
+    table = pd.concat([table, pooled.reset_index().assign(ipc=0, objective="all", space="all")], ignore_index=True)
+    roots = table.assign(
+        net_sd=table.net_var**0.5,
+        total_sd=table.total_var**0.5,
+        run_sd=(table.total_var - table.net_var).clip(lower=0) ** 0.5,
+    )
+    return roots.astype({"networks": int, "runs": int})[SPREAD]
+
+
+def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
+    """`metrics.compare` for run 0 of every distilled set and control, beside random real images and the full data."""
+    seen, frames = params.distill.network, []
+    full_data = _by_architecture(params, ("none", "full_data", 0))
+    for objective, space, ipc in found:
+        if ipc and space != "random_real":
+            random_real = _by_architecture(params, ("none", "random_real", ipc))
+            accuracies = _by_architecture(params, (objective, space, ipc))
+            frame = compare(accuracies, seen=seen, random_real=random_real, full_data=full_data)
+            frames.append(frame.assign(ipc=ipc, objective=objective, space=space))
+    columns = ["ipc", "objective", "space", "architecture"]
+    table = pd.concat(frames, ignore_index=True)
+    return table[columns + [name for name in table.columns if name not in columns]]
+
+
+def _by_architecture(params: Params, cell: Cell) -> dict[str, list[float]]:
+    folder = paths.scores_folder(params.place(*cell, 0), "-".join(map(str, cell)))
+    names = [*params.grid.architecture, *([PLAIN] if cell[2] else [])]
+    return {name: json.loads((folder / f"{name}.json").read_text())["accuracy"]["0"] for name in names}
+
+
+def costs_beside(tables: Path) -> Path:
+    """The folder for tables of seconds and memory, which differ from time to time, beside that of the others."""
+    return tables.with_name("costs")
+
+
+def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
+    """What distilling run 0 of every cell took: seconds of its iterations, and the largest memory of its process."""
+    rows = []
+    for objective, space, ipc in found:
+        if objective != "none":
+            cell, place = f"{objective}-{space}-{ipc}", params.place(objective, space, ipc, 0)
+            file = paths.cost_file(place, cell, 0)
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of params.yaml")
+            rows.append((params.dataset, ipc, objective, space, *map(json.loads(file.read_text()).get, COSTS[4:])))
+    return pd.DataFrame(rows, columns=COSTS)
+
+
+def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by
+    network, against the first setting of that ablation with the same objective and space; and cost.
+
+    A setting that changes nothing has the numbers of the baseline, which is measured once.
+    """
+    records, measured = (
+        {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
+        for place in (paths.ablation_file, paths.ablation_cost_file)
+    )
+    ablation, setting = params.ablations.baseline
+    baseline, baseline_cost = records[ablation][setting], measured[ablation][setting]
+    scores, changes, costs = [], [], []
+    for name, found in records.items():
+        first: dict[tuple[str, str], pd.DataFrame] = {}
+        for setting in params.ablations.settings[name]:
+            record = found.get(setting, baseline)
+            cell = (params.dataset, name, setting, record["objective"], record["space"], 1)
+            accuracy = pd.DataFrame(record["accuracy"])
+            unseen = accuracy.drop(columns=params.distill.network).mean(axis=1)
+            accuracy = accuracy.assign(**{UNSEEN: unseen})
+            reference = first.setdefault(cell[3:5], accuracy)
+            for architecture, values in accuracy.items():
+                scores.append((*cell, architecture, len(values), *interval(values)))
+                if reference is not accuracy:
+                    change = values - reference[architecture]
+                    changes.append((*cell, architecture, len(values), *interval(change), p_value(change)))
+            norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
+            cost = measured[name].get(setting, baseline_cost)
+            latent = norms[0] if norms[0] is not None else norms[1]
+            costs.append((*cell[:3], latent, norms[2], cost["seconds_per_iteration"], cost["peak_mib"]))
+    keys = ["dataset", "ablation", "setting"]
+    columns = [*keys, "objective", "space", "ipc", "architecture", "n", "mean", "ci_low", "ci_high"]
+    measures = ["grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]
+    return (
+        pd.DataFrame(scores, columns=columns),
+        pd.DataFrame(changes, columns=[*columns, "p"]),
+        pd.DataFrame(costs, columns=[*keys, *measures]),
+    )
+
+
+def _by_setting(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: `dvc repro ablation` makes it")
+    return {record["setting"]: record for record in json.loads(file.read_text())}
+
+
+def differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """`CHANGES`: every distilled set minus random real images, and LD3M minus the other spaces and controls, paired by
+    run and network; `p` is that of the paired t test."""
+    by_cell = scores[scores.ipc > 0].pivot(
+        index=["ipc", "architecture", "run", "seed"], columns=["objective", "space"], values="accuracy"
+    )
+    rows = []
+    for objective, space in by_cell.columns:
+        others = [("none", "random_real")] if objective != "none" else []
+        if space == "ld3m":
+            controls = ("herding", "k_center", "iteration0", "prior_samples")
+            others += [(objective, "pixel"), (objective, "glad"), *(("none", control) for control in controls)]
+        for other in others:
+            if other in by_cell.columns:
+                paired = (by_cell[(objective, space)] - by_cell[other]).dropna()
+                for (ipc, architecture), group in paired.groupby(level=["ipc", "architecture"], sort=False):
+                    found = len(group), *interval(group), p_value(group)
+                    rows.append((ipc, objective, space, other[1], architecture, *found))
+    return pd.DataFrame(rows, columns=CHANGES)
+
+
+def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
+    """Rows space x objective, columns architectures and the mean over unseen ones; percent, mean ± half interval."""
+    table = summary.assign(
+        Set=summary.objective.map(NAMES) + " " + summary.space.map(NAMES),
+        text=[
+            f"{100 * m:.1f} ± {100 * (high - m):.1f}" for m, high in zip(summary["mean"], summary.ci_high, strict=True)
+        ],
+    )
+    table["Set"] = table["Set"].str.removeprefix("- ")
+    table["IPC"] = table.ipc.map(lambda ipc: ipc or "all")
+    pivot = table.pivot(index=["IPC", "Set"], columns="architecture", values="text")
+    order = table[["IPC", "Set"]].drop_duplicates()
+    architectures = list(dict.fromkeys(summary.architecture))
+    return (
+        pivot.loc[pd.MultiIndex.from_frame(order), architectures]
+        .rename(columns=NAMES)
+        .reset_index()
+        .rename_axis(columns=None)
+    )
+
+
+def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
+    """Plain sentences: is LD3M above the others on unseen architectures, is every set above random real images?
+
+    `paired_by` is the plural of what was drawn anew: networks or runs."""
+    between = changes[changes.minus.isin(["pixel", "glad", "herding"]) & (changes.architecture == UNSEEN)]
+    against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
+    lines = []
+    for row in between.itertuples():
+        other = NAMES[row.minus] if row.minus == "glad" else row.minus
+        if row.ci_low > 0:
+            verdict = f"LD3M is above {other}"
+        elif row.ci_high < 0:
+            verdict = f"**LD3M is below {other}**"
+        else:
+            verdict = f"**LD3M and {other} are not told apart**"
+        lines.append(
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures; the difference is "
+            f"{_points(row)}, paired over {row.n} {paired_by}."
+        )
+    for row in against_real.itertuples():
+        told = "above" if row.ci_low > 0 else "**not clearly above**"
+        name = f"{NAMES[row.objective]} {NAMES[row.space]}, IPC {row.ipc}"
+        lines.append(f"- {name}: {told} random real images on {NAMES[seen]}, by {_points(row)}.")
+    return lines
+
+
+def _points(row: Any) -> str:
+    return f"{100 * row.mean:+.1f} points (95 % interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f})"
+
+
+def latex(table: pd.DataFrame, caption: str) -> str:
+    """A table of text as LaTeX, in which no character of it means anything but itself."""
+    text = table.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
+    for given, written in {"±": r"$\pm$", "‖∇": r"$\|\nabla$ ", "‖": r"$\|$", "–": "--"}.items():
+        text = text.replace(given, written)
+    return text
