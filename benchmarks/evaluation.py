@@ -1,6 +1,6 @@
 """Judging a set of ten images: every architecture trained from several seeds and tested on all real test images.
 
-Ours is `ld3m.evaluation.evaluate.evaluate_sets` over processes, which are started before. The plain loop takes one network after
+Ours is `evaluate_sets` over processes, which are started before. The plain loop takes one network after
 another with a DataLoader over a TensorDataset: the same recipe and the same random streams, with the layers, the SGD,
 the schedule and the averaged model of torch as they come, on one thread or on all of them. Seconds are those of one
 (set, architecture) score, so of all its seeds.
@@ -27,13 +27,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.experts import textbook
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
 from ld3m.data.augment import augment, draw
-from ld3m.pipeline.profiles import load_params
 from ld3m.data.dataset import Split
 from ld3m.evaluation.evaluate import EvaluationJob
-from ld3m.pipeline.experiment import Experiment
-from ld3m.models.networks import flat_parameters
-from ld3m.runtime.seeds import derive, forked, generator
 from ld3m.evaluation.training import accuracy, train
+from ld3m.models.networks import flat_parameters
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime.seeds import derive, forked, generator
 
 Scores = dict[str, list[float]]  # {architecture: an accuracy in [0, 1] a seed}
 ALIKE = 0.15  # no recipe is so far from itself: three networks of one architecture have a standard deviation of 0.05

@@ -21,14 +21,14 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
 from ld3m.data.augment import augment, draw
-from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.pipeline.profiles import load_params
 from ld3m.data.dataset import Dataset, Split
-from ld3m.pipeline.experiment import Experiment
 from ld3m.evaluation.experts import train_experts
-from ld3m.models.networks import _AveragePool, flat_parameters
-from ld3m.runtime.seeds import derive, generator
 from ld3m.evaluation.training import accuracy, train_together
+from ld3m.models.networks import _AveragePool, flat_parameters
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.seeds import derive, generator
 
 
 def textbook(network: nn.Module) -> nn.Module:

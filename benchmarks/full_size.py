@@ -33,20 +33,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.flop import Flop
-from ld3m.models.compvis import KINDS, Kind, build
 from ld3m.data.dataset import Normalization, Split
-from ld3m.runtime.devices import describe
-from ld3m.models.diffusion_prior import Prior
 from ld3m.evaluation.experts import Experts
 from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.pipeline.measure import clock
-from ld3m.runtime.memory import is_out_of_memory
+from ld3m.method.spaces import LatentCodes, start_ld3m
+from ld3m.models.compvis import KINDS, Kind, build
+from ld3m.models.diffusion_prior import Prior
 from ld3m.models.networks import build as build_network
 from ld3m.models.networks import flat_parameters
+from ld3m.pipeline.measure import clock
+from ld3m.runtime.devices import describe
+from ld3m.runtime.memory import is_out_of_memory
 from ld3m.runtime.progress import forget_peak, peak_gib
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import write_tensors
-from ld3m.method.spaces import LatentCodes, start_ld3m
 
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STRATEGY = "color_crop_cutout_flip_scale_rotate"

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
-from ld3m.pipeline.profiles import load_params
+from ld3m.method.sampler import noised, reverse
 from ld3m.models.diffusion_prior import Prior
 from ld3m.pipeline.experiment import Experiment
-from ld3m.method.sampler import noised, reverse
+from ld3m.pipeline.profiles import load_params
 
 STEPS = 10
 Gradients = tuple[Tensor, ...]
@@ -42,7 +42,9 @@ def ours(
     prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidance: float, uncheckpointed_steps: int = 0
 ) -> Tensor:
     z_T = noised(prior, z, eps, steps=steps)
-    return reverse(prior, z_T, c, z=z, steps=steps, guidance=guidance, skip="x0", uncheckpointed_steps=uncheckpointed_steps)
+    return reverse(
+        prior, z_T, c, z=z, steps=steps, guidance=guidance, skip="x0", uncheckpointed_steps=uncheckpointed_steps
+    )
 
 
 def plain(

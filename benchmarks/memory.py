@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.iteration import gradients, ours, plain, start
 from benchmarks.table import Row, less_is_better, main
-from ld3m.pipeline.profiles import load_params
 from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
 
 
 class LiveBytes(TorchDispatchMode):

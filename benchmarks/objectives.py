@@ -21,12 +21,12 @@ from torch.nn.functional import cross_entropy
 from benchmarks.memory import peak_mib
 from benchmarks.table import Row, in_turns, less_is_better, main, require_same
 from ld3m.data.augment import augment, draw
-from ld3m.pipeline.profiles import load_params
 from ld3m.data.dataset import class_batch
-from ld3m.pipeline.experiment import Experiment
 from ld3m.evaluation.experts import Experts
 from ld3m.method.objectives import ClassMatching, TrajectoryMatching
 from ld3m.models.networks import flat_parameters, unflatten
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
 from ld3m.runtime.seeds import derive, generator
 from ld3m.runtime.storage import write_tensors
 

@@ -9,9 +9,9 @@ from math import ceil
 import torch
 
 from benchmarks.table import Row, in_turns, less_is_better, main
-from ld3m.pipeline.profiles import load_params
-from ld3m.pipeline.experiment import Experiment
 from ld3m.method.spaces import LatentCodes
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
 
 
 def iteration(codes: LatentCodes) -> None:

@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ld3m.pipeline.profiles import load_params
-from ld3m.pipeline.experiment import Experiment
 from ld3m.evaluation.statistics import interval
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.reporting.tables import UNSEEN
 from ld3m.runtime.progress import progress
 from ld3m.runtime.storage import write_bytes
-from ld3m.reporting.tables import UNSEEN
 
 RATE = 0.03  # of Adam, falling to 0; latents have about unit variance
 

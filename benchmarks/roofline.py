@@ -17,10 +17,10 @@ from benchmarks.flop import Flop
 from benchmarks.full_size import PAPER, SMOKE, random_split, start
 from benchmarks.rendering import iteration
 from benchmarks.table import Row, in_turns, main, share_of_limit
-from ld3m.models.compvis import build
-from ld3m.pipeline.profiles import load_params
-from ld3m.pipeline.experiment import Experiment
 from ld3m.method.spaces import LatentCodes
+from ld3m.models.compvis import build
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
 
 SIDE = 1536  # of the matrices
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ld3m.pipeline.measure import clock
 from ld3m.runtime import paths
 from ld3m.runtime.devices import describe
-from ld3m.pipeline.measure import clock
 from ld3m.runtime.progress import silent
 from ld3m.runtime.storage import write_bytes
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ld3m.runtime import paths
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.models.diffusion_prior import build_prior
+from ld3m.runtime import paths
 
 SIZE_PX = 16
 CLASSES = 3

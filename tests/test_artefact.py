@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import ld3m
-from ld3m.evaluation.artefact import read_artefact, tensors_hash, write_artefact
 from ld3m.data.dataset import Normalization
+from ld3m.evaluation.artefact import read_artefact, tensors_hash, write_artefact
 from ld3m.runtime.storage import read_tensors, write_tensors
 
 CLASSES = ("cat", "dog", "sea horse")

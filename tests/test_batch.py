@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ld3m.pipeline import batch
-from ld3m.runtime import paths
 from ld3m.pipeline.batch import Job, jobs, run, run_notebook
 from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
+from ld3m.runtime import paths
 
 
 def write_after(file: Path, seconds: float = 0.0) -> None:

@@ -10,10 +10,10 @@ from benchmarks import __main__ as everything
 from benchmarks import evaluation, iteration, memory, representable, table
 from benchmarks.experts import textbook
 from benchmarks.table import Row, less_is_better, require_same
-from ld3m.pipeline.profiles import load_params
-from ld3m.pipeline.experiment import Experiment
-from ld3m.models.networks import build
 from ld3m.evaluation.training import accuracy, train
+from ld3m.models.networks import build
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
 
 NAMES = {"ld3m_iteration", "ld3m_iteration_kept", "ld3m_memory_in_steps", "rendering"}
 NAMES |= {"dc_step", "dm_step", "mtt_step", "mtt_memory", "experts", "evaluation", "roofline"}

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from ld3m.pipeline import profiles as config
-from ld3m.runtime import paths
 from ld3m.method.distill import Distilled
+from ld3m.pipeline import profiles as config
 from ld3m.pipeline.experiment import CARD_NETWORKS, Experiment
+from ld3m.runtime import paths
 
 # smoke, with epochs enough to tell a trained network from an untrained one
 EPOCHS = {"evaluate.recipe.epochs": {"convnet": 30, "vit": 2}}

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ld3m.runtime import paths
 from ld3m.pipeline.check import check
-from ld3m.pipeline.profiles import apply_profile, load_params
 from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import apply_profile, load_params
+from ld3m.runtime import paths
 
 
 def test_the_committed_profile_is_in_order():

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ld3m.runtime import parallel
-from ld3m.runtime.checkpoint import Checkpoint, Interrupted
-from ld3m.pipeline.profiles import load_params
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
-from ld3m.pipeline.experiment import Experiment
 from ld3m.evaluation.experts import train_experts
 from ld3m.models.networks import build
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime import parallel
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
 
@@ -46,7 +46,9 @@ def experts(folder, **where):
 def scores(**where):
     images = DATASET.normalization.normalize(DATASET.train.x())[:6]
     sets = [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(3), 0)]
-    return evaluate_sets(sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where)
+    return evaluate_sets(
+        sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where
+    )
 
 
 def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):

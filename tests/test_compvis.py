@@ -13,14 +13,14 @@ import torch
 from compvis_original import LatentDiffusion
 from conftest import NORMALIZATION, relative_difference
 
-from ld3m.models import compvis
-from ld3m.models.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
 from ld3m.data.dataset import Normalization
-from ld3m.models.diffusion_prior import with_classes, with_random_unet
-from ld3m.runtime.paths import ROOT
-from ld3m.models.prior_io import load_prior, save_prior
 from ld3m.method.sampler import sample
 from ld3m.method.spaces import start_ld3m
+from ld3m.models import compvis
+from ld3m.models.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
+from ld3m.models.diffusion_prior import with_classes, with_random_unet
+from ld3m.models.prior_io import load_prior, save_prior
+from ld3m.runtime.paths import ROOT
 
 SMALL = {
     "cin256-v2": replace(

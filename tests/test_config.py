@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ld3m.runtime import paths
 from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params, validate
+from ld3m.runtime import paths
 
 COMMITTED = YAML(typ="safe").load(paths.PARAMS.read_text())
 PARAMS = load_params()

@@ -7,15 +7,14 @@ from math import ceil
 import pytest
 import torch
 
-from ld3m.pipeline import cost
-from ld3m.pipeline import measure
-from ld3m.runtime import paths
-from ld3m.pipeline.profiles import ablation_settings, load_params
+from ld3m.models.networks import flat_parameters
+from ld3m.pipeline import cost, measure
 from ld3m.pipeline.cost import Meter, announce, duration
 from ld3m.pipeline.measure import Line, Plane, Taken
-from ld3m.runtime.memory import TooLittleMemory
-from ld3m.models.networks import flat_parameters
+from ld3m.pipeline.profiles import ablation_settings, load_params
 from ld3m.pipeline.rehearsal import Rehearsal
+from ld3m.runtime import paths
+from ld3m.runtime.memory import TooLittleMemory
 from ld3m.runtime.storage import write_tensors
 
 GIB = 2**30

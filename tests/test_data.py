@@ -14,8 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ld3m.data import dataset as data
-from ld3m.data import mnist5k
-from ld3m.data import sources
+from ld3m.data import mnist5k, sources
 from ld3m.runtime.paths import ROOT
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}

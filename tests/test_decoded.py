@@ -17,10 +17,8 @@ import torch
 from PIL import Image
 
 from ld3m.data import dataset as data
-from ld3m.data import decoded
-from ld3m.runtime import paths
-from ld3m.data import sources
-from ld3m.runtime import storage
+from ld3m.data import decoded, sources
+from ld3m.runtime import paths, storage
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
 

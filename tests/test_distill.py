@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ld3m.runtime.checkpoint
 import ld3m.method.distill
-from ld3m.runtime.checkpoint import Checkpoint
+import ld3m.runtime.checkpoint
 from ld3m.method.distill import distill
+from ld3m.runtime.checkpoint import Checkpoint
 
 ITERATIONS = 7
 RATES = {"z": 0.05, "c": 0.02, "student_lr": 0.01}

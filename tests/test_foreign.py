@@ -11,12 +11,12 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX
 from PIL import Image
 
-from ld3m.evaluation.artefact import write_artefact
 from ld3m.data.dataset import Dataset, Normalization, Split, initial_indices
-from ld3m.reporting.export import export
-from ld3m.evaluation.foreign import read_set
-from ld3m.runtime.paths import ROOT
 from ld3m.data.sources import decode, read_split
+from ld3m.evaluation.artefact import write_artefact
+from ld3m.evaluation.foreign import read_set
+from ld3m.reporting.export import export
+from ld3m.runtime.paths import ROOT
 
 IPC = 2
 NAMES = ("a", "b", "c")

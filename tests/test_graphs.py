@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import NORMALIZATION, SIZE_PX, make_prior, make_split
 
-from ld3m.runtime.cuda_graphs import GraphedFunction
 from ld3m.method.sampler import sample
 from ld3m.method.spaces import start_ld3m
 from ld3m.models.train_prior import fit_denoiser
+from ld3m.runtime.cuda_graphs import GraphedFunction
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 LABELS = torch.tensor([0, 1, 2])
@@ -88,7 +88,9 @@ def test_a_gradient_after_another_call_is_an_error():
 def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, tolerance):
     pixels, weight = (torch.randn(3, 1, SIZE_PX, SIZE_PX, device="cuda").clamp(-1, 1) for _ in range(2))
     prior = a_prior(precision)
-    for plain, replayed in zip(*(rendered(used, pixels, weight) for used in (prior, prior.with_cuda_graphs())), strict=True):
+    for plain, replayed in zip(
+        *(rendered(used, pixels, weight) for used in (prior, prior.with_cuda_graphs())), strict=True
+    ):
         assert (plain - replayed).norm() / plain.norm() < tolerance
 
 

@@ -25,17 +25,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from ld3m.models import compvis
-from ld3m.pipeline import profiles as config
 from ld3m.data import decoded
-from ld3m.runtime import paths
-from ld3m.evaluation.artefact import read_artefact
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.data.dataset import load_dataset
+from ld3m.evaluation.artefact import read_artefact
 from ld3m.evaluation.experts import open_experts
 from ld3m.evaluation.foreign import read_set
+from ld3m.models import compvis
 from ld3m.models.gan import build_generator, load_generator, save_generator
 from ld3m.models.prior_io import load_prior, save_prior
+from ld3m.pipeline import profiles as config
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.storage import METADATA_KEY, read_tensors, tensors_hash
 
 SECONDS = 20  # in which a reader must have done, on a slow machine

@@ -8,11 +8,11 @@ import nbformat
 import pytest
 import torch
 
-from ld3m.pipeline import profiles as config
-from ld3m.runtime import paths
-from ld3m.pipeline import runs
 from ld3m.evaluation.artefact import write_images
+from ld3m.pipeline import profiles as config
+from ld3m.pipeline import runs
 from ld3m.pipeline.experiment import Experiment
+from ld3m.runtime import paths
 from ld3m.runtime.paths import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_CONVERT)

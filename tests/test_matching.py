@@ -8,9 +8,9 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, directional_derivative, make_split, relative_difference
 from torch.func import functional_call, grad
 
-from ld3m.method import objectives as matching
 from ld3m.data.augment import augment, draw
 from ld3m.data.dataset import Split
+from ld3m.method import objectives as matching
 from ld3m.method.objectives import (
     DISTANCES,
     ClassMatching,

@@ -8,12 +8,19 @@ import pytest
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from ld3m.pipeline import ablations
-from ld3m.runtime import memory
-from ld3m.pipeline.profiles import load_params
-from ld3m.pipeline.experiment import Experiment
-from ld3m.runtime.memory import TooLittleMemory, available_bytes, is_out_of_memory, limited, explain_out_of_memory, used_bytes
 from ld3m.models.train_prior import fit_denoiser
+from ld3m.pipeline import ablations
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime import memory
+from ld3m.runtime.memory import (
+    TooLittleMemory,
+    available_bytes,
+    explain_out_of_memory,
+    is_out_of_memory,
+    limited,
+    used_bytes,
+)
 
 MIB = 2**20
 FOLDERS = {
@@ -107,7 +114,11 @@ def test_memory_that_runs_out_names_what_to_lower(run_out):
     with pytest.raises(TooLittleMemory, match=r"memory ran out \(.*\): lower a\.batch or b\.batch in params\.yaml"):
         with explain_out_of_memory("a.batch", "b.batch"):
             run_out()
-    with pytest.raises(TooLittleMemory, match="lower inner in"), explain_out_of_memory("outer"), explain_out_of_memory("inner"):
+    with (
+        pytest.raises(TooLittleMemory, match="lower inner in"),
+        explain_out_of_memory("outer"),
+        explain_out_of_memory("inner"),
+    ):
         run_out()
 
 

@@ -25,18 +25,18 @@ from safetensors.torch import load_file, save_file
 from test_compvis import SMALL, original
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ld3m.models import compvis
-from ld3m.runtime import paths
-from ld3m.models import prior_io as priors
-from ld3m.evaluation.artefact import read_artefact
-from ld3m.pipeline.batch import run_notebook
-from ld3m.pipeline.profiles import load_params
-from ld3m.models.diffusion_prior import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
-from ld3m.pipeline.experiment import Experiment
-from ld3m.runtime.paths import PROFILES
-from ld3m.models.prior_io import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
-from ld3m.method.sampler import reverse, timesteps
 from ld3m.data.subsets import IMAGENET
+from ld3m.evaluation.artefact import read_artefact
+from ld3m.method.sampler import reverse, timesteps
+from ld3m.models import compvis
+from ld3m.models import prior_io as priors
+from ld3m.models.diffusion_prior import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
+from ld3m.models.prior_io import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
+from ld3m.pipeline.batch import run_notebook
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import load_params
+from ld3m.runtime import paths
+from ld3m.runtime.paths import PROFILES
 
 SCALE = 0.7  # of make_prior
 WEIGHTS = (

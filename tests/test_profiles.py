@@ -3,10 +3,9 @@
 import pytest
 from test_compvis import SMALL
 
-from ld3m.models import compvis
-from ld3m.models import networks
-from ld3m.runtime import paths
+from ld3m.models import compvis, networks
 from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
+from ld3m.runtime import paths
 
 
 @pytest.fixture

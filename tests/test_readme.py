@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import ld3m
-from ld3m.runtime import paths
 from ld3m.pipeline.profiles import load_params
-from ld3m.runtime.paths import ROOT
 from ld3m.reporting.readme import filled
+from ld3m.runtime import paths
+from ld3m.runtime.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 

@@ -25,20 +25,20 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split
 from safetensors.torch import load
 
-from ld3m.runtime.checkpoint import Checkpoint, Interrupted
 from ld3m.data.dataset import Dataset
-from ld3m.method.distill import Objective, Synthetic, distill
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
-from ld3m.models.gan import build_generator, save_generator
+from ld3m.method.distill import Objective, Synthetic, distill
 from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.models.networks import build, flat_parameters
-from ld3m.runtime.parallel import end_workers, fan_out
-from ld3m.models.prior_io import save_prior
-from ld3m.runtime.storage import new_folder, write_json, write_tensors
 from ld3m.method.spaces import start_ld3m, start_pixels
+from ld3m.models.gan import build_generator, save_generator
+from ld3m.models.networks import build, flat_parameters
+from ld3m.models.prior_io import save_prior
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.runtime.parallel import end_workers, fan_out
+from ld3m.runtime.storage import new_folder, write_json, write_tensors
 
 KILLS = os.environ.get("LD3M_KILLS", "")
 NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
@@ -103,7 +103,8 @@ def distil(
     synthetic: Synthetic, objective: Objective, rates: dict[str, float], checkpoint: Checkpoint, out: Path
 ) -> None:
     run = distill(
-        synthetic, objective, iterations=5, learning_rates=rates, momentum=0.5, validation_checks=2, checkpoint=checkpoint,
+        synthetic, objective, iterations=5, learning_rates=rates, momentum=0.5, validation_checks=2,
+        checkpoint=checkpoint,
         validate=lambda images: [images.sigmoid().mean().item()],
     )  # fmt: skip
     with new_folder(out) as partial_folder:
@@ -114,7 +115,9 @@ def distil(
 def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
     dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
     images = dataset.normalization.normalize(dataset.train.x())
-    judged = EvaluationJob(images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0)
+    judged = EvaluationJob(
+        images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0
+    )
     shared = dict(normalization=NORMALIZATION, networks=networks, processes=1)
     write_json(out / "scores.json", evaluate_sets([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
 

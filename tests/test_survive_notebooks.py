@@ -13,8 +13,8 @@ import pytest
 from test_survive import INTERRUPTED, KILLS, NEVER, content, server, signalled  # noqa: F401
 
 from ld3m.pipeline import profiles as config
-from ld3m.runtime import paths
 from ld3m.pipeline.batch import run_notebook
+from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Interrupted
 
 pytestmark = pytest.mark.slow

@@ -8,13 +8,13 @@ import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
 
 from benchmarks.memory import LiveBytes
+from ld3m.data.dataset import Normalization
 from ld3m.method import sampler
 from ld3m.method import spaces as synthetic
-from ld3m.data.dataset import Normalization
-from ld3m.models.gan import build_generator
 from ld3m.method.sampler import noised, reverse, sample
-from ld3m.runtime.seeds import generator
 from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
+from ld3m.models.gan import build_generator
+from ld3m.runtime.seeds import generator
 
 IPC = 2
 LABELS = torch.arange(CLASSES).repeat_interleave(IPC)

@@ -7,12 +7,9 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from ld3m.runtime import paths
-from ld3m.reporting import published
-from ld3m.reporting import report
 from ld3m.pipeline.ablations import write_records
 from ld3m.pipeline.profiles import load_params
-from ld3m.runtime.storage import write_json
+from ld3m.reporting import published, report
 from ld3m.reporting.tables import (
     CHANGES,
     COLUMNS,
@@ -29,6 +26,8 @@ from ld3m.reporting.tables import (
     verdicts,
     with_unseen_mean,
 )
+from ld3m.runtime import paths
+from ld3m.runtime.storage import write_json
 
 TABLES = {f"{name}.csv" for name in ("scores", "main", "differences", "prior", "gradient_norms", "paper")}
 TABLES |= {"comparison.csv", "settings.csv", "main.md", "main.tex", "comparison.md", "comparison.tex"}

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ld3m.data.dataset import Dataset, Split, measure_normalization
+from ld3m.evaluation.prior_quality import check_prior
 from ld3m.models.diffusion_prior import build_prior
-from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, recognised, reconstruct, reconstruction_error
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, reconstruct, reconstruction_error
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +70,14 @@ def test_samples_are_recognised_by_a_classifier_that_knows_the_real_images(datas
     arguments = dict(
         samples_per_class=3, steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0
     )
-    pixels, labels, record = recognised(prior, dataset, **arguments)
+    pixels, labels, record = check_prior(prior, dataset, **arguments)
     assert pixels.shape == (6, 1, 16, 16) and labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert record["samples"] == 6 and record["classifier_accuracy"] == 1.0
 
     def real(prior, labels, **_):
         return dataset.train.x(torch.tensor([int(label) for label in labels]))
 
-    monkeypatch.setattr("ld3m.models.train_prior.sample", real)
-    assert recognised(prior, dataset, **arguments)[2]["recognised"] == 1.0
-    monkeypatch.setattr("ld3m.models.train_prior.sample", lambda prior, labels, **k: real(prior, 1 - labels))
-    assert recognised(prior, dataset, **arguments)[2]["recognised"] == 0.0
+    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", real)
+    assert check_prior(prior, dataset, **arguments)[2]["recognised"] == 1.0
+    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", lambda prior, labels, **k: real(prior, 1 - labels))
+    assert check_prior(prior, dataset, **arguments)[2]["recognised"] == 0.0

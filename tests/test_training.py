@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation import experts
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets, judge
+from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.evaluation.training import accuracy, train, train_together
+from ld3m.models.networks import build, flat_parameters, unflatten
 from ld3m.runtime import storage
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.runtime.devices import network_chunk_size
-from ld3m.evaluation.evaluate import EvaluationJob, judge, evaluate_sets
-from ld3m.evaluation.experts import open_experts, train_experts
-from ld3m.models.networks import build, flat_parameters, unflatten
 from ld3m.runtime.parallel import fan_out
-from ld3m.evaluation.training import accuracy, train, train_together
 
 RECIPE = dict(
     epochs=2, batch=4, learning_rate=0.1, momentum=0.9, weight_decay=0.01, warm_up=False, ema_decay=None

@@ -6,20 +6,22 @@ import pytest
 import torch
 from conftest import CLASSES, make_prior, make_split
 
-from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.training_state import CHECKED_STEPS, TrainingState
 from ld3m.models.gan import build_generator
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.training_state import CHECKED_STEPS, TrainingState
 
 
 def made(steps=5, n=None):
     network = torch.nn.Linear(2, 1)
-    return network, TrainingState({"network": network}, losses=torch.zeros(steps, *([n] if n else [])), advice="lower the rate")
+    return network, TrainingState(
+        {"network": network}, losses=torch.zeros(steps, *([n] if n else [])), advice="lower the rate"
+    )
 
 
 def test_losses_are_kept_and_their_mean_is_told():
-    _, fit = made(n=2)
+    _, training = made(n=2)
     for loss in (1.0, 2.0, 3.0):
         training.record(torch.tensor([loss, 10 * loss]))
     assert (training.done, training.status()) == (3, "loss 2.0000, 20.0000")
@@ -28,7 +30,7 @@ def test_losses_are_kept_and_their_mean_is_told():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_step_that_is_not_finite_is_named_before_a_state_is_given(value):
-    _, fit = made()
+    _, training = made()
     training.record(torch.tensor(1.0))
     training.state()
     training.record(torch.tensor(value))
@@ -38,19 +40,19 @@ def test_the_first_step_that_is_not_finite_is_named_before_a_state_is_given(valu
 
 
 def test_it_stops_soon_and_at_the_end_at_the_latest():
-    _, fit = made(steps=2 * CHECKED_STEPS)
+    _, training = made(steps=2 * CHECKED_STEPS)
     with pytest.raises(ValueError, match="step 0: the loss is nan"):
         for _ in range(CHECKED_STEPS):
             training.record(torch.tensor(math.nan))
     assert training.done == CHECKED_STEPS
-    _, fit = made(steps=2)
+    _, training = made(steps=2)
     training.record(torch.tensor(0.0))
     with pytest.raises(ValueError, match="step 1: the loss is inf"):
         training.record(torch.tensor(math.inf))
 
 
 def test_weights_that_are_not_finite_are_no_state_either():
-    network, fit = made()
+    network, training = made()
     training.record(torch.tensor(1.0))
     with torch.no_grad():
         network.weight[0, 1] = math.inf

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ld3m.data import decoded
+from ld3m.data import decoded, sources, subsets
 from ld3m.runtime import seeds
-from ld3m.data import sources
-from ld3m.data import subsets
 
 
 @dataclass(frozen=True)

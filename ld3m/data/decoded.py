@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ld3m.runtime import paths
 from ld3m.data import sources
+from ld3m.runtime import paths
 from ld3m.runtime.storage import require_space, write_parts
 
 if TYPE_CHECKING:

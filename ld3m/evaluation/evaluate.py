@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.data.dataset import Normalization, Split
+from ld3m.evaluation.training import accuracy, train_together
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import network_chunk_size, test_chunk_size
 from ld3m.runtime.parallel import fan_out
 from ld3m.runtime.seeds import derive
-from ld3m.evaluation.training import accuracy, train_together
 
 
 def judge(

@@ -16,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.evaluation.training import accuracy, train_together
+from ld3m.models.networks import flat_parameters
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import network_chunk_size
 from ld3m.runtime.memory import explain_out_of_memory
-from ld3m.models.networks import flat_parameters
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import new_folder, require_space, write_tensors
-from ld3m.evaluation.training import accuracy, train_together
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ld3m.evaluation.artefact import class_folder, read_artefact
 from ld3m.data.dataset import Dataset, Normalization
-from ld3m.runtime.paths import ROOT
 from ld3m.data.sources import FORMATS, read_split
+from ld3m.evaluation.artefact import class_folder, read_artefact
+from ld3m.runtime.paths import ROOT
 
 Form = Literal["unit", "normalised"]
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # 8 bit a channel or fewer
@@ -57,7 +57,7 @@ def read_set(
         _check_shapes(path, *tensors, dataset)
         pixels, labels = _to_pixels(path, tensors[0], form, mean, std), tensors[1].long()
     elif not path.is_dir():
-        raise ValueError(f"{path} is neither a folder nor a .pt file: see ld3m/foreign.py for what can be read")
+        raise ValueError(f"{path} is neither a folder nor a .pt file: see ld3m/evaluation/foreign.py")
     elif (form, mean, std) != (None, None, None):
         raise ValueError(f"form, mean and std are for .pt files, {path} says what its values are: leave them out")
     elif (path / "distilled.safetensors").is_file():

@@ -1,13 +1,17 @@
-"""Is a prior good enough? A ConvNet trained on the real images says which class its samples show."""
+"""Measures a prior: the share of its samples that a ConvNet trained on real images gives the asked class."""
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ld3m.data.dataset import Dataset
-from ld3m.models.networks import build
-from ld3m.runtime.seeds import derive
 from ld3m.evaluation.training import accuracy, train
+from ld3m.method.sampler import sample
+from ld3m.models.diffusion_prior import Prior, prior_chunk_size
+from ld3m.models.gan import Generator
+from ld3m.models.networks import build
+from ld3m.runtime.seeds import derive, generator
 
 
 def recognise(
@@ -56,3 +60,43 @@ def recognise(
         "recognised": accuracy(network, images.__getitem__, labels),
         "classifier_accuracy": accuracy(network, validation, dataset.validation.labels),
     }
+
+
+def check_prior(
+    prior: Prior,
+    dataset: Dataset,
+    *,
+    samples_per_class: int,
+    steps: int,
+    guidance: float,
+    width: int,
+    epochs: int,
+    learning_rate: float,
+    strategy: str,
+    seed: int,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Guided samples, their asked labels, and how a ConvNet trained on the real training images sees them.
+
+    Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
+    share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
+    """
+    count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
+    labels = torch.arange(count).repeat(samples_per_class)
+    drawing = dict(steps=steps, guidance=guidance, render_batch=prior_chunk_size(size_px, count=100), seed=seed)
+    pixels = sample(prior, labels, size_px=size_px, **drawing)
+    judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
+    return pixels, labels, recognise(pixels, labels, dataset, **judging)
+
+
+def check_gan(
+    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Samples, their asked labels, and how a classifier sees them; `judging` is what `recognise` needs.
+
+    Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
+    """
+    labels = torch.arange(gan.classes).repeat(samples_per_class)
+    noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
+    noise = noise.to(dataset.train.device)
+    pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
+    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **judging)

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ld3m.data.augment import augment_each, draw
 from ld3m.runtime.seeds import forked, generator
+from ld3m.runtime.training_state import require_finite
 
 
 def train(
@@ -129,14 +130,6 @@ def _give(parameters: Sequence[Tensor], networks: Sequence[nn.Module]) -> None:
     for k, network in enumerate(networks):
         for parameter, values in zip(network.parameters(), parameters, strict=True):
             parameter.copy_(values[k] if len(networks) > 1 else values)
-
-
-def require_finite(losses: Tensor, *, advice: str) -> None:
-    """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
-    broken = (~losses.isfinite()).nonzero()
-    if len(broken):
-        first = tuple(broken[0])
-        raise ValueError(f"step {int(first[0])}: the loss is {losses[first].item()}; {advice}")
 
 
 def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -61,8 +61,8 @@ def distill(
 ) -> Distilled:
     """Learns `synthetic` with SGD for some iterations.
 
-    `validate(images)` gives accuracies in [0, 1], whose mean decides; it is asked at iteration 0 and `validation_checks`
-    times after it, evenly spaced, the last time at the end; with `validation_checks` 0 at the end alone.
+    `validate(images)` gives accuracies in [0, 1], whose mean decides. It is called at iteration 0 and
+    `validation_checks` times after it, evenly spaced, the last time at the end; with 0 at the end alone.
     The run goes on from `checkpoint` where an interrupted one left its state there, and ends with the same bits. The
     caller removes it once the result is safe.
     """

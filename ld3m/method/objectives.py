@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,21 @@ from torch.nn.functional import cross_entropy
 
 from ld3m.data.augment import Augmentation, augment, augment_each, draw
 from ld3m.data.dataset import Normalization, Split, class_batch
-from ld3m.evaluation.experts import Experts
 from ld3m.models.networks import unflatten
 from ld3m.runtime.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
 CLASSES_AT_ONCE = 5
+
+
+class Experts(Protocol):
+    """Trajectories of networks trained on real images."""
+
+    def __len__(self) -> int: ...
+    def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
+        """The flat parameters (len(epochs), P) after some epochs of one expert."""
+
+
 Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

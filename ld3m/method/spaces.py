@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ld3m.data.dataset import Normalization
+from ld3m.method.sampler import Skip, noised, recomputed, reverse, sample
 from ld3m.models.diffusion_prior import Prior
 from ld3m.models.gan import Generator
-from ld3m.method.sampler import Skip, recomputed, noised, reverse, sample
-from ld3m.runtime.seeds import generator
 from ld3m.runtime.chunked import in_chunks
+from ld3m.runtime.seeds import generator
 
 Clamp = Literal["none", "hard", "soft"]
 Noise = Literal["stored", "redrawn"]
@@ -92,7 +92,9 @@ class LatentCodes:
 
     def _part(self, codes: dict[str, Tensor]) -> Tensor:
         z_0 = self._reverse(codes)
-        return self._decode(z_0) if self.uncheckpointed_steps else recomputed(self._decode, z_0)  # the decoder is one more step
+        return (
+            self._decode(z_0) if self.uncheckpointed_steps else recomputed(self._decode, z_0)
+        )  # the decoder is one more step
 
     def _reverse(self, codes: dict[str, Tensor], on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
         eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.cuda_graphs import GraphedFunction
+from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.seeds import forked
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Prior:
     prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
     spacing: Spacing = COMPVIS
     precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
-    recordings: dict[str, GraphedFunction] = field(default_factory=dict)  # of `replayed`, in the place of what they record
+    recordings: dict[str, GraphedFunction] = field(default_factory=dict)  # of `with_cuda_graphs`
 
     @property
     def classes(self) -> int:
@@ -203,10 +203,12 @@ class Prior:
         self.unet.compile(dynamic=False)
         return self
 
-    def replayed(self) -> "Prior":
-        """The same prior, frozen, whose denoiser and decoder are each one launch on CUDA, see `GraphedFunction`: for callers
-        that take the gradient of a call before the next. On a CPU it is the same."""
-        return replace(self, recordings={"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)})
+    def with_cuda_graphs(self) -> "Prior":
+        """The same prior, frozen, whose denoiser and decoder are each one launch on CUDA, see `GraphedFunction`: for
+        callers that take the gradient of a call before the next. On a CPU it is the same."""
+        return replace(
+            self, recordings={"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
+        )
 
     def freeze_(self) -> "Prior":
         """In evaluation mode and without parameter gradients."""

@@ -21,24 +21,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ld3m.runtime import paths
+from ld3m.data.sources import is_path, some
+from ld3m.data.subsets import IMAGENET, IMAGENET_CLASSES
 from ld3m.models.compvis import load_checkpoint
 from ld3m.models.diffusion_prior import (
     COMPVIS,
     DENOISERS,
+    IncompatiblePrior,
     Prediction,
     Prior,
     Spacing,
-    IncompatiblePrior,
     alpha_bar_of,
     cin256_alpha_bar,
     cin256_schedule,
     take_label_table,
     with_classes,
 )
-from ld3m.data.sources import is_path, some
+from ld3m.runtime import paths
 from ld3m.runtime.storage import new_folder, write_json
-from ld3m.data.subsets import IMAGENET, IMAGENET_CLASSES
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

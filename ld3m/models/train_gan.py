@@ -6,14 +6,13 @@ from torch.nn.functional import leaky_relu, softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data.augment import augment, draw
-from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.data.dataset import Dataset, Split
-from ld3m.runtime.training_state import TrainingState
+from ld3m.data.dataset import Split
 from ld3m.models.gan import SMALLEST_PX, Generator
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory
 from ld3m.runtime.progress import progress
-from ld3m.evaluation.prior_quality import recognise
 from ld3m.runtime.seeds import forked, generator
+from ld3m.runtime.training_state import TrainingState
 
 GROUP = 4  # images of one class, side by side in a batch, whose spread the discriminator sees
 
@@ -114,20 +113,6 @@ def fit_gan(
     gan.load_state_dict(average.module.state_dict())
     gan.freeze_()
     return [dict(zip(("generator", "discriminator"), losses, strict=True)) for losses in training.losses.tolist()]
-
-
-def recognised(
-    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Samples, their asked labels, and how a classifier sees them; `judging` is what `recognise` needs.
-
-    Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
-    """
-    labels = torch.arange(gan.classes).repeat(samples_per_class)
-    noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
-    noise = noise.to(dataset.train.device)
-    pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
-    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **judging)
 
 
 def spread(pixels: Tensor, labels: Tensor) -> float:

@@ -7,16 +7,14 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.data.dataset import Dataset, Split
+from ld3m.data.dataset import Split
 from ld3m.models.diffusion_prior import Prior, prior_chunk_size
-from ld3m.runtime.training_state import TrainingState
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.cuda_graphs import GraphedFunction
 from ld3m.runtime.memory import explain_out_of_memory
 from ld3m.runtime.progress import progress
-from ld3m.evaluation.prior_quality import recognise
-from ld3m.method.sampler import sample
 from ld3m.runtime.seeds import generator
+from ld3m.runtime.training_state import TrainingState
 
 
 @explain_out_of_memory("prior.autoencoder.batch")
@@ -137,32 +135,6 @@ def reconstruction_error(pixels: Tensor, reconstructed: Tensor) -> dict[str, flo
     """Mean squared error on the [-1, 1] scale, and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
     mse = mse_loss(reconstructed, pixels).item()
     return {"mse": mse, "psnr_db": 10 * math.log10(4 / mse)}
-
-
-def recognised(
-    prior: Prior,
-    dataset: Dataset,
-    *,
-    samples_per_class: int,
-    steps: int,
-    guidance: float,
-    width: int,
-    epochs: int,
-    learning_rate: float,
-    strategy: str,
-    seed: int,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Guided samples, their asked labels, and how a ConvNet trained on the real training images sees them.
-
-    Samples are pixels (samples_per_class * classes, C, H, W), the classes in turn. The record holds `recognised`, the
-    share of samples whose class is the asked one, and `classifier_accuracy` on real validation images.
-    """
-    count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
-    labels = torch.arange(count).repeat(samples_per_class)
-    drawing = dict(steps=steps, guidance=guidance, render_batch=prior_chunk_size(size_px, count=100), seed=seed)
-    pixels = sample(prior, labels, size_px=size_px, **drawing)
-    judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
-    return pixels, labels, recognise(pixels, labels, dataset, **judging)
 
 
 def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:

@@ -1,6 +1,6 @@
 """The stages of dvc.yaml without DVC and papermill, several at once: for a large GPU, which one cell does not fill.
 
-    python -m ld3m.pipeline.batch --jobs 12 --minutes 9    # stopped after nine minutes; the same command goes on from there
+    python -m ld3m.pipeline.batch --jobs 12 --minutes 9    # stops after nine minutes; the same command resumes
 
 A job is a notebook with its parameters, or one setting of an ablation, in a process of its own. Done is what is there
 under runs/: unlike DVC this does not notice that something it was made from has changed since. `dvc commit` then tells
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
+from ld3m.pipeline.cells import cells
+from ld3m.pipeline.params import Params
+from ld3m.pipeline.profiles import ablation_settings, load_params
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import SIGNALS
-from ld3m.pipeline.profiles import ablation_settings, load_params
-from ld3m.pipeline.params import Params
 from ld3m.runtime.storage import write_json
-from ld3m.reporting.tables import cells
 
 GRACE_SECONDS = 60
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ld3m.runtime import paths
-from ld3m.pipeline.profiles import ablation_settings, load_params
 from ld3m.data.dataset import initial_indices
-from ld3m.models.diffusion_prior import Prior
-from ld3m.pipeline.experiment import Experiment
 from ld3m.evaluation.experts import snapshot_bytes
+from ld3m.method.sampler import timesteps
+from ld3m.models.diffusion_prior import Prior
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, load_prior
-from ld3m.method.sampler import timesteps
+from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
+from ld3m.pipeline.profiles import ablation_settings, load_params
+from ld3m.runtime import paths
 from ld3m.runtime.storage import require_space
 
 SPARE_BYTES = 200 * 2**20  # executed notebooks, tables, figures, distilled sets

@@ -1,7 +1,7 @@
 """What the work of params.yaml will cost, before it is done: counted, and timed in a few iterations of the real code.
 
     python -m ld3m.pipeline.cost                       # params.yaml as it is
-    python -m ld3m.pipeline.cost imagenet128           # with a profile laid over it, or several in their order: names or files
+    python -m ld3m.pipeline.cost imagenet128           # with a profile applied, or several: names or files
 
 Data and priors that are not there are replaced by random ones of the same shapes. What would take more than seconds, or
 half of the free memory, is tried with fewer images or steps, and the table says with how many. A cell costs what its
@@ -23,19 +23,19 @@ from typing import Any
 
 import torch
 
-from ld3m.runtime import paths
-from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
-from ld3m.runtime.devices import describe
-from ld3m.pipeline.experiment import CARD_NETWORKS, Experiment
 from ld3m.evaluation.experts import snapshot_bytes
 from ld3m.method.objectives import DISTANCES
-from ld3m.pipeline.measure import Line, Plane, clock, peak_of
-from ld3m.runtime.memory import available_bytes, explain_out_of_memory, too_little, used_bytes
 from ld3m.models.networks import flat_parameters
-from ld3m.pipeline.rehearsal import Rehearsal
-from ld3m.pipeline.params import Params
-from ld3m.reporting.tables import cells
 from ld3m.models.train_gan import GROUP
+from ld3m.pipeline.cells import cells
+from ld3m.pipeline.experiment import CARD_NETWORKS, Experiment
+from ld3m.pipeline.measure import Line, Plane, clock, peak_of
+from ld3m.pipeline.params import Params
+from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
+from ld3m.pipeline.rehearsal import Rehearsal
+from ld3m.runtime import paths
+from ld3m.runtime.devices import describe
+from ld3m.runtime.memory import available_bytes, explain_out_of_memory, too_little, used_bytes
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # as dvc.yaml has it for what trains on all threads

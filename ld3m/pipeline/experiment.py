@@ -11,27 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from ld3m.data import dataset as data
-from ld3m.runtime import paths
-from ld3m.evaluation.artefact import read_artefact, write_artefact
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.data.coresets import CORESETS
-from ld3m.models.diffusion_prior import Prior, IncompatiblePrior, prior_chunk_size, unconditional, with_random_unet, with_random_weights
-from ld3m.method.distill import Distilled, Objective, Synthetic, distill
+from ld3m.evaluation.artefact import read_artefact, write_artefact
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import Experts, open_experts
-from ld3m.models.gan import Generator, load_generator
-from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
-from ld3m.runtime.memory import explain_out_of_memory
 from ld3m.evaluation.statistics import PLAIN
-from ld3m.models.networks import build, flat_parameters
-from ld3m.runtime.parallel import end_workers
-from ld3m.models.prior_io import linked_source, load_prior
-from ld3m.runtime.progress import peak_gib, progress
+from ld3m.method.distill import Distilled, Objective, Synthetic, distill
+from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
 from ld3m.method.sampler import sample
+from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
+from ld3m.models.diffusion_prior import (
+    IncompatiblePrior,
+    Prior,
+    prior_chunk_size,
+    unconditional,
+    with_random_unet,
+    with_random_weights,
+)
+from ld3m.models.gan import Generator, load_generator
+from ld3m.models.networks import build, flat_parameters
+from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.pipeline.params import Params
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.parallel import end_workers
+from ld3m.runtime.progress import peak_gib, progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
-from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
 
 CARD_NETWORKS = 3  # at least, for the score on the card of a set
 

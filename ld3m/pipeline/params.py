@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ld3m.runtime import paths
 from ld3m.data.augment import parse_strategy
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.data.dataset import Normalization
-from ld3m.runtime.devices import choose_device
-from ld3m.models.networks import ARCHITECTURES
 from ld3m.data.subsets import check_name
 from ld3m.method.spaces import DEFAULT_LEARNED
+from ld3m.models.networks import ARCHITECTURES
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.devices import choose_device
 
 Objective = Literal["dc", "dm", "mtt"]
 Space = Literal["pixel", "glad", "ld3m"]
@@ -584,5 +584,7 @@ class Params(Model):
         """The settings that a cell needs less memory with, the lower they are."""
         matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
         rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
-        kept = ("spaces.ld3m.uncheckpointed_steps",) if space == "ld3m" and self.spaces.ld3m.uncheckpointed_steps else ()
+        kept = (
+            ("spaces.ld3m.uncheckpointed_steps",) if space == "ld3m" and self.spaces.ld3m.uncheckpointed_steps else ()
+        )
         return (*kept, *rendered, matched)

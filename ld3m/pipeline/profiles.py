@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent
 
-from ld3m.runtime.paths import PARAMS, PROFILES
 from ld3m.pipeline.params import Params
+from ld3m.runtime.paths import PARAMS, PROFILES
 
 REPLACED = ("learning_rates", "settings", "cells", "controls", "changes")  # a profile replaces these whole
 PAPER = PROFILES / "paper.yaml"  # what `paper: true` stands for
@@ -158,7 +158,7 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case ["apply", profile]:
                 apply_profile(Path(profile))
-                print(f"params.yaml now has the values of {profile}; next: python -m ld3m.pipeline.check, then dvc repro tables")
+                print(f"params.yaml now has the values of {profile}; next: python -m ld3m.pipeline.check")
             case ["check"]:
                 load_params()
                 print("params.yaml is valid")

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ld3m.models.compvis import build_full_size
 from ld3m.data.dataset import Dataset, Normalization, Split
-from ld3m.runtime.devices import test_chunk_size
-from ld3m.models.diffusion_prior import Prior, IncompatiblePrior, build_prior, with_classes
+from ld3m.evaluation.training import accuracy, train
 from ld3m.method.distill import Synthetic
-from ld3m.pipeline.experiment import Experiment
-from ld3m.models.gan import Generator, build_generator
 from ld3m.method.objectives import DISTANCES, real_chunk_size
-from ld3m.pipeline.measure import Line, Plane, clock, grow, grow_plane
+from ld3m.models.compvis import build_full_size
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior, with_classes
+from ld3m.models.gan import Generator, build_generator
 from ld3m.models.networks import flat_parameters
-from ld3m.runtime.parallel import fan_out
 from ld3m.models.prior_io import load_prior
-from ld3m.runtime.progress import silent
-from ld3m.runtime.seeds import generator
 from ld3m.models.train_gan import GROUP, fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
-from ld3m.evaluation.training import accuracy, train
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.measure import Line, Plane, clock, grow, grow_plane
+from ld3m.runtime.devices import test_chunk_size
+from ld3m.runtime.parallel import fan_out
+from ld3m.runtime.progress import silent
+from ld3m.runtime.seeds import generator
 
 COUNTS = {"train": 1170, "validation": 130, "test": 50}  # images a class of ImageNet, where the data are not there
 CLASSES = 10  # and as many classes, where params.yaml does not say

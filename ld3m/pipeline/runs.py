@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.runtime import paths
-from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.evaluation.evaluate import EvaluationJob
 from ld3m.pipeline.experiment import Experiment
-from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.pipeline.params import Params
+from ld3m.runtime import paths
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.storage import new_folder, tensors_hash, write_json, write_tensors
 
 Accuracies = dict[str, list[float]]  # {architecture: one a network}

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.evaluation.artefact import read_artefact, to_pil, write_images
 from ld3m.data.dataset import Normalization
+from ld3m.evaluation.artefact import read_artefact, to_pil, write_images
 from ld3m.runtime.storage import new_folder
 
 

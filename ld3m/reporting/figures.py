@@ -12,8 +12,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
-from ld3m.runtime import paths
 from ld3m.reporting.tables import NAMES, UNSEEN
+from ld3m.runtime import paths
 
 sns.set_theme(style="whitegrid", context="paper")
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger

@@ -1,6 +1,6 @@
 """Gathers what the stages wrote and writes the tables and figures of reports/.
 
-python -m ld3m.reporting.report      # keeps those of the data set in params.yaml where those of another do not replace them
+python -m ld3m.reporting.report      # copies those of the data set in params.yaml to where no other replaces them
 """
 
 import json
@@ -12,14 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ld3m.reporting import figures
-from ld3m.runtime import paths
-from ld3m.reporting import published
-from ld3m.evaluation.artefact import read_artefact
-from ld3m.pipeline.profiles import load_params
 from ld3m.data.dataset import Normalization
+from ld3m.evaluation.artefact import read_artefact
 from ld3m.pipeline.params import Params
-from ld3m.runtime.storage import read_tensors, write_bytes
+from ld3m.pipeline.profiles import load_params
+from ld3m.reporting import figures, published
 from ld3m.reporting.tables import (
     COLUMNS,
     NAMES,
@@ -40,6 +37,8 @@ from ld3m.reporting.tables import (
     verdicts,
     with_unseen_mean,
 )
+from ld3m.runtime import paths
+from ld3m.runtime.storage import read_tensors, write_bytes
 
 DIGITS = 6  # after the point of a fraction in a csv file
 

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ld3m.runtime.checkpoint import State
-from ld3m.evaluation.training import require_finite
 
 CHECKED_STEPS = 100  # after which losses are looked at: reading one waits for the device
 
@@ -53,3 +52,11 @@ class TrainingState:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(weight.isfinite().all() for weight in part.parameters()):
                 raise ValueError(f"step {self.done - 1}: the {name} has weights that are not finite; {self.advice}")
+
+
+def require_finite(losses: Tensor, *, advice: str) -> None:
+    """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
+    broken = (~losses.isfinite()).nonzero()
+    if len(broken):
+        first = tuple(broken[0])
+        raise ValueError(f"step {int(first[0])}: the loss is {losses[first].item()}; {advice}")
