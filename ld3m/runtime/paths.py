@@ -13,10 +13,6 @@ REPORT = ROOT / "reports/index.html"
 FULL = ROOT / "reports/full"  # tables/ and figures/ of the report, with what `more` adds
 
 
-def code_file(notebook: str) -> Path:
-    return ROOT / "runs/code" / f"{notebook}.txt"
-
-
 def prior_folder(dataset: str) -> Path:
     return ROOT / "runs" / dataset / "prior"
 
