@@ -235,6 +235,12 @@ def test_memory_at_full_size_is_what_the_readme_says(committed):
     assert f"takes {100 * (mtt[20] / mtt[5] - 1):.0f} % more memory than with 5" in README
 
 
+def test_the_lines_written_by_hand_are_short():
+    before, _, rest = README.partition("<!-- table -->")
+    by_hand = [line for line in (before + rest.partition("<!-- /table -->")[2]).splitlines() if line[:1] != "|"]
+    assert [line for line in by_hand if len(line) > 120] == []
+
+
 def test_every_file_that_the_readme_links_to_is_there():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(targets) > 5
