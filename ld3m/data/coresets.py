@@ -1,7 +1,5 @@
 """Real images chosen to stand for a class: the baselines that select instead of learning."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -35,6 +33,3 @@ def k_center(features: Tensor, count: int) -> Tensor:
 def _check(features: Tensor, count: int) -> None:
     if not 1 <= count <= len(features):
         raise ValueError(f"count is {count}: choose 1..{len(features)} of {len(features)} images")
-
-
-CORESETS: dict[str, Callable[[Tensor, int], Tensor]] = {"herding": herding, "k_center": k_center}

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ld3m.data import dataset as data
-from ld3m.data.coresets import CORESETS
 from ld3m.evaluation.artefact import read_artefact, write_artefact
+from ld3m.evaluation.controls import CONTROLS
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.evaluation.statistics import PLAIN
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
 from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
-from ld3m.method.sampler import sample
 from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
 from ld3m.models.diffusion_prior import (
     IncompatiblePrior,
     Prior,
-    prior_chunk_size,
     unconditional,
     with_random_unet,
     with_random_weights,
@@ -211,39 +209,7 @@ class Experiment:
 
     def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
         """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
-        if name == "full_data":
-            return None, self.dataset.train.labels
-        pixels, labels = self.initial(ipc)
-        given = self.params.spaces.ld3m
-        normalize = self.dataset.normalization.normalize
-        if name == "random_real":
-            return normalize(pixels), labels
-        if name in CORESETS:
-            index = self._coreset(name, ipc)
-            return normalize(self.dataset.train.x(index)), self.dataset.train.labels[index]
-        if name == "iteration0":
-            return self.synthetic("ld3m", ipc, start="real").render().detach(), labels
-        samples = sample(
-            self.prior,
-            labels,
-            size_px=pixels.shape[-1],
-            steps=given.steps,
-            guidance=given.guidance,
-            render_batch=given.render_batch,
-            seed=self.seed,
-        )
-        return normalize(samples), labels
-
-    def _coreset(self, name: str, ipc: int) -> Tensor:
-        """Indices of `ipc` training images of every class, chosen among the latents of the prior's autoencoder."""
-        train, chosen = self.dataset.train, []
-        for label in range(len(train.classes)):
-            members = train.of_class(label)
-            with torch.no_grad():
-                parts = members.split(prior_chunk_size(train.shape[-1]))
-                z = torch.cat([self.prior.encode(train.x(part)) for part in parts])
-            chosen.append(members[CORESETS[name](z.flatten(1).cpu(), ipc)])
-        return torch.cat(chosen)
+        return (None, self.dataset.train.labels) if name == "full_data" else CONTROLS[name](self, ipc)
 
     def distill(self, objective: str, space: str, ipc: int) -> Path:
         """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
