@@ -347,6 +347,7 @@ def test_validation_fraction_is_stratified_and_fixed(embedded):
     assert dataset.normalization == data.measure_normalization(dataset.train)
     assert load(0.1).fingerprint == dataset.fingerprint
     assert load(0.1, seed=1).fingerprint != dataset.fingerprint
+    assert load(0.1, name="renamed").fingerprint == dataset.fingerprint
     alone = load(0.1, classes=["7"]).validation  # a class is divided alike whichever others are kept
     assert torch.equal(alone.uint8, dataset.validation.uint8[dataset.validation.of_class(7)])
     with pytest.raises(ValueError, match="0 of the 350 training images of class '0'"):

@@ -129,6 +129,12 @@ def test_a_pair_of_tensors_is_read_as_what_it_is_said_to_be(tmp_path, dataset, p
     check(read_set(folder / names[0], dataset=dataset, **FORMS), pixels, labels)
 
 
+def test_images_are_on_the_device_of_the_dataset_and_labels_on_the_cpu(tmp_path, dataset, pixels, labels):
+    """Evaluation networks train where the real images are; indices and labels stay on the CPU."""
+    images, given = read_set(image_folder(tmp_path / "set", pixels, labels), dataset=dataset.to("meta"))
+    assert images.device.type == "meta" and given.device.type == "cpu"
+
+
 def test_images_are_sorted_by_class(tmp_path, dataset, pixels, labels):
     order = torch.tensor([4, 0, 2, 5, 3, 1])  # leaves the two images of a class in their order
     folder = pair(tmp_path / "set", ((pixels + 1) / 2)[order], labels[order])

@@ -310,6 +310,6 @@ def _divide(labels: Tensor, classes: list[str], fraction: float, *, name: str, s
                 f"datasets.{name}.splits.validation is {fraction}, {count} of the {len(members)} training "
                 f"images of class {class_name!r}: change it so that both sides have some"
             )
-        order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name, class_name))
+        order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", class_name))
         held[members[order[:count]]] = True
     return {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}

@@ -42,7 +42,7 @@ def read_set(
     std: Sequence[float] | None = None,
     experiment: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W), normalised as those of `dataset` are, and labels (N,) in ascending order.
+    """Images (N, C, H, W), normalised as those of `dataset` and on their device, and labels (N,), ascending, on the CPU.
 
     `path` is relative to the repository root. A `.pt` file does not say what its values are, so `form` must:
     "unit" for [0, 1], "normalised" for (unit - mean) / std with `mean` and `std`, one a channel. `experiment` picks the
@@ -74,7 +74,7 @@ def read_set(
         raise ValueError(f"{path}: the images have values that are not finite")
     images = dataset.normalization.normalize(_channels(path, pixels, dataset.train.shape[0]))
     order = labels.argsort(stable=True)
-    return images[order], labels[order]
+    return images[order].to(dataset.train.device), labels[order]
 
 
 def _read_artefact(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
