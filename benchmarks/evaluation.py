@@ -1,4 +1,4 @@
-"""Judging a set of ten images: every architecture trained from several seeds and tested on all real test images.
+"""Evaluating a set of ten images: every architecture trained from several seeds and tested on all real test images.
 
 Ours is `evaluate_sets` over processes, which are started before. The plain loop takes one network after
 another with a DataLoader over a TensorDataset: the same recipe and the same random streams, with the layers, the SGD,
@@ -39,13 +39,13 @@ Scores = dict[str, list[float]]  # {architecture: an accuracy in [0, 1] a seed}
 ALIKE = 0.15  # no recipe is so far from itself: three networks of one architecture have a standard deviation of 0.05
 
 
-def plain(judged: EvaluationJob, networks: dict[str, Callable], test: TensorDataset, *, threads: int) -> Scores:
+def plain(job: EvaluationJob, networks: dict[str, Callable], test: TensorDataset, *, threads: int) -> Scores:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    train = TensorDataset(judged.fetch(torch.arange(len(judged.labels))), judged.labels)
+    train = TensorDataset(job.fetch(torch.arange(len(job.labels))), job.labels)
     scores: Scores = {}
-    for architecture, recipe in judged.recipes.items():
-        seeds = [derive(judged.seed, "judge", architecture, k) for k in judged.seeds]
+    for architecture, recipe in job.recipes.items():
+        seeds = [derive(job.seed, "judge", architecture, k) for k in job.seeds]
         trained = [_train(textbook(networks[architecture](seed=seed)), train, seed=seed, **recipe) for seed in seeds]
         scores[architecture] = [_accuracy(network, test) for network in trained]
     torch.set_num_threads(before)
@@ -102,13 +102,13 @@ def _accuracy(network: nn.Module, test: TensorDataset) -> float:
     return right / len(test)
 
 
-def _require_same_training(judged: EvaluationJob, networks: dict[str, Callable], test: TensorDataset) -> None:
+def _require_same_training(job: EvaluationJob, networks: dict[str, Callable], test: TensorDataset) -> None:
     images, labels = test.tensors
-    train_set = TensorDataset(judged.fetch(torch.arange(len(judged.labels))), judged.labels)
-    for architecture, recipe in judged.recipes.items():
+    train_set = TensorDataset(job.fetch(torch.arange(len(job.labels))), job.labels)
+    for architecture, recipe in job.recipes.items():
         brief, new = recipe | {"epochs": 5}, networks[architecture]
         begin = flat_parameters(new(seed=0))
-        one = train(new(seed=0), judged.fetch, judged.labels, seed=0, **brief)
+        one = train(new(seed=0), job.fetch, job.labels, seed=0, **brief)
         other = _train(textbook(new(seed=0)), train_set, seed=0, **brief)
         moved = [flat_parameters(network) - begin for network in (one, other)]
         require_same(moved[:1], moved[1:], what=f"the trainings of {architecture} of ours and of the loop", within=1e-2)
@@ -120,11 +120,11 @@ def measure(*, smoke: bool) -> list[Row]:
     experiment = Experiment(load_params({"processes": 1} if smoke else {}))
     params, real = experiment.params, experiment.dataset.test
     images, labels = experiment.control("random_real", 1)
-    judged = experiment.judged(images, labels, plain=False)
+    job = experiment.evaluation_job(images, labels)
     if smoke:
         real = Split(real.uint8[:50], real.labels[:50], real.classes)
-        judged = replace(judged, recipes={"convnet": judged.recipes["convnet"] | {"epochs": 2}})
-    networks = {name: experiment.new_network(name) for name in judged.recipes}
+        job = replace(job, recipes={"convnet": job.recipes["convnet"] | {"epochs": 2}})
+    networks = {name: experiment.new_network(name) for name in job.recipes}
     test = TensorDataset(real.normalized(experiment.dataset.normalization, torch.arange(len(real.labels))), real.labels)
     found: dict[str, Scores] = {}
 
@@ -133,17 +133,17 @@ def measure(*, smoke: bool) -> list[Row]:
 
     threads = torch.get_num_threads()
     ways: dict[str, Callable[[], Any]] = {
-        "ours": lambda: experiment.judge([judged], real)[0],
-        "DataLoader loop, one thread": partial(plain, judged, networks, test, threads=1),
-        f"DataLoader loop, {threads} threads": partial(plain, judged, networks, test, threads=threads),
+        "ours": lambda: experiment.evaluate([job], real)[0],
+        "DataLoader loop, one thread": partial(plain, job, networks, test, threads=1),
+        f"DataLoader loop, {threads} threads": partial(plain, job, networks, test, threads=threads),
     }
-    _require_same_training(judged, networks, test)
-    brief = {name: recipe | {"epochs": 1} for name, recipe in judged.recipes.items()}
-    experiment.judge([replace(judged, recipes=brief)], real)  # starts the processes
+    _require_same_training(job, networks, test)
+    brief = {name: recipe | {"epochs": 1} for name, recipe in job.recipes.items()}
+    experiment.evaluate([replace(job, recipes=brief)], real)  # starts the processes
     seconds = in_turns({name: partial(kept, name, way) for name, way in ways.items()}, rounds=1)
     for name in ways.keys() - {"ours"}:
         _require_alike(found["ours"], found[name], name=name)
-    each = {name: value / len(judged.recipes) for name, value in seconds.items()}
+    each = {name: value / len(job.recipes) for name, value in seconds.items()}
     return [
         less_is_better("evaluation", name, ours=each["ours"], other=other, unit="s a score", device=params.on_device)
         for name, other in each.items()

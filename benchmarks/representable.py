@@ -5,8 +5,8 @@ it the prior that limits LD3M, or the search?
 
 Run 0 of the pixel cell with one image a class, which has to be there under runs/, as it is; through the prior's
 autoencoder; the nearest images that its decoder draws from any latents; the nearest that LD3M draws, from `z` and `c`
-through all reverse steps. Nearest is by squares, with Adam. Each is judged on test images like a cell. `missed` is the
-share of the set's variance that is not reproduced.
+through all reverse steps. Nearest is by squares, with Adam. Each is evaluated on test images like a cell. `missed` is
+the share of the set's variance that is not reproduced.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def measure(experiment: Experiment, objective: str, *, iterations: int) -> pd.Da
         synthetic.learnables["z"].copy_(z)
     rendered = nearest(synthetic.render, list(synthetic.learnables.values()), target, iterations=iterations)
     sets |= {"nearest of the decoder": decoded, "nearest of LD3M": rendered}
-    judged = [experiment.judged(images, labels, plain=False) for images in sets.values()]
-    scores = [pd.DataFrame(given) for given in experiment.judge(judged, experiment.dataset.test)]
+    jobs = [experiment.evaluation_job(images, labels) for images in sets.values()]
+    scores = [pd.DataFrame(given) for given in experiment.evaluate(jobs, experiment.dataset.test)]
     for accuracy in scores:
         accuracy[UNSEEN] = accuracy.drop(columns=experiment.params.distill.network).mean(axis=1)
     rows = []

@@ -25,7 +25,7 @@ from ld3m.runtime.paths import ROOT
 
 NETWORK = partial(build, "convnet", channels=1, size_px=8, classes=3, width=8, depth=1)
 RECIPE = dict(epochs=2, batch=8, learning_rate=0.1, strategy="color_crop_rotate")
-JUDGE = RECIPE | dict(momentum=0.9, weight_decay=0.01, warm_up=True, ema_decay=0.5)
+EVALUATION = RECIPE | dict(momentum=0.9, weight_decay=0.01, warm_up=True, ema_decay=0.5)
 
 
 def split(count, seed):
@@ -45,7 +45,7 @@ def experts(folder, **where):
 
 def scores(**where):
     images = DATASET.normalization.normalize(DATASET.train.x())[:6]
-    sets = [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(3), 0)]
+    sets = [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": EVALUATION}, range(3), 0)]
     return evaluate_sets(
         sets, DATASET.test, normalization=DATASET.normalization, networks={"convnet": NETWORK}, **where
     )
@@ -68,8 +68,9 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     vars(experiment)["dataset"] = DATASET
     monkeypatch.setattr(Experiment, "new_network", lambda self, architecture: NETWORK)
     images = DATASET.normalization.normalize(DATASET.train.x())[:6]
-    experiment.judge(
-        [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": JUDGE}, range(1), 0)], DATASET.test
+    experiment.evaluate(
+        [EvaluationJob(images.__getitem__, DATASET.train.labels[:6], {"convnet": EVALUATION}, range(1), 0)],
+        DATASET.test,
     )
     assert asked == ["auto", "auto"]
 

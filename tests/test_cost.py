@@ -99,7 +99,7 @@ def test_judges_experts_and_the_full_data(meter):
     params = meter.params
     (found,) = cost.of_judging(meter, 1, range(1), sets=9)
     epochs = {name: params.recipe(name, 1)["epochs"] for name in params.grid.architecture}
-    networks = {name: 3 for name in epochs} | {"convnet": 6}  # three of them without augmentation
+    networks = dict.fromkeys(epochs, 3)
     assert found.iterations == sum(networks[name] * epochs[name] for name in epochs)
     seconds = sum(networks[name] * (epochs[name] * 0.2 + 1000 * 0.001) for name in epochs)
     assert found.total == pytest.approx(9 * seconds / 2)

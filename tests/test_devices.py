@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_goes_on_on_cuda(dataset, tmp_path):
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["convnet", "alexnet", "resnet18", "vit"])
-def test_judging_on_cuda(dataset, name):
+def test_evaluation_on_cuda(dataset, name):
     recipe = dict(epochs=3, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
     recipe |= {"strategy": DSA}
     for processes in (1, 2):

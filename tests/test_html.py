@@ -131,13 +131,13 @@ def folders(tmp_path):
         ),
         "metrics": pd.DataFrame(
             [
-                (1, "dm", "ld3m", "convnet", 0.9, 0.6, 0.95, 0.3, 0.05, 0.75, 0.2, 0.61),
-                (1, "dm", "ld3m", "vit", 0.3, 0.2, 0.5, 0.1, 0.2, 0.44, None, None),
-                (1, "dm", "ld3m", "mean", 0.6, 0.4, 0.72, 0.2, 0.125, 0.6, None, None),
+                (1, "dm", "ld3m", "convnet", 0.9, 0.6, 0.95, 0.3, 0.05, 0.75),
+                (1, "dm", "ld3m", "vit", 0.3, 0.2, 0.5, 0.1, 0.2, 0.44),
+                (1, "dm", "ld3m", "mean", 0.6, 0.4, 0.72, 0.2, 0.125, 0.6),
             ],
             columns=[
                 *("ipc", "objective", "space", "architecture", "accuracy", "random_real", "full_data"),
-                *("IOR", "HLR", "LRS", "plain IOR", "ARS"),
+                *("IOR", "HLR", "LRS"),
             ],
         ),
         "runs": pd.DataFrame(main, columns=COLUMNS),

@@ -45,7 +45,7 @@ def control_folder(root):
 
 
 def score(experiment, control, ipc):
-    runs.judge_runs(experiment, "none", control, ipc, runs=range(1))
+    runs.evaluate_runs(experiment, "none", control, ipc, runs=range(1))
 
 
 def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_path, capsys):
@@ -55,40 +55,39 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     write_images(tmp_path / "set", pixels, labels, experiment.dataset.train.classes)
     scope = run(path=str(tmp_path / "set"), name="theirs")
     assert "evaluate ipc 1: 2 images, " in capsys.readouterr().out  # what it costs
-    beside = runs.comparable(scope["judge"], scope["labels"])
-    assert beside["random_real"] == scope["accuracies"] and set(beside) == {"seen", "random_real", "full_data"}
+    beside = runs.comparable(scope["evaluation"], scope["labels"])
+    assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
     table = scope["metrics"].compare(scope["accuracies"], **beside)
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
     folder = tmp_path / "runs" / "mnist5k" / "judged" / "theirs"
-    assert {file.name for file in folder.iterdir()} == {"convnet.json", "vit.json", "plain.json", "images.safetensors"}
-    record, control = (json.loads((place / "vit.json").read_text()) for place in (folder, control_folder(tmp_path)))
+    assert {file.name for file in folder.iterdir()} == {"scores.json", "images.safetensors"}
+    record, control = (json.loads((place / "scores.json").read_text()) for place in (folder, control_folder(tmp_path)))
     assert record == control | {"cell": "theirs"}
 
 
 def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(experiment, tmp_path, capsys):
     labels = torch.tensor([0, 1])
-    nothing = {"seen": "convnet"}
-    assert runs.comparable(experiment, labels) == nothing
+    assert runs.comparable(experiment, labels) == {}
     said = capsys.readouterr().out
-    assert "random_real has no scores of convnet: python -m papermill notebooks/03_evaluate.ipynb " in said
-    assert " -r objective none -r space random_real -p ipc 1\n" in said and "full_data has no" in said
-    scores = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(1))
-    assert runs.comparable(experiment, labels) == nothing | {"random_real": scores[0]}
+    assert all(f"none-{name}/scores.json is missing" in said for name in ("random_real-1", "full_data-0"))
+    scores = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(1))
+    assert runs.comparable(experiment, labels) == {"random_real": scores[0]}
     assert "random_real" not in runs.comparable(experiment, torch.tensor([0, 0, 1]))  # as many a class, or nothing
-    record = json.loads((control_folder(tmp_path) / "vit.json").read_text())
-    record["judging"]["recipe"]["epochs"] += 1
-    (control_folder(tmp_path) / "vit.json").write_text(json.dumps(record))
-    assert runs.comparable(experiment, labels) == nothing
-    assert "random_real was judged with other parameters" in capsys.readouterr().out
+    file = control_folder(tmp_path) / "scores.json"
+    record = json.loads(file.read_text())
+    record["networks"]["vit"]["recipe"]["training"]["epochs"] += 1
+    file.write_text(json.dumps(record))
+    assert runs.comparable(experiment, labels) == {}
+    assert "was evaluated with other parameters or data" in capsys.readouterr().out
 
 
 def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(experiment):
     first, second = (replace(experiment, run=run).initial(1)[0] for run in (0, 1))
     assert not torch.equal(first, second)
-    together = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(2))
-    alone = runs.judge_runs(experiment, "none", "random_real", 1, runs=range(1, 2))
-    assert together[1] == alone[1] and "plain" not in alone[1]
-    assert {name: len(scores) for name, scores in together[0].items()} == {"convnet": 2, "vit": 2, "plain": 2}
+    together = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(2))
+    alone = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(1, 2))
+    assert together[1] == alone[1]
+    assert {name: len(scores) for name, scores in together[0].items()} == {"convnet": 2, "vit": 2}
     assert {name: len(scores) for name, scores in alone[1].items()} == {"convnet": 1, "vit": 1}
 
 

@@ -147,11 +147,11 @@ def test_a_cell_names_the_batches_of_its_space_and_its_objective(monkeypatch, ob
         Experiment(load_params()).distill(objective, space, 1)
 
 
-def test_judging_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypatch):
+def test_evaluating_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypatch):
     experiment = Experiment(load_params({"processes": 1}))
     monkeypatch.setattr("ld3m.pipeline.experiment.evaluate_sets", exhaust)
     with pytest.raises(TooLittleMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.changes"):
-        experiment.judge([], experiment.dataset.test)
+        experiment.evaluate([], experiment.dataset.test)
     monkeypatch.setattr(Experiment, "control", exhaust)
     with pytest.raises(TooLittleMemory, match=r"lower spaces\.ld3m\.render_batch in"):
         experiment.images_of("none", "iteration0", 1)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
+from ld3m.evaluation.scores import read_scores
 from ld3m.pipeline.profiles import apply_profile, load_params
 from ld3m.runtime.paths import PROFILES, ROOT
 from ld3m.runtime.storage import read_tensors
@@ -129,11 +130,11 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     assert {"costs.csv", "ablation_costs.csv"} | read == written(clone / "reports/full/costs").keys()
     lines = tables["scores.csv"].decode().splitlines()
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
-    assert len(lines) == 1 + 2 * (1 + 1 + 1)  # judges x (cells, control, full data)
+    assert len(lines) == 1 + 2 * (1 + 1 + 1)  # architectures x (cells, control, full data)
     assert len(full["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
     assert len(full["runs.csv"].decode().splitlines()) == 1 + 3 * (2 + 1)  # LD3M, GLaD and random real images
     assert {"runs.md", "runs_differences.csv", "spread.csv", "metrics.csv"} < set(full)
-    assert len(full["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x (judges and their unseen mean)
+    assert len(full["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x (networks and their unseen mean)
     assert "up to date" in dvc(clone, "repro")
     dvc(clone, "repro", "--single-item", "--force", "tables")
     dvc(clone, "repro", "--single-item", "--force", "report")
@@ -220,7 +221,7 @@ def test_explore_runs_on_the_cells_that_are_there_and_renders_them_again(clone):
     assert python("-c", RESTORED).strip() == "True"
 
 
-def test_a_folder_of_images_is_distilled_and_judged(tmp_path):
+def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
     """Photographs as people have them: of any size and mode, in folders that bear the names of their classes."""
     clone = new_clone(tmp_path / "clone", "folder.yaml", "smoke.yaml")
     overlay = tmp_path / "dm.yaml"  # experts of so few images hardly move, which MTT refuses
@@ -237,9 +238,8 @@ def test_a_folder_of_images_is_distilled_and_judged(tmp_path):
     dvc(clone, "repro", "evaluate@dm-ld3m-1")
     pictures = clone / "runs/folder/distilled/dm-ld3m-1/run-0/images"
     assert len(list(pictures.rglob("*.png"))) == 3
-    scores = [json.loads(file.read_text()) for file in (clone / "runs/folder/scores/dm-ld3m-1").iterdir()]
-    values = [value for score in scores for value in score["accuracy"]["0"]]
-    assert len(scores) == 3 and all(0 <= value <= 1 for value in values)  # two judges, and one without augmentation
+    scores = read_scores(clone / "runs/folder/scores/dm-ld3m-1/scores.json").runs[0]
+    assert list(scores) == ["convnet", "vit"] and all(0 <= value <= 1 for values in scores.values() for value in values)
     assert len(list((clone / "cache/decoded").glob("images-*.npy"))) == 2  # made by the first stage, read by the others
 
 

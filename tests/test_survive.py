@@ -115,11 +115,11 @@ def distil(
 def evaluate(keep: Callable[[str], Checkpoint], out: Path) -> None:
     dataset, networks = toy(), {"convnet": CONVNET, "alexnet": partial(NETWORK, "alexnet", width=4)}
     images = dataset.normalization.normalize(dataset.train.x())
-    judged = EvaluationJob(
+    job = EvaluationJob(
         images.__getitem__, dataset.train.labels, dict.fromkeys(networks, RECIPE), seeds=range(2), seed=0
     )
     shared = dict(normalization=NORMALIZATION, networks=networks, processes=1)
-    write_json(out / "scores.json", evaluate_sets([judged], dataset.test, checkpoint=keep("evaluate"), **shared))
+    write_json(out / "scores.json", evaluate_sets([job], dataset.test, checkpoint=keep("evaluate"), **shared))
 
 
 STAGES = [prior, gan, trajectories, dm_ld3m, mtt_pixel, evaluate]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation import experts
-from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets, judge
+from ld3m.evaluation.evaluate import EvaluationJob, evaluate_networks, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
 from ld3m.evaluation.training import accuracy, train, train_together
 from ld3m.models.networks import build, flat_parameters, unflatten
@@ -167,12 +167,12 @@ def test_networks_trained_together_are_what_each_is_alone(changes):
     epochs = []
     keep = lambda networks: epochs.append([flat_parameters(network) for network in networks])  # noqa: E731
     networks = [build_double(k) for k in range(3)]
-    judged = train_together(networks, fetch, LABELS, seeds=[7, 8, 9], after_epoch=keep, **settings)
+    trained = train_together(networks, fetch, LABELS, seeds=[7, 8, 9], after_epoch=keep, **settings)
     for k, seed in enumerate([7, 8, 9]):
         network = build_double(k)
         alone = train(network, fetch, LABELS, seed=seed, **settings)
-        assert len(epochs) == 3 and not judged[k].training
-        torch.testing.assert_close(flat_parameters(judged[k]), flat_parameters(alone), rtol=1e-9, atol=1e-11)
+        assert len(epochs) == 3 and not trained[k].training
+        torch.testing.assert_close(flat_parameters(trained[k]), flat_parameters(alone), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(epochs[-1][k], flat_parameters(network), rtol=1e-9, atol=1e-11)
 
 
@@ -342,7 +342,7 @@ def test_experts_ask_for_the_space_they_need(tmp_path, monkeypatch):
     assert asked == [5 * 3 * 4 * len(flat_parameters(NETWORK(seed=0)))] and not list(tmp_path.iterdir())
 
 
-def judged(images, *, processes=1, seeds=2, new_network=NETWORK, seed=0, names=("convnet", "other")):
+def evaluated(images, *, processes=1, seeds=2, new_network=NETWORK, seed=0, names=("convnet", "other")):
     recipes = {name: RECIPE | {"epochs": 1 + k, "strategy": "color_crop"} for k, name in enumerate(names)}
     (scores,) = evaluate_sets(
         [EvaluationJob(images.__getitem__, LABELS[: len(images)], recipes, range(seeds), seed)],
@@ -361,15 +361,15 @@ def test_networks_are_paired_over_sets_and_differ_otherwise():
         asked.append((name, seed))
         return NETWORK(seed=seed)
 
-    judged(IMAGES[:6], new_network=new_network, seeds=3)
+    evaluated(IMAGES[:6], new_network=new_network, seeds=3)
     first, asked[:] = list(asked), []
-    judged(-IMAGES[:9], new_network=new_network, seeds=3)
+    evaluated(-IMAGES[:9], new_network=new_network, seeds=3)
     assert asked == first and len({seed for _, seed in first}) == 6
     asked.clear()
-    judged(IMAGES[:6], new_network=new_network, seeds=2, names=("other",))
+    evaluated(IMAGES[:6], new_network=new_network, seeds=2, names=("other",))
     assert asked == [pair for pair in first if pair[0] == "other"][:2]
     asked.clear()
-    judged(IMAGES[:6], new_network=new_network, seeds=3, seed=1)
+    evaluated(IMAGES[:6], new_network=new_network, seeds=3, seed=1)
     assert not set(asked) & set(first)
 
 
@@ -380,11 +380,11 @@ def test_scores_are_in_order_and_do_not_depend_on_the_processes():
         asked.append((name, seed))
         return NETWORK(seed=seed)
 
-    scores = judged(IMAGES[:6], new_network=new_network)
+    scores = evaluated(IMAGES[:6], new_network=new_network)
     assert [name for name, _ in asked] == ["convnet", "convnet", "other", "other"]
     expected = {"convnet": [], "other": []}
     for name, seed in list(asked):
-        expected[name] += judge(
+        expected[name] += evaluate_networks(
             IMAGES[:6].__getitem__,
             LABELS[:6],
             DATASET.test,
@@ -394,10 +394,10 @@ def test_scores_are_in_order_and_do_not_depend_on_the_processes():
             seeds=[seed],
         )
     assert scores == expected and list(scores) == ["convnet", "other"]
-    assert judged(IMAGES[:6], processes=2) == scores
+    assert evaluated(IMAGES[:6], processes=2) == scores
 
 
-def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_networks():
+def test_sets_evaluated_at_once_score_as_each_alone_with_its_own_recipe_and_networks():
     one = {"convnet": RECIPE | {"epochs": 1, "strategy": "none"}}
     two = {"convnet": RECIPE | {"epochs": 2, "strategy": "none"}, "other": RECIPE | {"epochs": 1, "strategy": "none"}}
     sets = [
@@ -413,10 +413,10 @@ def test_sets_judged_at_once_score_as_each_alone_with_its_own_recipe_and_network
     ]
 
 
-def test_a_judge_is_trained_on_the_set_and_tested_on_normalised_real_images():
-    """A network whose weights do not move (rate next to 0) is judged by its initialisation."""
+def test_an_evaluation_network_is_trained_on_the_set_and_tested_on_normalised_real_images():
+    """A network whose weights do not move (rate next to 0) is evaluated by its initialisation."""
     recipe = RECIPE | {"learning_rate": 1e-12, "strategy": "none"}
-    (score,) = judge(
+    (score,) = evaluate_networks(
         IMAGES[:3].__getitem__,
         LABELS[:3],
         DATASET.test,

@@ -55,8 +55,8 @@ def write_artefact(
     """Writes the folder whole or not at all.
 
     `tensors["images"]` are normalised images (N, C, H, W). `record` is kept in the metadata (plain JSON values):
-    `configuration`, `history`, `validation`, `cost`, and `score`: the accuracies of several networks of the distilling
-    architecture, which the recipe on the card reproduces.
+    `configuration`, `history`, `validation`, `cost`, and `score`: the accuracies of the chosen iteration, which the
+    recipe on the card reproduces.
     """
     tensors = tensors | {"labels": labels}
     metadata = record | {
@@ -126,7 +126,10 @@ def class_folder(label: int, name: str) -> str:
 def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
     configuration = metadata["configuration"]
     network, score = configuration["network"], metadata["score"]
-    low_to_high = "{:.3f} (95 % t interval {:.3f} to {:.3f})".format(*interval(score["accuracy"]))
+    accuracies = score["accuracy"]
+    reached = f"{sum(accuracies) / len(accuracies):.3f}"
+    if len(accuracies) > 1:
+        reached += " (95 % t interval {1:.3f} to {2:.3f})".format(*interval(accuracies))
     count, channels, size_px, _ = shape
     size = {"channels": channels, "size_px": size_px, "classes": len(metadata["classes"])}
     chosen = max(metadata["validation"], key=lambda record: record["accuracy"])
@@ -153,13 +156,13 @@ def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
         "",
         "## Train on it",
         "",
-        f"{network} reaches {low_to_high} on {score['split']} data, n = {len(score['accuracy'])} networks, with:",
+        f"{network} reaches {reached} on {score['split']} data, n = {len(accuracies)} networks, with:",
         "",
         "```python",
         RECIPE.format(
             split=score["split"],
             recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
-            n=len(score["accuracy"]),
+            n=len(accuracies),
             seed=configuration["seed"],
             network=network,
             size=", ".join(f"{key}={value}" for key, value in (size | configuration["network_size"]).items()),

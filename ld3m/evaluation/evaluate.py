@@ -1,4 +1,4 @@
-"""Judges a set of images: networks of every architecture are trained on it from scratch and tested on real images."""
+"""Evaluates sets of images: networks of every architecture are trained on a set and tested on real images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ld3m.runtime.parallel import fan_out
 from ld3m.runtime.seeds import derive
 
 
-def judge(
+def evaluate_networks(
     fetch: Callable[[Tensor], Tensor],
     labels: Tensor,
     real: Split,
@@ -30,14 +30,15 @@ def judge(
     `recipe` holds the keyword arguments of `training.train` but the seed.
     """
     networks = [new_network(seed=seed) for seed in seeds]
-    judges = train_together(networks, fetch, labels, seeds=seeds, **recipe)
+    trained = train_together(networks, fetch, labels, seeds=seeds, **recipe)
     batch = test_chunk_size(real.device, size_px=real.shape[-1])
-    return [accuracy(network, partial(real.normalized, normalization), real.labels, batch=batch) for network in judges]
+    return [accuracy(network, partial(real.normalized, normalization), real.labels, batch=batch) for network in trained]
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A set of images, and the networks that judge it: of every architecture in `recipes` the `seeds` of a stream.
+    """A set of images and its evaluation networks: of every architecture in `recipes`, networks `seeds` of the stream
+    `seed`.
 
     A recipe has the keyword arguments of `training.train` but the seed.
     """
@@ -50,7 +51,7 @@ class EvaluationJob:
 
 
 def evaluate_sets(
-    sets: list[EvaluationJob],
+    jobs: list[EvaluationJob],
     real: Split,
     *,
     normalization: Normalization,
@@ -67,7 +68,7 @@ def evaluate_sets(
     not trained again.
     """
     keys, tasks = [], []
-    for n, given in enumerate(sets):
+    for n, given in enumerate(jobs):
         for architecture, recipe in given.recipes.items():
             batch = min(recipe["batch"], len(given.labels))
             together = network_chunk_size(real.device, batch=batch, size_px=real.shape[-1])
@@ -86,8 +87,10 @@ def evaluate_sets(
                         ],
                     }
                 )
-    scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in sets]
-    found = fan_out(judge, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint)
+    scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in jobs]
+    found = fan_out(
+        evaluate_networks, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint
+    )
     for (n, architecture), accuracies in zip(keys, found, strict=True):
         scores[n][architecture] += accuracies
     return scores

@@ -84,14 +84,14 @@ def check_prior(
     labels = torch.arange(count).repeat(samples_per_class)
     drawing = dict(steps=steps, guidance=guidance, render_batch=prior_chunk_size(size_px, count=100), seed=seed)
     pixels = sample(prior, labels, size_px=size_px, **drawing)
-    judging = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
-    return pixels, labels, recognise(pixels, labels, dataset, **judging)
+    training = dict(width=width, epochs=epochs, learning_rate=learning_rate, strategy=strategy, seed=seed)
+    return pixels, labels, recognise(pixels, labels, dataset, **training)
 
 
 def check_gan(
-    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **judging
+    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **training
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Samples, their asked labels, and how a classifier sees them; `judging` is what `recognise` needs.
+    """Samples, their asked labels, and how a classifier sees them; `training` is what `recognise` needs.
 
     Samples are pixels (samples_per_class * classes, C, H, W) clamped to [-1, 1], the classes in turn.
     """
@@ -99,4 +99,4 @@ def check_gan(
     noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
     noise = noise.to(dataset.train.device)
     pixels = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
-    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **judging)
+    return pixels, labels, recognise(pixels, labels, dataset, seed=seed, **training)

@@ -26,8 +26,8 @@ def train(
 ) -> nn.Module:
     """`train_together` of one network."""
     after = lambda networks: after_epoch(networks[0])  # noqa: E731
-    (judged,) = train_together([network], fetch, labels, seeds=[seed], after_epoch=after, **recipe)
-    return judged
+    (trained,) = train_together([network], fetch, labels, seeds=[seed], after_epoch=after, **recipe)
+    return trained
 
 
 def train_together(
@@ -47,7 +47,7 @@ def train_together(
     clip_norm: float | None = None,
     after_epoch: Callable[[Sequence[nn.Module]], None] = lambda networks: None,
 ) -> list[nn.Module]:
-    """Trains networks of one architecture in place with SGD on hard labels and returns those to judge.
+    """Trains networks of one architecture in place with SGD on hard labels and returns those to evaluate.
 
     `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
@@ -93,10 +93,10 @@ def train_together(
             if count > 1:
                 _give(parameters, networks)
             after_epoch(networks)
-    judged = [deepcopy(network) for network in networks] if average else list(networks)
+    trained = [deepcopy(network) for network in networks] if average else list(networks)
     if average:
-        _give(average, judged)
-    return [network.eval() for network in judged]
+        _give(average, trained)
+    return [network.eval() for network in trained]
 
 
 def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:

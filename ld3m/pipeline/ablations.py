@@ -1,4 +1,4 @@
-"""One change at a time: for every setting of an ablation a set is distilled, judged on test images and measured."""
+"""One change at a time: for every setting of an ablation a set is distilled, evaluated on test images and measured."""
 
 from typing import Any
 
@@ -57,12 +57,12 @@ def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) ->
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
-    """Distils one image per class and judges it: `accuracy` (architecture to one number a seed, on test images, in
+    """Distils one image per class and evaluates it: `accuracy` (architecture to one number a seed, on test images, in
     [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process
     (None where the system cannot tell a setting from those before it).
 
-    The set of the last iteration is judged. `ablations.select_on_test` of the parameters, the released code's
-    selection, judges the set at every check instead and keeps each architecture's best mean on the test images.
+    The set of the last iteration is evaluated. `ablations.select_on_test` of the parameters, the released code's
+    selection, evaluates the set at every check instead and keeps each architecture's best mean on the test images.
     """
     experiment = Experiment(params)
     synthetic = experiment.synthetic(space, ipc=1)
@@ -83,8 +83,8 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
             checkpoint=Checkpoint(),
         )
     peak_mib = 1024 * peak_gib() if forgotten else None
-    sets = [experiment.judged(images, synthetic.labels, plain=False) for images in candidates]
-    scores = experiment.judge(sets, experiment.dataset.test)
+    jobs = [experiment.evaluation_job(images, synthetic.labels) for images in candidates]
+    scores = experiment.evaluate(jobs, experiment.dataset.test)
     norms = {name: [record[name] for record in run.history] for name in run.history[0] if name.startswith("grad_norm_")}
     return {
         "objective": objective,

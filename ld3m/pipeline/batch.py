@@ -57,7 +57,7 @@ def jobs(params: Params) -> list[Job]:
     if "mtt" in wanted:
         made.append(Job("trajectories", (trajectories,), (), _notebook("01_trajectories")))
     needs = {"pixel": (), "random_real": (), "full_data": (), "glad": (gan,), "mtt": (trajectories,)}
-    judged = []
+    evaluated = []
     for cell in found:
         given, title = dict(zip(("objective", "space", "ipc"), cell, strict=True)), "-".join(map(str, cell))
         for more in (False, True):
@@ -70,9 +70,9 @@ def jobs(params: Params) -> list[Job]:
                 made.append(Job(f"distill-{label}", distilled, needed, _notebook("02_distill", **given, more=more)))
                 needed = distilled
             scores = paths.scores_folder(place, title)
-            judged.append(Job(f"evaluate-{label}", (scores,), needed, _notebook("03_evaluate", **given, more=more)))
+            evaluated.append(Job(f"evaluate-{label}", (scores,), needed, _notebook("03_evaluate", **given, more=more)))
     norms = Job("gradient-norms", (paths.gradient_norms_file(name),), (prior,), _notebook("04_gradient_norms"))
-    return [*made, *judged, norms, *_ablation_jobs(params)]
+    return [*made, *evaluated, norms, *_ablation_jobs(params)]
 
 
 def _ablation_jobs(params: Params) -> list[Job]:

@@ -84,7 +84,7 @@ def _try_compiler(device: str) -> None:
 
 
 def _from_elsewhere(params: Params) -> Prior:
-    """The prior that the stage `prior` links to, as far as it can be judged without the data."""
+    """The prior that the stage `prior` links to, as far as it can be checked without the data."""
     prior = load_prior(params.prior.source)
     prior.check(size_px=params.data.size_px, channels=params.data.channels, classes=prior.classes)
     for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):

@@ -28,7 +28,7 @@ from ld3m.method.objectives import DISTANCES
 from ld3m.models.networks import flat_parameters
 from ld3m.models.train_gan import GROUP
 from ld3m.pipeline.cells import cells
-from ld3m.pipeline.experiment import CARD_NETWORKS, Experiment
+from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.measure import Line, Plane, clock, peak_of
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
@@ -171,10 +171,8 @@ def of_judging(
 ) -> Iterator[Cost]:
     """Training networks of every architecture on the sets of some runs of a cell, or of `sets` cells, with `ipc` images
     a class (0: the full data), `count` in all where that is another number."""
-    params, seen = meter.params, meter.params.distill.network
+    params = meter.params
     counts = dict.fromkeys(params.grid.architecture, sum(map(params.networks_a_set, runs)))
-    if ipc and 0 in runs:
-        counts[seen] = counts.get(seen, 0) + params.networks_a_set(0)  # these without augmentation
     recipes = {name: params.recipe(name, ipc) for name in counts}
     images = count or ipc * meter.classes or meter.images("train")
     trained = trainings(meter, recipes, images=images, tested=meter.images("test"))
@@ -195,7 +193,7 @@ def of_cell(meter: Meter, objective: str, space: str, ipc: int, runs: range, *, 
     recipes = {network: params.recipe(network, ipc)}
     check = trainings(meter, recipes, images=ipc * meter.classes, tested=meter.images("validation"))
     seeds = params.distill.validation_seeds
-    asked = [seeds] * params.distill.validation_checks + [max(seeds, CARD_NETWORKS)]
+    asked = [seeds] * (params.distill.validation_checks + 1)
     checks = sum(ceil(count / (1 if alone else params.processes)) for count in asked) * check.seconds[network]
     seconds, peak, tried = iteration(meter, objective, space, ipc, alone=alone)
     iterations = params.budget(objective, space, ipc).iterations

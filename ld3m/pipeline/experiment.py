@@ -15,7 +15,6 @@ from ld3m.evaluation.artefact import read_artefact, write_artefact
 from ld3m.evaluation.controls import CONTROLS
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import Experts, open_experts
-from ld3m.evaluation.statistics import PLAIN
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
 from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
 from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
@@ -38,14 +37,12 @@ from ld3m.runtime.progress import peak_gib, progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
 
-CARD_NETWORKS = 3  # at least, for the score on the card of a set
-
 
 @dataclass(frozen=True)
 class Experiment:
     """Everything that the cells of one params.yaml share; each part is loaded when it is first asked for.
 
-    Of a cell there may be several runs: from other real images, with other noise, batches, networks and judges. The
+    Of a cell there may be several runs: from other real images, with other noise, batches and networks. The
     data set, the prior and the experts are the same for all.
     """
 
@@ -99,20 +96,13 @@ class Experiment:
             build,
             classes=len(self.dataset.train.classes),
             device=self.params.on_device,
-            **self.network_arguments(architecture),
+            **self.params.network_arguments(architecture),
         )
 
-    def network_arguments(self, architecture: str) -> dict[str, Any]:
-        """Those of `networks.build` but the classes and the seed; `PLAIN` is the distilling architecture."""
-        return self.params.network_arguments(self.params.distill.network if architecture == PLAIN else architecture)
-
-    def recipes(self, ipc: int, *, plain: bool) -> dict[str, dict[str, Any]]:
-        """How every architecture of the grid, and `PLAIN` if so, judges sets of `ipc` images a class (0: all real
-        images): the keyword arguments of `training.train` but the seed."""
-        recipes = {name: self.params.recipe(name, ipc) for name in self.params.grid.architecture}
-        if plain:
-            recipes[PLAIN] = self.params.recipe(self.params.distill.network, ipc) | {"strategy": "none"}
-        return recipes
+    def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
+        """How every architecture of the grid is trained on sets of `ipc` images a class (0: all real images): the
+        keyword arguments of `training.train` but the seed."""
+        return {name: self.params.recipe(name, ipc) for name in self.params.grid.architecture}
 
     def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
         """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
@@ -172,32 +162,31 @@ class Experiment:
             parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
         )
 
-    def validate(self, images: Tensor, labels: Tensor, *, seeds: range | None = None) -> list[float]:
+    def validate(self, images: Tensor, labels: Tensor) -> list[float]:
         """Validation accuracies, in [0, 1], of networks of the distilling architecture trained on the images."""
         given = self.params.distill
         recipes = {given.network: self.params.recipe(given.network, self._ipc(labels))}
-        seeds = seeds or range(given.validation_seeds)
-        judged = EvaluationJob(images.__getitem__, labels, recipes, seeds, self.seed)
-        return self.judge([judged], self.dataset.validation)[0][given.network]
+        job = EvaluationJob(images.__getitem__, labels, recipes, range(given.validation_seeds), self.seed)
+        return self.evaluate([job], self.dataset.validation)[0][given.network]
 
-    def judged(self, images: Tensor | None, labels: Tensor, *, plain: bool) -> EvaluationJob:
-        """The images, or the full training split (None), with the networks that judge them (`PLAIN` too if so)."""
+    def evaluation_job(self, images: Tensor | None, labels: Tensor) -> EvaluationJob:
+        """The images, or the full training split (None), with the evaluation networks to train on them."""
         ipc = 0 if images is None else self._ipc(labels)
         real = partial(self.dataset.train.normalized, self.dataset.normalization)
         fetch = real if images is None else images.__getitem__
         seeds = range(self.params.networks_a_set(self.run))
-        return EvaluationJob(fetch, labels, self.recipes(ipc, plain=plain), seeds, self.seed)
+        return EvaluationJob(fetch, labels, self.recipes(ipc), seeds, self.seed)
 
-    def judge(
-        self, sets: list[EvaluationJob], real: data.Split, *, checkpoint: Checkpoint | None = None
+    def evaluate(
+        self, jobs: list[EvaluationJob], real: data.Split, *, checkpoint: Checkpoint | None = None
     ) -> list[dict[str, list[float]]]:
         """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
         with explain_out_of_memory("evaluate.recipe.batch", "that of evaluate.changes", "processes"):
             return evaluate_sets(
-                sets,
+                jobs,
                 real,
                 normalization=self.dataset.normalization,
-                networks={name: self.new_network(name) for judged in sets for name in judged.recipes},
+                networks={name: self.new_network(name) for job in jobs for name in job.recipes},
                 processes=self.params.processes,
                 cluster=self.params.cluster,
                 checkpoint=checkpoint,
@@ -254,9 +243,6 @@ class Experiment:
             given = self.params.spaces.ld3m
             cost["denoising steps, forward and backward"] = iterations * given.steps
             cost["of them forward once more"] = iterations * max(0, given.steps - given.uncheckpointed_steps)
-        score = run.chosen["accuracies"]
-        if more := range(len(score), CARD_NETWORKS):
-            score = score + self.validate(run.best["images"], synthetic.labels, seeds=more)
         end_workers()
         write_artefact(
             folder,
@@ -270,7 +256,7 @@ class Experiment:
                 "history": run.history,
                 "validation": run.validation,
                 "cost": cost,
-                "score": {"split": "validation", "accuracy": score},
+                "score": {"split": "validation", "accuracy": run.chosen["accuracies"]},
             },
         )
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}

@@ -190,13 +190,12 @@ def _metrics(found: dict[str, pd.DataFrame], tables: Path, figures: Path) -> Sec
             "Judge": shown.architecture.map(NAMES | {"mean": "mean of all"}),
         }
     )
-    for column in ("accuracy", "random_real", "full_data", "IOR", "HLR", "LRS", "plain IOR", "ARS"):
+    for column in ("accuracy", "random_real", "full_data", "IOR", "HLR", "LRS"):
         label = {"accuracy": "Accuracy", "random_real": "Random real", "full_data": "Full data"}.get(column, column)
         frame[label] = ["–" if pd.isna(value) else f"{value:.3f}" for value in shown[column]]
     text = (
         "Fractions, as in DD-Ranking: IOR is what a set gains over as many random real images (higher is better), HLR "
-        "what it loses against all real data (lower is better), LRS maps the mean of IOR and -HLR onto [0, 1], ARS "
-        "that of IOR with and without augmentation.",
+        "what it loses against all real data (lower is better), LRS maps the mean of IOR and -HLR onto [0, 1].",
     )
     caption = "Run 0: the scores beside the accuracies they are made of"
     return Section("metrics", "Beyond accuracy", text, (Table("metrics", caption, frame, headers=3),))

@@ -30,8 +30,8 @@ from ld3m.reporting.tables import (
     read_ablations,
     read_costs,
     read_metrics,
-    read_runs,
-    read_scores,
+    scores_of_run_0,
+    scores_of_runs,
     spread,
     summarise,
     verdicts,
@@ -47,7 +47,7 @@ def write_tables(params: Params, *, folder: Path, more: bool = False) -> str:
     """Writes the tables of the grid's cells, or with `more` of the report's, as csv, those that are read as md and tex
     too; returns main.md. What was measured in seconds goes to `costs_beside` the folder: it never repeats."""
     seen, found = params.distill.network, cells(params, more=more)
-    scores = with_unseen_mean(read_scores(params, found), seen)
+    scores = with_unseen_mean(scores_of_run_0(params, found), seen)
     summary, changes = _rounded(summarise(scores), differences(scores))
     note = (
         f"Test accuracy in percent on {params.dataset}: mean ± half of the 95 % t interval over n = "
@@ -77,7 +77,7 @@ def _rounded(*frames: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _write_runs(params: Params, folder: Path) -> None:
     """What several distillation runs say: their mean and interval, paired differences, and where the spread is."""
-    seen, runs = params.distill.network, with_unseen_mean(read_runs(params), params.distill.network)
+    seen, runs = params.distill.network, with_unseen_mean(scores_of_runs(params), params.distill.network)
     if runs.empty:
         return
     one_each = runs[runs.seed == 0]
@@ -126,7 +126,7 @@ def write_ablations(params: Params, *, folder: Path) -> pd.DataFrame:
 def write_figures(params: Params, *, tables: Path, folder: Path, more: bool = False) -> list[Path]:
     """Writes a figure for everything there is to see and returns the files, in reading order."""
     found = cells(params, more=more)
-    summary = summarise(with_unseen_mean(read_scores(params, found), params.distill.network))
+    summary = summarise(with_unseen_mean(scores_of_run_0(params, found), params.distill.network))
     history, validation = _records(params, found, "history"), _records(params, found, "validation")
     drawn = {"prior": _prior(params)}
     for ipc in _ipcs(found):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from ld3m.evaluation.statistics import PLAIN, compare, interval, p_value
+from ld3m.evaluation.scores import read_scores
+from ld3m.evaluation.statistics import Accuracies, compare, interval, p_value
 from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells
 from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
@@ -19,12 +20,12 @@ CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "c
 COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
 
 
-def read_scores(params: Params, found: list[Cell]) -> pd.DataFrame:
+def scores_of_run_0(params: Params, found: list[Cell]) -> pd.DataFrame:
     """`SCORES` of run 0 of some cells: one row a cell, architecture and network."""
     return pd.concat([_scores(params, cell, range(1)) for cell in found], ignore_index=True)
 
 
-def read_runs(params: Params) -> pd.DataFrame:
+def scores_of_runs(params: Params) -> pd.DataFrame:
     """`SCORES` of every run of the cells and controls of which `more` has several."""
     runs = {cell: range(params.runs(*cell, more=True).stop) for cell in cells(params, more=True)}
     frames = [_scores(params, cell, of_cell) for cell, of_cell in runs.items() if len(of_cell) > 1]
@@ -34,20 +35,22 @@ def read_runs(params: Params) -> pd.DataFrame:
 def _scores(params: Params, cell: Cell, runs: range) -> pd.DataFrame:
     rows = []
     for run in runs:
-        folder = paths.scores_folder(params.place(*cell, run), "-".join(map(str, cell)))
+        file = _scores_file(params, cell, run)
+        scores = read_scores(file).runs
         for architecture in params.grid.architecture:
-            file = folder / f"{architecture}.json"
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of params.yaml")
-            accuracies = json.loads(file.read_text())["accuracy"].get(str(run), [])
+            accuracies = scores.get(run, {}).get(architecture, [])
             if len(accuracies) != params.networks_a_set(run):
                 raise ValueError(
-                    f"{file} has {len(accuracies)} networks for run {run}, params.yaml asks for "
+                    f"{file} has {len(accuracies)} networks of {architecture} for run {run}, params.yaml asks for "
                     f"{params.networks_a_set(run)} (evaluate.seeds, more.seeds): dvc repro"
                 )
             keys = (params.dataset, cell[2], *cell[:2], run, architecture)
             rows += [(*keys, seed, accuracy) for seed, accuracy in enumerate(accuracies)]
     return pd.DataFrame(rows, columns=SCORES)
+
+
+def _scores_file(params: Params, cell: Cell, run: int) -> Path:
+    return paths.scores_folder(params.place(*cell, run), "-".join(map(str, cell))) / "scores.json"
 
 
 def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
@@ -89,24 +92,21 @@ def spread(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
-    """`metrics.compare` for run 0 of every distilled set and control, beside random real images and the full data."""
-    seen, frames = params.distill.network, []
-    full_data = _by_architecture(params, ("none", "full_data", 0))
+    """`statistics.compare` for run 0 of every distilled set and control, beside random real images and the full
+    data."""
+
+    def accuracies(cell: Cell) -> Accuracies:
+        scores = read_scores(_scores_file(params, cell, 0)).runs[0]
+        return {architecture: scores[architecture] for architecture in params.grid.architecture}
+
+    full_data, frames = accuracies(("none", "full_data", 0)), []
     for objective, space, ipc in found:
         if ipc and space != "random_real":
-            random_real = _by_architecture(params, ("none", "random_real", ipc))
-            accuracies = _by_architecture(params, (objective, space, ipc))
-            frame = compare(accuracies, seen=seen, random_real=random_real, full_data=full_data)
+            random_real = accuracies(("none", "random_real", ipc))
+            frame = compare(accuracies((objective, space, ipc)), random_real=random_real, full_data=full_data)
             frames.append(frame.assign(ipc=ipc, objective=objective, space=space))
-    columns = ["ipc", "objective", "space", "architecture"]
     table = pd.concat(frames, ignore_index=True)
-    return table[columns + [name for name in table.columns if name not in columns]]
-
-
-def _by_architecture(params: Params, cell: Cell) -> dict[str, list[float]]:
-    folder = paths.scores_folder(params.place(*cell, 0), "-".join(map(str, cell)))
-    names = [*params.grid.architecture, *([PLAIN] if cell[2] else [])]
-    return {name: json.loads((folder / f"{name}.json").read_text())["accuracy"]["0"] for name in names}
+    return table[[*CELL, *table.columns.difference(CELL, sort=False)]]
 
 
 def costs_beside(tables: Path) -> Path:
