@@ -102,7 +102,7 @@ def test_judges_experts_and_the_full_data(meter):
     networks = dict.fromkeys(epochs, 3)
     assert found.iterations == sum(networks[name] * epochs[name] for name in epochs)
     seconds = sum(networks[name] * (epochs[name] * 0.2 + 1000 * 0.001) for name in epochs)
-    assert found.total == pytest.approx(9 * seconds / 2)
+    assert found.total == pytest.approx(9 * seconds / 15 * 8)  # 15 networks by two are 8 rounds
     (found,) = cost.of_judging(meter, 0, range(1))
     assert found.iterations == 3 * (3 * 3 + 8 + 12) * 55  # epochs of 3500 images in batches of 64
     (found,) = cost.of_trajectories(meter)
