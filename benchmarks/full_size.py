@@ -43,8 +43,7 @@ from ld3m.models.networks import build as build_network
 from ld3m.models.networks import flat_parameters
 from ld3m.pipeline.measure import clock
 from ld3m.runtime.devices import describe
-from ld3m.runtime.memory import is_out_of_memory
-from ld3m.runtime.progress import forget_peak, peak_gib
+from ld3m.runtime.memory import forget_peak, is_out_of_memory, peak_gib
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import write_tensors
 

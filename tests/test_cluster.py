@@ -55,12 +55,12 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     """Everything that fans out asks for the cluster, whatever `processes` is."""
     asked = []
 
-    def arriving(cluster, calls, signals):
+    def arriving(calls, cluster, signals):
         asked.append(cluster)
         for function, k, task in calls:
             yield k, function(**task)
 
-    monkeypatch.setattr(parallel, "_arriving_from", arriving)
+    monkeypatch.setattr(parallel, "_from_cluster", arriving)
     params = load_params({"cluster": "auto", "processes": 2})
     where = {"cluster": params.trajectories_arguments()["cluster"], "processes": 1}
     experts(tmp_path / "experts", **where)
@@ -77,7 +77,7 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"cluster = 'auto' in params.yaml needs Ray: pip install -e '.\[cluster\]'"):
+    with pytest.raises(ValueError, match=r"cluster='auto': needs Ray, `pip install -e '.\[cluster\]'`"):
         fan_out(str, [{}], processes=1, cluster="auto", label="tasks")
 
 
@@ -207,5 +207,5 @@ def test_an_error_of_a_task_is_raised_here(cluster):
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_a_cluster_that_does_not_answer_is_named(cluster, address):
     end_workers()
-    with pytest.raises(ValueError, match=f"cluster = '{address}' in params.yaml: no Ray cluster answers"):
+    with pytest.raises(ValueError, match=f"cluster='{address}': no Ray cluster answers"):
         fan_out(fails, [{"k": 0}], processes=1, cluster=address, label="tasks")

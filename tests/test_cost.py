@@ -14,7 +14,7 @@ from ld3m.pipeline.measure import Line, Plane, Taken
 from ld3m.pipeline.profiles import ablation_settings, load_params
 from ld3m.pipeline.rehearsal import Rehearsal
 from ld3m.runtime import paths
-from ld3m.runtime.memory import TooLittleMemory
+from ld3m.runtime.memory import OutOfMemory
 from ld3m.runtime.storage import write_tensors
 
 GIB = 2**30
@@ -211,7 +211,7 @@ def test_a_notebook_says_what_it_costs_and_refuses_what_does_not_fit(monkeypatch
     monkeypatch.setattr(cost, "used_bytes", lambda device: GIB / 2)
     lower = r"spaces\.ld3m\.render_batch or objectives\.dm\.real_batch"
     with pytest.raises(
-        TooLittleMemory, match=rf"dm-ld3m-1 needs about 2\.00 GiB, 1\.50 GiB are there: lower {lower} in"
+        OutOfMemory, match=rf"dm-ld3m-1 needs about 2\.00 GiB, 1\.50 GiB are there: lower {lower} in"
     ):
         announce(cost.of_cell, params, "dm", "ld3m", 1, range(1))
 

@@ -312,7 +312,8 @@ def test_a_pickled_split_is_the_name_of_its_file(tmp_path, cache):
     assert torch.equal(pickle.loads(pickle.dumps(in_memory)).uint8, dataset.test.uint8)
     found = fan_out(total, [{"split": dataset.train}] * 3, processes=2, label="totals")
     end_workers()
-    assert found == [total(dataset.train)] * 3
+    pixels, _ = total(dataset.train)
+    assert all(given == pixels and size < 4000 for given, size in found)
 
 
 LOADING = """

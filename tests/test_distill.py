@@ -292,7 +292,7 @@ def test_another_configuration_is_refused(run, checkpoint, change, named):
     before = checkpoint.read_bytes()
     with pytest.raises(
         ValueError,
-        match=f"cell.safetensors .*changed since: {named}.*Restore .* or to start anew delete .*/cell.safetensors\\*",
+        match=f"cell.safetensors .*changed since: {named}.*Restore .* or to start over delete .*/cell.safetensors",
     ):
         run(configuration=CONFIGURATION | change)
     assert checkpoint.read_bytes() == before
@@ -355,26 +355,11 @@ class Falling(Squares):
 
 
 @pytest.mark.parametrize("kept", [0, 20, -1])
-def test_a_truncated_checkpoint_gives_way_to_the_one_before(run, checkpoint, kept, capsys):
-    undisturbed = run()
+def test_from_a_truncated_checkpoint_nothing_is_guessed(run, checkpoint, kept):
     with pytest.raises(Killed):
         run(callback=kill_at(4))
     checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
-    steps = []
-    assert_same(run(callback=steps.append), undisturbed)
-    assert steps[0] == 4  # and not 5
-    said = capsys.readouterr().out
-    assert "cell.safetensors is broken" in said and "cell.safetensors.previous, the state before it, takes" in said
-
-
-def test_where_both_are_broken_nothing_is_guessed(run, checkpoint):
-    with pytest.raises(Killed):
-        run(callback=kill_at(4))
-    for file in checkpoint.parent.iterdir():
-        file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match="cell.safetensors is broken.*cell.safetensors.previous is broken.*to start anew delete .*\\*"
-    ):
+    with pytest.raises(ValueError, match="cell.safetensors is broken.*to start over delete .*cell.safetensors"):
         run()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ld3m.pipeline import measure
 from ld3m.pipeline.measure import Line, Plane, Taken, grow, grow_plane, peak_of
-from ld3m.runtime.progress import forget_peak
+from ld3m.runtime.memory import forget_peak
 
 MIB = 2**20
 

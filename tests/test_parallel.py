@@ -1,4 +1,4 @@
-"""Workers of this machine: those that are lost, whose tasks are run again a few times, and that none is waited for."""
+"""Worker processes: a lost one is an error, a kill or a signal leaves none alive, and the results so far are kept."""
 
 import os
 import signal
@@ -13,7 +13,8 @@ import pytest
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.runtime.checkpoint import Checkpoint, Interrupted
-from ld3m.runtime.parallel import ATTEMPTS, end_workers, fan_out
+from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory
+from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
 
 
@@ -23,47 +24,22 @@ def workers():
     end_workers()
 
 
-def squared(folder, k, lost):
-    """k², but the first `lost` workers that task 1 is given to are killed."""
-    begun = folder / f"{k}-{len(list(folder.glob(f'{k}-*')))}"
-    begun.touch()
-    if k == 1 and int(begun.name.split("-")[1]) < lost:
-        os.kill(os.getpid(), signal.SIGKILL)
+def squared(folder, k, lost=None, seconds=0.0):
+    (folder / f"{k}-{len(list(folder.glob(f'{k}-*')))}").write_text(str(os.getpid()))
+    if k == lost:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+    time.sleep(seconds)
     return k * k
 
 
-def results(folder, *, lost, **given):
-    tasks = [{"folder": folder, "k": k, "lost": lost} for k in range(6)]
-    return fan_out(squared, tasks, processes=2, label="tasks", **given)
-
-
-def test_the_task_of_a_killed_worker_is_run_again(tmp_path):
-    assert results(tmp_path, lost=ATTEMPTS - 1) == [k * k for k in range(6)]
-    assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
-
-
-def test_a_task_that_kills_every_worker_is_an_error_which_keeps_what_is_done(tmp_path):
-    checkpoint = Checkpoint(tmp_path / "state.safetensors")
-    with pytest.raises(TerminatedWorkerError):
-        results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint)
-    assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
-    assert results(tmp_path, lost=ATTEMPTS, checkpoint=checkpoint) == [k * k for k in range(6)]
-
-
-def flaky(folder, k):
-    """k, but the first worker that every second task is given to is killed."""
-    marker = folder / f"lost {k}"
-    if k % 2 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return k
-
-
-@pytest.mark.slow
-def test_losses_of_other_tasks_workers_do_not_add_up(tmp_path):
-    tasks = [{"folder": tmp_path, "k": k} for k in range(2 * ATTEMPTS + 1)]
-    assert fan_out(flaky, tasks, processes=2, label="tasks") == list(range(2 * ATTEMPTS + 1))
-    assert len(list(tmp_path.iterdir())) == ATTEMPTS
+def test_a_lost_worker_is_out_of_memory_at_once_and_the_results_before_it_are_kept(tmp_path):
+    given = dict(processes=2, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
+    with pytest.raises(OutOfMemory, match="lower the.batch") as failed, explain_out_of_memory("the.batch"):
+        fan_out(squared, [{"folder": tmp_path, "k": k, "lost": 5} for k in range(6)], **given)
+    assert isinstance(failed.value.__cause__, TerminatedWorkerError)
+    assert len(list(tmp_path.glob("5-*"))) == 1
+    assert fan_out(squared, [{"folder": tmp_path, "k": k} for k in range(6)], **given) == [k * k for k in range(6)]
+    assert len(list(tmp_path.glob("0-*"))) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -76,11 +52,11 @@ def test_a_signal_while_the_last_result_arrives_ends_the_call(tmp_path, processe
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    given = dict(processes=processes, label="tasks", checkpoint=Checkpoint(tmp_path / "state.safetensors"))
-    tasks = [{"folder": tmp_path, "k": 2 * k} for k in range(4)]
+    given = dict(processes=processes, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
+    tasks = [{"folder": tmp_path, "k": k} for k in range(4)]
     with pytest.raises(Interrupted):
-        fan_out(flaky, tasks, receive=receive, **given)
-    assert fan_out(flaky, tasks, receive=lambda k, result: arrived.append(k), **given) == [0, 2, 4, 6]
+        fan_out(squared, tasks, receive=receive, **given)
+    assert fan_out(squared, tasks, receive=lambda k, result: arrived.append(k), **given) == [0, 1, 4, 9]
     assert len(arrived) == 4
 
 
@@ -104,33 +80,64 @@ def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
     assert (datetime.now(UTC) - ended).total_seconds() < 10
 
 
-def sleeping(folder, k):
-    (folder / str(k)).write_text(str(os.getpid()))
-    time.sleep(60)
+SQUARES = """
+import sys
+from multiprocessing import util
+from pathlib import Path
+
+from ld3m.runtime.checkpoint import Checkpoint
+from ld3m.runtime.parallel import end_workers, fan_out
+from test_parallel import squared
+
+folder = Path(sys.argv[1])
+tasks = [dict(folder=folder, k=k, seconds=0.5) for k in range(8)]
+try:
+    fan_out(squared, tasks, processes=2, label="tasks", checkpoint=Checkpoint(folder / "state.pt"))
+    end_workers()
+finally:
+    util._exit_function()  # as in a child of multiprocessing: waits for workers before they are asked to end
+"""
+END_SECONDS = 20
 
 
-def test_workers_end_with_the_process_that_is_killed_so_that_another_may_go_on(tmp_path):
-    code = "import sys; from pathlib import Path; from test_parallel import *; " + (
-        "fan_out(sleeping, [dict(folder=Path(sys.argv[1]), k=k) for k in range(2)], processes=2, label='tasks')"
+@pytest.mark.parametrize(
+    ("number", "begun"),  # sent when so many tasks have begun: 0 = while workers start
+    [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGTERM, 5), (signal.SIGKILL, 0), (signal.SIGKILL, 3)],
+)
+def test_killed_with_two_workers_it_ends_leaves_none_alive_and_goes_on(tmp_path, number, begun):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DVC_STAGE": "test"}
+    run = subprocess.Popen(
+        [sys.executable, "-c", SQUARES, tmp_path], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=environment, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len([file for file in tmp_path.iterdir() if file.read_text()]) == 2, seconds=90)
-    workers = [int(file.read_text()) for file in tmp_path.iterdir()]
-    run.kill()
-    run.wait()
-    wait_until(lambda: not any(is_alive(worker) for worker in workers), seconds=10)
+    wait_until(lambda: len(list(tmp_path.glob("?-0"))) >= begun and len(group(run.pid)) >= 3, seconds=90)
+    run.send_signal(number)
+    assert run.wait(END_SECONDS) not in (0, None)
+    wait_until(lambda: not group(run.pid), seconds=END_SECONDS)
+    done = []
+    Checkpoint(tmp_path / "state.pt").resume(done.extend)
+    assert len(done) < 8 and len(done) >= begun - 2 - (number == signal.SIGKILL)
+    tasks = [{"folder": tmp_path, "k": k} for k in range(8)]
+    given = dict(processes=1, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
+    assert fan_out(squared, tasks, **given) == [k * k for k in range(8)]
+    assert all(len(list(tmp_path.glob(f"{k}-*"))) == 1 for k in done)
 
 
-def is_alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except OSError:
-        return False
+def group(leader):
+    """The Python processes of the group that are alive."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = file.read_text().rpartition(") ")
+        except OSError:
+            continue
+        state, _, process_group, *_ = rest.split()
+        if int(process_group) == leader and state not in "ZX":
+            found.append(name)
+    return found
 
 
 def wait_until(holds, *, seconds):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.05)

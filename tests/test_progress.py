@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ld3m.runtime import progress as module
-from ld3m.runtime.progress import forget_peak, peak_gib, progress, silent
+from ld3m.runtime.memory import forget_peak, peak_gib
+from ld3m.runtime.progress import progress, silent
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ld3m.pipeline.batch import run_notebook
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Interrupted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CELL = {"objective": "mtt", "space": "ld3m", "ipc": 1}
 FULL_DATA = {"objective": "none", "space": "full_data", "ipc": 0}
 STAGES = {  # notebook, parameters, outputs under runs/mnist5k; in an order in which they can run

@@ -42,7 +42,7 @@ def read_set(
     std: Sequence[float] | None = None,
     experiment: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W), normalised as those of `dataset` and on their device, and labels (N,), ascending, on the CPU.
+    """Images (N, C, H, W), normalised as those of `dataset`, on their device, and labels (N,), ascending, on the CPU.
 
     `path` is relative to the repository root. A `.pt` file does not say what its values are, so `form` must:
     "unit" for [0, 1], "normalised" for (unit - mean) / std with `mean` and `std`, one a channel. `experiment` picks the

@@ -115,7 +115,7 @@ def distill(
                 if not all(map(math.isfinite, record.values())):
                     raise ValueError(
                         f"step {step}: {record} is not finite; lower learning_rates of this cell under distill in "
-                        f"params.yaml and start anew. {checkpoint.status()}"
+                        f"params.yaml and start over. {checkpoint.status()}"
                     )
                 optimizer.step()
                 _check_positive(objective, step)

@@ -9,9 +9,8 @@ from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.memory import explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.parallel import end_workers, fan_out
-from ld3m.runtime.progress import forget_peak, peak_gib
 from ld3m.runtime.storage import write_json
 
 MEASURED = ("seconds_per_iteration", "peak_mib")

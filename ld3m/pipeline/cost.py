@@ -10,6 +10,7 @@ images of controls, and figures.
 """
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -29,13 +30,13 @@ from ld3m.models.networks import flat_parameters
 from ld3m.models.train_gan import GROUP
 from ld3m.pipeline.cells import cells
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.measure import Line, Plane, clock, peak_of
+from ld3m.pipeline.measure import Line, Plane, available_bytes, clock, peak_of, used_bytes
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
 from ld3m.pipeline.rehearsal import Rehearsal
 from ld3m.runtime import paths
 from ld3m.runtime.devices import describe
-from ld3m.runtime.memory import available_bytes, explain_out_of_memory, too_little, used_bytes
+from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # as dvc.yaml has it for what trains on all threads
@@ -359,7 +360,7 @@ def of_everything(meter: Meter, ablations: dict[str, Settings]) -> Iterator[Cost
 def announce(of: Callable[..., Iterator[Cost]], given: Experiment | Params, *what: Any) -> None:
     """Prints what a notebook is about to cost: `of` is one of the functions here, `what` its arguments after the meter.
 
-    TooLittleMemory where it will not fit.
+    OutOfMemory where it will not fit.
     """
     experiment = given if isinstance(given, Experiment) else Experiment(given)
     device = experiment.params.on_device
@@ -374,7 +375,7 @@ def announce(of: Callable[..., Iterator[Cost]], given: Experiment | Params, *wha
         )
         if cost.peak > (room := available_bytes(device) + used_bytes(device)):
             needed = f"{cost.work} needs about {cost.peak / 2**30:.2f} GiB, {room / 2**30:.2f} GiB are there"
-            raise too_little(needed, *cost.lower)
+            raise OutOfMemory(errno.ENOMEM, f"{needed}: lower {' or '.join(cost.lower)} in params.yaml")
 
 
 def duration(seconds: float) -> str:

@@ -31,9 +31,9 @@ from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.memory import explain_out_of_memory
+from ld3m.runtime.memory import explain_out_of_memory, peak_gib
 from ld3m.runtime.parallel import end_workers
-from ld3m.runtime.progress import peak_gib, progress
+from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
 

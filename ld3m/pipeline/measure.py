@@ -6,15 +6,17 @@ that what is small is measured whole, and of what is large a part.
 """
 
 import ctypes
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
-from ld3m.runtime.memory import available_bytes, limited, used_bytes
-from ld3m.runtime.progress import forget_peak, peak_gib
+from ld3m.runtime.memory import forget_peak, peak_gib
 
 BUDGET_S = 0.2  # a measurement aims at
 SHARE = 0.5  # of the memory that is left, which a measurement may take
@@ -136,3 +138,85 @@ def _measure(work: Callable[[int], float], size: int, device: str) -> Taken:
 def _give_back() -> None:
     """Memory that is free goes back to the system: what the C library keeps of it would be taken for the work's."""
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
+
+
+def available_bytes(device: str, *, root: Path = Path("/")) -> int:
+    """What this process may still take: of the CUDA device's memory, or the least of what the machine, the control
+    groups it is in and its own limits leave. `root` is where /proc and /sys are."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import resource
+
+    status = _numbers(root / "proc/self/status")
+    left = [_machine_bytes(root), *_group_bytes(root)]
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            left.append(soft - 1024 * status.get(used, 0))
+    return max(0, min(left))
+
+
+def used_bytes(device: str) -> int:
+    """What this process holds: of a CUDA device's memory what it has reserved, else what of it is in memory. 0 where
+    the system (any but Linux) does not say."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
+    return 1024 * _numbers(Path("/proc/self/status")).get("VmRSS", 0)
+
+
+@contextmanager
+def limited(device: str) -> Iterator[None]:
+    """Makes what would not fit an error inside the block, instead of the end of the process at the system's hands."""
+    import resource
+
+    kind = resource.RLIMIT_DATA
+    soft, hard = resource.getrlimit(kind)
+    used = 1024 * _numbers(Path("/proc/self/status")).get("VmData", 0)
+    if device == "cuda" or not used:  # torch says it itself; no Linux
+        yield
+        return
+    resource.setrlimit(kind, (used + available_bytes(device), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def _machine_bytes(root: Path) -> int:
+    left = _numbers(root / "proc/meminfo").get("MemAvailable")
+    return 1024 * left if left is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_bytes(root: Path) -> Iterator[int]:
+    """What every control group around this process leaves (version 2, or the memory controller of version 1).
+
+    Files that the system has read and can forget are not counted as used.
+    """
+    kinds = {
+        "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, place = line.split(":", 2)
+        if not {"memory", ""} & set(controllers.split(",")):
+            continue
+        top, limit, used, forgettable = kinds["memory" if controllers else ""]
+        inside = Path(place.lstrip("/"))
+        for group in {inside, *inside.parents}:  # in a container its own may be there as the top
+            folder = root / top / group
+            allowed, taken = (next(iter(_lines(folder / name)), "") for name in (limit, used))
+            if allowed.isdigit() and taken.isdigit():
+                yield int(allowed) - int(taken) + _numbers(folder / "memory.stat").get(forgettable, 0)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The lines "name: 12 kB" or "name 12" of a file."""
+    words = [line.replace(":", " ").split() for line in _lines(file)]
+    return {given[0]: int(given[1]) for given in words if len(given) > 1 and given[1].isdigit()}

@@ -1,8 +1,7 @@
-"""Memory: how much of it is left, and which parameter to lower where it is too little."""
+"""Memory: its peak, and errors that name the settings to lower when it runs out."""
 
 import errno
-import os
-import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,113 +9,73 @@ from pathlib import Path
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-TEXTS = (  # of the errors by which torch and its libraries say that memory has run out
+TEXTS = (  # of the errors by which torch and its libraries report that memory ran out
     *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory"),
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
 )
 
 
-class TooLittleMemory(OSError):
-    """Says what to lower in params.yaml."""
+class OutOfMemory(OSError):
+    """Memory ran out; the message names the settings to lower."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out here, or for a worker process, which the system then ends."""
+    """Tell whether memory ran out in this process, or in a worker process, which the system then kills."""
     if isinstance(error, (MemoryError, TerminatedWorkerError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and any(text.lower() in str(error).lower() for text in TEXTS)
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in TEXTS)
 
 
 @contextmanager
 def explain_out_of_memory(*settings: str) -> Iterator[None]:
-    """Makes an error of what runs out of memory inside the block one that names the settings to lower."""
+    """Turn an out-of-memory error inside the block into one that names the settings to lower.
+
+    Parameters
+    ----------
+    settings
+        Names that the user can lower, such as "spaces.ld3m.render_batch".
+
+    Raises
+    ------
+    OutOfMemory
+        The block ran out of memory. An inner block's `OutOfMemory` passes unchanged.
+    """
     try:
         yield
-    except TooLittleMemory:
+    except OutOfMemory:
         raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise too_little(f"memory ran out ({str(error).splitlines()[0][:200]})", *settings) from error
+        what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise OutOfMemory(errno.ENOMEM, f"memory ran out ({what}): lower {' or '.join(settings)}") from error
 
 
-def too_little(what: str, *settings: str) -> TooLittleMemory:
-    return TooLittleMemory(errno.ENOMEM, f"{what}: lower {' or '.join(settings)} in params.yaml")
-
-
-def available_bytes(device: str, *, root: Path = Path("/")) -> int:
-    """What this process may still take: of the CUDA device's memory, or the least of what the machine, the control
-    groups it is in and its own limits leave. `root` is where /proc and /sys are."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    status = _numbers(root / "proc/self/status")
-    left = [_machine_bytes(root), *_group_bytes(root)]
-    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY:
-            left.append(soft - 1024 * status.get(used, 0))
-    return max(0, min(left))
-
-
-def used_bytes(device: str) -> int:
-    """What this process holds: of a CUDA device's memory what it has reserved, else what of it is in memory. 0 where
-    the system (any but Linux) does not say."""
-    if device == "cuda":
-        return torch.cuda.memory_reserved()
-    return 1024 * _numbers(Path("/proc/self/status")).get("VmRSS", 0)
-
-
-@contextmanager
-def limited(device: str) -> Iterator[None]:
-    """Makes what would not fit an error inside the block, instead of the end of the process at the system's hands."""
-    kind = resource.RLIMIT_DATA
-    soft, hard = resource.getrlimit(kind)
-    used = 1024 * _numbers(Path("/proc/self/status")).get("VmData", 0)
-    if device == "cuda" or not used:  # torch says it itself; no Linux
-        yield
-        return
-    resource.setrlimit(kind, (used + available_bytes(device), hard))
+def forget_peak() -> bool:
+    """Restart `peak_gib` from now on; return False on systems (any but Linux) that cannot."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
-
-
-def _machine_bytes(root: Path) -> int:
-    left = _numbers(root / "proc/meminfo").get("MemAvailable")
-    return 1024 * left if left is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _group_bytes(root: Path) -> Iterator[int]:
-    """What every control group around this process leaves (version 2, or the memory controller of version 1).
-
-    Files that the system has read and can forget are not counted as used.
-    """
-    kinds = {
-        "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, place = line.split(":", 2)
-        if not {"memory", ""} & set(controllers.split(",")):
-            continue
-        top, limit, used, forgettable = kinds["memory" if controllers else ""]
-        inside = Path(place.lstrip("/"))
-        for group in {inside, *inside.parents}:  # in a container its own may be there as the top
-            folder = root / top / group
-            allowed, taken = (next(iter(_lines(folder / name)), "") for name in (limit, used))
-            if allowed.isdigit() and taken.isdigit():
-                yield int(allowed) - int(taken) + _numbers(folder / "memory.stat").get(forgettable, 0)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return []
+        return False
+    return True
 
 
-def _numbers(file: Path) -> dict[str, int]:
-    """The lines "name: 12 kB" or "name 12" of a file."""
-    words = [line.replace(":", " ").split() for line in _lines(file)]
-    return {given[0]: int(given[1]) for given in words if len(given) > 1 and given[1].isdigit()}
+def peak_gib() -> float:
+    """Return the peak memory since the start or `forget_peak`, in GiB.
+
+    It is the resident memory of this process or, once it uses a CUDA device, the memory reserved on that.
+    """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 2**30
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20

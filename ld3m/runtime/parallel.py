@@ -1,32 +1,31 @@
-"""Fan-out of independent tasks over processes, of this machine or of a Ray cluster, one thread each: results depend
-neither on how many there are nor on where they are."""
+"""Run independent tasks side by side, one thread each: in worker processes of this machine, or on a Ray cluster.
 
-import contextlib
-import io
+Results depend neither on the number of workers nor on where they run.
+"""
+
+import itertools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
-from functools import cache
-from itertools import chain, islice
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import get_reusable_executor, reusable_executor
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.runtime.checkpoint import SIGNALS, Checkpoint, Interrupted
 from ld3m.runtime.progress import progress
 
-ATTEMPTS = 3  # at a task whose worker is lost
-SECONDS_DEAF = 1.0  # to signals, while tasks run on a Ray cluster
-_connected_here = threading.Event()  # to a Ray cluster: else it is the caller's, to close too
+POLL_SECONDS = 0.5  # after which the main process looks for signals, and a worker for its parent
+RAY_RETRIES = 2  # of a task whose cluster node was lost
+_workers: list[Any] = []  # the executor, between calls of `fan_out`
+_connections: list[Any] = []  # the module `ray`, where `fan_out` connected it
 
 
 def fan_out(
@@ -39,110 +38,120 @@ def fan_out(
     checkpoint: Checkpoint | None = None,
     receive: Callable[[int, Any], Any] = lambda k, result: result,
 ) -> list[Any]:
-    """[function(**task) for task in tasks], in that order, over `processes` processes with one thread each.
+    """Compute `[function(**task) for task in tasks]` in parallel.
 
-    `cluster` is the address of a Ray cluster ("auto": the one that this machine belongs to), whose processors then work
-    instead of `processes`: it must find this package and the files that tasks name in the same places, on a file system
-    that its nodes share. The tasks of lost workers are run again, here or there, `ATTEMPTS` times in all.
+    SIGINT and SIGTERM are passed on to the workers: a task with a `Checkpoint` finishes its step, others end at once.
 
-    What the functions print is lost where there are several processes: their lines would mix. Every result (JSON values
-    or tensors) is written to `checkpoint` when it is there; those that an interrupted call left there are taken as they
-    are, and their tasks are not run again. `receive(k, result)`, called in this process, gives what takes its place.
+    Parameters
+    ----------
+    function, tasks
+        Must be picklable. What the function prints in a worker process is dropped.
+    processes
+        Number of worker processes, of one thread each; with 1 the tasks run in this process.
+    cluster
+        Address of a Ray cluster, or "auto" for the one this machine belongs to. Its processors are used instead of
+        `processes`. It must find this package, and the files that tasks name, under the same paths.
+    label
+        Name of the work in the progress bar.
+    checkpoint
+        Stores every result (JSON values or tensors). Tasks whose result it holds are not run again.
+    receive
+        Called as `receive(k, result)` in this process when task k has ended; its value replaces the result.
+
+    Raises
+    ------
+    Interrupted
+        A signal ended the call; `checkpoint` holds the results so far.
+    TerminatedWorkerError
+        A worker of this machine died, most often because memory ran out. No task is run again.
     """
     results: dict[int, Any] = {}
     is_alone = processes == 1 and cluster is None
-    with checkpoint or Checkpoint() as checkpoint, _passed_on(is_alone) as signals:
+    with checkpoint or Checkpoint() as checkpoint, _signals(is_alone) as signals:
         checkpoint.resume(results.update)
-        calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results and not signals)
-        arriving = _arriving(calls, processes, signals) if cluster is None else _arriving_from(cluster, calls, signals)
+        calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results)
+        if is_alone:
+            arriving = itertools.starmap(_on_one_thread, calls)
+        elif cluster is None:
+            arriving = _from_workers(calls, processes, signals)
+        else:
+            arriving = _from_cluster(calls, cluster, signals)
         for _ in progress(len(tasks), label=label, start=len(results)):
             k, result = next(arriving, (None, None))
             if k is None:
-                print(
-                    f"{label}: {len(results)} of {len(tasks)} are done, the others were ended or not begun", flush=True
-                )
+                print(f"{label}: {len(results)} of {len(tasks)} are done", flush=True)
                 raise Interrupted
             with checkpoint.step(lambda: results, write=True):
                 results[k] = receive(k, result)
     return [results[k] for k in range(len(tasks))]
 
 
-def _arriving(calls: Iterator[tuple], processes: int, signals: list[int]) -> Iterator[tuple[int, Any]]:
-    """Keys and results of the tasks that were not ended, whichever is there first."""
-    if processes == 1:
-        yield from (_on_one_thread(*call) for call in calls)
-        return
-    sent: dict[int, tuple] = {}
+def _from_workers(calls: Iterator[tuple], processes: int, signals: list[int]) -> Iterator[tuple[int, Any]]:
+    """Yields (k, result) of each task as it ends. After a signal no task begins, and the workers end with theirs."""
+    environment = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+    workers = get_reusable_executor(
+        processes, timeout=300, initializer=_start_worker, initargs=(os.getpid(),), env=environment
+    )
+    _workers[:] = [workers]
+    running = {workers.submit(_in_worker, *call) for call in itertools.islice(calls, processes)}
+    try:
+        while running:
+            done, running = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            if signals:  # again at every turn: a worker that was starting, or between two tasks, ignores one
+                for worker in list(workers._processes):
+                    with suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGTERM)
+            else:
+                running |= {workers.submit(_in_worker, *call) for call in itertools.islice(calls, len(done))}
+            for task in done:
+                try:
+                    outcome = task.result()
+                except TerminatedWorkerError:
+                    if not signals:
+                        raise
+                else:
+                    if outcome is not None:
+                        yield outcome
+    finally:
+        if signals or running:  # else the workers are kept for the next call
+            end_workers()
 
-    def sending(calls: Iterator[tuple]) -> Iterator[Any]:
-        for call in calls:
-            sent[call[1]] = call
-            yield delayed(_in_worker)(os.getpid(), *call)
 
-    lost: Counter[int] = Counter()
-    while True:
-        with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-            parallel = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
-            outcomes = parallel(sending(chain(list(sent.values()), calls)))
-        try:
-            for outcome in outcomes:
-                if outcome is not None:
-                    del sent[outcome[0]]
-                    yield outcome
-            return
-        except TerminatedWorkerError:  # its other workers are ended with it
-            if signals:
-                return
-            lost.update(list(sent))
-            if max(lost.values(), default=0) == ATTEMPTS:
-                raise
-
-
-def _arriving_from(cluster: str, calls: Iterator[tuple], signals: list[int]) -> Iterator[tuple[int, Any]]:
-    """As `_arriving`, from a Ray cluster. Its own tasks and not joblib's backend for it, which gives no result before
-    it has all."""
+def _from_cluster(calls: Iterator[tuple], cluster: str, signals: list[int]) -> Iterator[tuple[int, Any]]:
+    """Does what `_from_workers` does, on a Ray cluster."""
     ray = _connected(cluster)
     gpus = 1 if torch.cuda.is_available() else 0
     kind = "GPU" if gpus else "CPU"
     if not (at_once := int(ray.cluster_resources().get(kind, 0))):
-        raise ValueError(
-            f"cluster = {cluster!r} in params.yaml has no {kind}, which device = "
-            f"{'cuda' if gpus else 'cpu'} asks for: start its nodes with some, or set cluster to null"
-        )
-    run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=ATTEMPTS - 1)(_on_one_thread)
-    waiting = [run.remote(*call) for call in islice(calls, at_once)]
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=SECONDS_DEAF)
-        for task in done:
-            yield ray.get(task)
-            waiting += [run.remote(*call) for call in islice(calls, 1)]
-        if signals:
-            for task in waiting:
-                ray.cancel(task)
-            return
+        raise ValueError(f"cluster={cluster!r}: has no {kind}; start its nodes with some, or choose another device")
+    run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_on_one_thread)
+    running = [run.remote(*call) for call in itertools.islice(calls, at_once)]
+    while running and not signals:
+        done, running = ray.wait(running, timeout=POLL_SECONDS)
+        running += [run.remote(*call) for call in itertools.islice(calls, len(done))]
+        yield from map(ray.get, done)
+    for task in running:
+        ray.cancel(task)
 
 
 def _connected(cluster: str) -> Any:
-    """The module `ray`, connected to a cluster."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers of every cluster
+    """Returns the module `ray`, connected to the cluster."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else it reports every cluster to its makers
     try:
         import ray
     except ImportError as error:
-        raise ValueError(
-            f"cluster = {cluster!r} in params.yaml needs Ray: pip install -e '.[cluster]', or set cluster to null"
-        ) from error
+        raise ValueError(f"cluster={cluster!r}: needs Ray, `pip install -e '.[cluster]'`") from error
     if not ray.is_initialized():
         try:
             if ":" in cluster:  # Ray itself waits for minutes
                 host, port = cluster.split("://")[-1].rsplit(":", 1)
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=cluster, log_to_driver=False)
-            _connected_here.set()
         except (ConnectionError, OSError, ValueError) as error:
             raise ValueError(
-                f"cluster = {cluster!r} in params.yaml: no Ray cluster answers ({error}); start one with `ray start "
-                "--head`, name another address, or set cluster to null"
+                f"cluster={cluster!r}: no Ray cluster answers ({error}); start one with `ray start --head`"
             ) from error
+        _connections.append(ray)
     return ray
 
 
@@ -156,25 +165,22 @@ def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -
 
 
 @contextmanager
-def _passed_on(is_alone: bool) -> Iterator[list[int]]:
-    """The signals that came, each passed on to the workers, so that their tasks end; a second Ctrl-C waits for none.
+def _signals(is_alone: bool) -> Iterator[list[int]]:
+    """Collects signals, so that workers can end their tasks; a second Ctrl-C ends the call at once.
 
     One that came while the last result arrived ends the call at the end of the block.
     """
     came: list[int] = []
 
-    def pass_on(number: int, frame: Any) -> None:
+    def collect(number: int, frame: Any) -> None:
         came.append(number)
         if came.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
-        for process in list(getattr(reusable_executor._executor, "_processes", {})):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
 
     if is_alone or threading.current_thread() is not threading.main_thread():
         yield came
         return
-    former = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    former = {number: signal.signal(number, collect) for number in SIGNALS}
     try:
         yield came
     finally:
@@ -184,32 +190,29 @@ def _passed_on(is_alone: bool) -> Iterator[list[int]]:
         raise Interrupted
 
 
-def _in_worker(parent: int, function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:
-    """None where a signal ended the task: at once, or as its own checkpoint has it. Between tasks signals are ignored,
-    or they would end the worker."""
-    _end_with(parent)
+def _start_worker(parent: int) -> None:
+    """Ends this worker with its parent, even a killed one: else the task would hold its checkpoint until its end."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _ignore_signals()
+    threading.Thread(target=watch, daemon=True).start()
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def _in_worker(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any] | None:
+    """Returns None where a signal ended the task. Between tasks signals are ignored: they would end the worker."""
     try:
         for number in SIGNALS:
             signal.signal(number, _end_task)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return _on_one_thread(function, k, task)
+        return _on_one_thread(function, k, task)
     except KeyboardInterrupt:
         return None
     finally:
         _ignore_signals()
-
-
-@cache
-def _end_with(parent: int) -> None:
-    """Kills this process, too, when its parent is killed: else it would hold the checkpoint of its task until that is
-    done, and nobody could go on from there."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_task(number: int, frame: Any) -> None:
@@ -223,11 +226,8 @@ def _ignore_signals() -> None:
 
 
 def end_workers() -> None:
-    """Ends what `fan_out` leaves for its next call: its connection to a cluster, or processes with their memory."""
-    if _connected_here.is_set():
-        sys.modules["ray"].shutdown()
-        _connected_here.clear()
-    if getattr(reusable_executor, "_executor", None) is not None:
-        executor = get_reusable_executor(reuse=True)  # joblib's own kind, whose `terminate` removes its shared files
-        getattr(executor, "terminate", executor.shutdown)(kill_workers=True)
-        reusable_executor._executor = None
+    """End the worker processes, and the connection to a cluster, that `fan_out` keeps for its next call."""
+    while _connections:
+        _connections.pop().shutdown()
+    while _workers:
+        _workers.pop().shutdown(kill_workers=True)
