@@ -98,11 +98,16 @@ finally:
     util._exit_function()  # as in a child of multiprocessing: waits for workers before they are asked to end
 """
 END_SECONDS = 20
+LATER = [(signal.SIGTERM, 0), (signal.SIGTERM, 5), (signal.SIGKILL, 3)]
 
 
 @pytest.mark.parametrize(
     ("number", "begun"),  # sent when so many tasks have begun: 0 = while workers start
-    [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGTERM, 5), (signal.SIGKILL, 0), (signal.SIGKILL, 3)],
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGKILL, 0),
+        *(pytest.param(*moment, marks=pytest.mark.slow) for moment in LATER),
+    ],
 )
 def test_killed_with_two_workers_it_ends_leaves_none_alive_and_goes_on(tmp_path, number, begun):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DVC_STAGE": "test"}

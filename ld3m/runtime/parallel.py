@@ -67,22 +67,27 @@ def fan_out(
     """
     results: dict[int, Any] = {}
     is_alone = processes == 1 and cluster is None
-    with checkpoint or Checkpoint() as checkpoint, _signals(is_alone) as signals:
-        checkpoint.resume(results.update)
-        calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results)
-        if is_alone:
-            arriving = itertools.starmap(_on_one_thread, calls)
-        elif cluster is None:
-            arriving = _from_workers(calls, processes, signals)
-        else:
-            arriving = _from_cluster(calls, cluster, signals)
-        for _ in progress(len(tasks), label=label, start=len(results)):
-            k, result = next(arriving, (None, None))
-            if k is None:
-                print(f"{label}: {len(results)} of {len(tasks)} are done", flush=True)
-                raise Interrupted
-            with checkpoint.step(lambda: results, write=True):
-                results[k] = receive(k, result)
+    try:
+        with checkpoint or Checkpoint() as checkpoint, _signals(is_alone) as signals:
+            checkpoint.resume(results.update)
+            calls = ((function, k, task) for k, task in enumerate(tasks) if k not in results)
+            if is_alone:
+                arriving = itertools.starmap(_on_one_thread, calls)
+            elif cluster is None:
+                arriving = _from_workers(calls, processes, signals)
+            else:
+                arriving = _from_cluster(calls, cluster, signals)
+            for _ in progress(len(tasks), label=label, start=len(results)):
+                k, result = next(arriving, (None, None))
+                if k is None:
+                    print(f"{label}: {len(results)} of {len(tasks)} are done", flush=True)
+                    raise Interrupted
+                with checkpoint.step(lambda: results, write=True):
+                    results[k] = receive(k, result)
+    except BaseException:
+        if not is_alone:
+            end_workers()  # idle ones hold up the end of a process that multiprocessing started
+        raise
     return [results[k] for k in range(len(tasks))]
 
 
@@ -94,27 +99,23 @@ def _from_workers(calls: Iterator[tuple], processes: int, signals: list[int]) ->
     )
     _workers[:] = [workers]
     running = {workers.submit(_in_worker, *call) for call in itertools.islice(calls, processes)}
-    try:
-        while running:
-            done, running = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            if signals:  # again at every turn: a worker that was starting, or between two tasks, ignores one
-                for worker in list(workers._processes):
-                    with suppress(ProcessLookupError):
-                        os.kill(worker, signal.SIGTERM)
+    while running:
+        done, running = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        if signals:  # again at every turn: a worker that was starting, or between two tasks, ignores one
+            for worker in list(workers._processes):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGTERM)
+        else:
+            running |= {workers.submit(_in_worker, *call) for call in itertools.islice(calls, len(done))}
+        for task in done:
+            try:
+                outcome = task.result()
+            except TerminatedWorkerError:
+                if not signals:
+                    raise
             else:
-                running |= {workers.submit(_in_worker, *call) for call in itertools.islice(calls, len(done))}
-            for task in done:
-                try:
-                    outcome = task.result()
-                except TerminatedWorkerError:
-                    if not signals:
-                        raise
-                else:
-                    if outcome is not None:
-                        yield outcome
-    finally:
-        if signals or running:  # else the workers are kept for the next call
-            end_workers()
+                if outcome is not None:
+                    yield outcome
 
 
 def _from_cluster(calls: Iterator[tuple], cluster: str, signals: list[int]) -> Iterator[tuple[int, Any]]:
