@@ -41,7 +41,7 @@ from ld3m.models.compvis import KINDS, Kind, build
 from ld3m.models.diffusion_prior import Prior
 from ld3m.models.networks import build as build_network
 from ld3m.models.networks import flat_parameters
-from ld3m.pipeline.measure import clock
+from ld3m.pipeline.estimate import clock
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import forget_peak, is_out_of_memory, peak_gib
 from ld3m.runtime.seeds import derive

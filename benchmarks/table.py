@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ld3m.pipeline.measure import clock
+from ld3m.pipeline.estimate import clock
 from ld3m.runtime import paths
 from ld3m.runtime.devices import describe
 from ld3m.runtime.progress import silent

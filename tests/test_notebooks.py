@@ -1,7 +1,7 @@
 """What can be said of the notebooks without running them; test_pipeline.py runs them."""
 
 import ast
-import importlib
+import importlib.util
 import re
 
 import nbformat
@@ -90,8 +90,8 @@ def test_a_notebook_uses_only_what_the_library_has(notebook):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "ld3m":
             package = importlib.import_module(node.module)
             for alias in node.names:
-                if node.module == "ld3m":
-                    modules[alias.asname or alias.name] = importlib.import_module(f"ld3m.{alias.name}")
+                if importlib.util.find_spec(f"{node.module}.{alias.name}") if hasattr(package, "__path__") else None:
+                    modules[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
                 else:
                     assert hasattr(package, alias.name), f"{node.module}.{alias.name}"
     for node in ast.walk(tree(notebook)):

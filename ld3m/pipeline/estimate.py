@@ -1,0 +1,265 @@
+"""Estimates how long every stage of params.yaml takes on this machine, from three real iterations of each kind of work.
+
+    python -m ld3m.pipeline.estimate                  # params.yaml as it is
+    python -m ld3m.pipeline.estimate imagenet128      # with a profile applied: a name in profiles/ or a file
+
+Random data, weights and snapshots replace those that are missing. What takes more than ten seconds is timed once.
+Not counted: decoding, checks of the priors, images of controls, tables, and the start of a stage (seconds each).
+"""
+
+import argparse
+import ctypes
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.evaluation.training import accuracy, train
+from ld3m.models.compvis import build_full_size
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior, with_classes
+from ld3m.models.gan import Generator, build_generator
+from ld3m.models.networks import flat_parameters
+from ld3m.models.prior_io import load_prior
+from ld3m.models.train_gan import fit_gan
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.pipeline.cells import cells
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.params import Params
+from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
+from ld3m.runtime import paths
+from ld3m.runtime.devices import describe
+from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak, peak_gib
+from ld3m.runtime.progress import silent
+from ld3m.runtime.seeds import generator
+
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}  # as in dvc.yaml; and nothing is downloaded
+ITERATIONS = 3
+SLOW_S = 10.0
+IMAGES_PER_CLASS = {"train": 1170, "validation": 130, "test": 50}  # of ImageNet, where the data are missing
+FULL_SIZE = "cin256-v2"  # the paper's prior, where that of `prior.source` is missing
+Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params, objective, space)}
+Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Callable[[], tuple[float, float]]]]]
+# name, part, keys that lower its memory, and how often it does which kinds of work
+
+
+@dataclass(frozen=True)
+class StandIns(Experiment):
+    """The experiment with random data and weights for what is missing."""
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        try:
+            return Experiment.dataset.func(self)
+        except FileNotFoundError:
+            given = self.params.data
+            names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
+            shape, rng = (64, given.channels, given.size_px, given.size_px), generator(0, "estimate")
+            stored = torch.randint(256, shape, dtype=torch.uint8, generator=rng).to(self.params.on_device)
+            every = {split: torch.arange(count * len(names)) for split, count in IMAGES_PER_CLASS.items()}
+            splits = {split: Split(stored, k % len(names), names, rows=k % 64) for split, k in every.items()}
+            plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
+            return Dataset(self.params.dataset, normalization=plain, **splits)
+
+    @cached_property
+    def prior(self) -> Prior:
+        try:
+            return Experiment.prior.func(self)
+        except (FileNotFoundError, IncompatiblePrior):
+            return self.launched(self.new_prior().freeze_())
+
+    def new_prior(self) -> Prior:
+        classes, source = len(self.dataset.train.classes), self.params.prior.source
+        if source is None:
+            return build_prior(classes=classes, **self.params.prior_arguments()).to(self.params.on_device)
+        try:
+            return with_classes(load_prior(source), range(classes))
+        except FileNotFoundError:
+            return with_classes(build_full_size(FULL_SIZE, seed=0), range(classes))
+
+    @cached_property
+    def gan(self) -> Generator:
+        try:
+            return Experiment.gan.func(self)
+        except (FileNotFoundError, ValueError):
+            return self.new_gan().freeze_()
+
+    def new_gan(self) -> Generator:
+        given = self.params.gan_arguments()
+        return build_generator(classes=len(self.dataset.train.classes), **given).to(self.params.on_device)
+
+    def experts(self) -> "RandomExperts":
+        return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
+
+
+@dataclass(frozen=True)
+class RandomExperts:
+    parameters: int
+
+    def __len__(self) -> int:
+        return 1
+
+    def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
+        return torch.randn((len(epochs), self.parameters), generator=generator(0, "estimate")) / 100
+
+
+def clock(function: Callable[[], object]) -> float:
+    """Returns the seconds that a call takes, on the device too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    began = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - began
+
+
+def step_seconds(training: Callable[[int], Callable[[], object]], *, steps: int = ITERATIONS) -> float:
+    """Times a step of `training(steps)`, which prepares a training of so many. What its start takes is subtracted."""
+    steps *= 10 if torch.cuda.is_initialized() else 1  # each training records a CUDA graph, in a varying time
+    with silent():
+        short, long = min(clock(training(1)) for _ in range(2)), clock(training(1 + steps))
+    return max(1e-9, long - short) / steps
+
+
+def prior_seconds(experiment: StandIns, part: str) -> float:
+    """Times a step of training the autoencoder, the denoiser or the GAN, on all threads as dvc.yaml has it."""
+    params, train_set = experiment.params, experiment.dataset.train
+    fit, given, changes, steps, new = {
+        "autoencoder": (fit_autoencoder, params.prior.autoencoder, {"continuous_steps": 0}, 3, experiment.new_prior),
+        "denoiser": (fit_denoiser, params.prior.denoiser, {}, 3, experiment.new_prior),
+        "gan": (fit_gan, params.gan, {}, params.gan.r1_every, experiment.new_gan),  # one penalty in so many steps
+    }[part]
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        options = given.training() | changes | {"seed": 0}
+        return step_seconds(lambda count: partial(fit, new(), train_set, **options | {"steps": count}), steps=steps)
+    finally:
+        torch.set_num_threads(1)
+
+
+def iteration_seconds(experiment: StandIns, objective: str, space: str, ipc: int, **changes: Any) -> float:
+    """Times an iteration of distillation: render, match, backward."""
+    synthetic, matching, times = experiment.synthetic(space, ipc, **changes), experiment.objective(objective), []
+
+    def iterate() -> None:
+        images = synthetic.render(step=0)
+        images.backward(matching(images.detach(), synthetic.labels, step=0)[1])
+
+    while len(times) <= ITERATIONS and max(times, default=0) < SLOW_S:  # the first is a warm-up
+        times.append(clock(iterate))
+    return sorted(times)[len(times) // 2]
+
+
+def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, batch: int) -> float:
+    """Times training a network on so many images and its test, where `processes` of them are trained side by side."""
+    params, dataset, batch = experiment.params, experiment.dataset, min(images, batch)
+    network, recipe = experiment.new_network(name)(seed=0), params.recipe(name, 1) | {"batch": batch, "seed": 0}
+    x = torch.randn((batch, *dataset.train.shape), generator=generator(0, "estimate")).to(params.on_device)
+    labels = torch.arange(batch) % len(dataset.train.classes)
+    step = step_seconds(lambda count: partial(train, network, x.__getitem__, labels, **recipe | {"epochs": count}))
+    test = min(clock(lambda: accuracy(network, x.__getitem__, labels)) for _ in range(2))
+    return (epochs * ceil(images / batch) * step + len(dataset.test.labels) / batch * test) / params.processes
+
+
+def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Stage]:
+    """Yields every stage before the tables. Calling a kind of work times it once and gives its seconds and peak GiB."""
+    params, train_set = experiment.params, experiment.dataset.train
+
+    @cache
+    def timed(function: Callable[..., float], *arguments: Any, **changes: Any) -> tuple[float, float]:
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept of the work before
+        forget_peak()
+        return function(experiment, *arguments, **changes), peak_gib()
+
+    def network(name: str, ipc: int) -> Callable[[], tuple[float, float]]:
+        recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
+        return partial(timed, network_seconds, name, images, recipe["epochs"], recipe["batch"])
+
+    if params.prior.source is None:
+        part = "trained already" if paths.prior_folder(params.dataset).exists() else "main"
+        for name in ("autoencoder", "denoiser"):
+            steps = getattr(params.prior, name).steps
+            yield f"prior, {name}", part, (f"prior.{name}.batch",), [(steps, partial(timed, prior_seconds, name))]
+    part = "trained already" if paths.gan_folder(params.dataset).exists() else "report"
+    yield "gan", part, ("gan.batch",), [(params.gan.steps, partial(timed, prior_seconds, "gan"))]
+    given, seen = params.trajectories, params.distill.network
+    expert = partial(timed, network_seconds, seen, len(train_set.labels), given.epochs, given.batch)
+    yield "trajectories", "main", ("trajectories.batch",), [(given.experts, expert)]
+    for part, more in (("main", False), ("report", True)):
+        for objective, space, ipc in cells(params, more=more):
+            name, runs = f"{objective}-{space}-{ipc}", params.runs(objective, space, ipc, more=more)
+            if runs and objective != "none":
+                iterations = params.budget(objective, space, ipc).iterations
+                checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+                work = [
+                    (iterations, partial(timed, iteration_seconds, objective, space, ipc)),
+                    (checks, network(seen, ipc)),
+                ]
+                work = [(len(runs) * count, kind) for count, kind in work]
+                yield f"distill {name}", part, params.lowers_memory(objective, space), work
+            if runs:
+                count = sum(map(params.networks_a_set, runs))
+                work = [(count, network(name, ipc)) for name in params.grid.architecture]
+                yield f"evaluate {name}", part, ("evaluate.recipe.batch", "processes"), work
+    norms, lower = params.gradient_norms, params.lowers_memory("dm", "ld3m")
+    work = [(6, partial(timed, iteration_seconds, "dm", "ld3m", norms.images_per_class, steps=n)) for n in norms.steps]
+    yield "gradient norms", "main", lower, work
+    for name, settings in ablations.items():
+        work = [(len(settings) * params.ablations.seeds, network(name, 1)) for name in params.ablations.architecture]
+        for changed, objective, space in settings.values():
+            steps = {"steps": changed.spaces.ld3m.steps} if space == "ld3m" else {}
+            kind = partial(timed, iteration_seconds, objective, space, 1, **steps)
+            work.append((params.ablations.iterations, kind))
+        yield f"ablation {name}", "report", lower, work
+
+
+def show(experiment: StandIns, ablations: dict[str, Settings]) -> None:
+    """Prints a row for every stage as soon as it is timed, and the sums. Too little memory for a stage is a row too."""
+    device, sums = experiment.params.on_device, Counter()
+    print(f"{experiment.params.dataset} on {describe(device)}; memory is that of one process")
+    for name, part, lower, work in stages(experiment, ablations):
+        try:
+            with explain_out_of_memory(*lower):
+                timed = [(count, *kind()) for count, kind in work]
+        except OutOfMemory as problem:
+            print(f"{name:<32} {problem.strerror}", flush=True)
+            continue
+        seconds = sum(count * each for count, each, _ in timed)
+        sums[part] += seconds
+        print(f"{name:<32} {seconds:>9,.0f} s {max(gib for *_, gib in timed):>8.2f} GiB  {part}", flush=True)
+    print("; ".join(f"{part}: {seconds / 60:,.0f} min" for part, seconds in sums.items()))
+
+
+def main(profiles: list[str]) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / paths.PARAMS.name
+        file.write_bytes(paths.PARAMS.read_bytes())
+        for profile in profiles:
+            apply_profile(Path(profile), path=file)
+        params = load_params(path=file)
+        ablations = {name: ablation_settings(name, path=file) for name in params.ablations.settings}
+    show(StandIns(params), ablations)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profiles", nargs="*", help="applied to params.yaml in memory: names in profiles/, or files")
+    given = parser.parse_args()
+    if not ENVIRONMENT.items() <= os.environ.items():  # the libraries have read it by now
+        command = [sys.executable, "-m", "ld3m.pipeline.estimate", *given.profiles]
+        os.execve(sys.executable, command, os.environ | ENVIRONMENT)
+    try:
+        main(given.profiles)
+    except (ValueError, OSError) as problem:
+        sys.exit(str(problem))

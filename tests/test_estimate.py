@@ -1,0 +1,104 @@
+"""The estimate counts what the stages do, times the real code, and never refuses work."""
+
+import re
+
+import pytest
+import torch
+
+from ld3m.pipeline import estimate
+from ld3m.pipeline.estimate import StandIns, show, stages
+from ld3m.pipeline.profiles import ablation_settings, load_params
+from ld3m.runtime import paths
+
+
+def counts(work):
+    return [count for count, _ in work]
+
+
+def test_every_stage_is_counted_as_often_as_it_works():
+    params = load_params()
+    found = list(stages(StandIns(params), {name: ablation_settings(name) for name in ("steps", "learned")}))
+    work = {(name, part): kinds for name, part, _, kinds in found}
+    assert len(work) == len(found)
+    assert {name for name, part in work if part == "trained already"} == {
+        "prior, autoencoder",
+        "prior, denoiser",
+        "gan",
+    }
+    iterations, networks = counts(work["distill dm-ld3m-1", "main"])
+    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+    assert (iterations, networks) == (params.budget("dm", "ld3m", 1).iterations, checks)
+    assert counts(work["distill dm-ld3m-1", "report"]) == [2 * iterations, 2 * networks]  # runs 1 and 2
+    assert counts(work["evaluate none-full_data-0", "main"]) == [params.evaluate.seeds] * len(params.grid.architecture)
+    assert counts(work["trajectories", "main"]) == [params.trajectories.experts]
+    assert counts(work["gradient norms", "main"]) == [6] * len(params.gradient_norms.steps)
+    tests = [4 * params.ablations.seeds] * len(params.ablations.architecture)
+    assert counts(work["ablation steps", "report"]) == [*tests, *[params.ablations.iterations] * 4]
+
+
+def test_a_kind_of_work_is_timed_once_and_its_seconds_multiplied(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(estimate, "network_seconds", lambda experiment, name, *size: calls.append((name, *size)) or 2.0)
+    monkeypatch.setattr(estimate, "iteration_seconds", lambda *arguments, **changes: 3.0)
+    monkeypatch.setattr(estimate, "prior_seconds", lambda experiment, part: 0.5)
+    params = load_params()
+    show(StandIns(params), {})
+    assert len(calls) == len(set(calls))
+    printed = capsys.readouterr().out
+    iterations = params.budget("dm", "pixel", 1).iterations
+    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+    assert re.search(rf"(?m)^distill dm-pixel-1 +{3 * iterations + 2 * checks} s +\d+\.\d\d GiB  main$", printed)
+    assert re.search(rf"(?m)^prior, denoiser +{params.prior.denoiser.steps / 2:,.0f} s", printed)
+
+
+def test_the_seconds_of_an_iteration_a_training_and_a_network_are_those_of_the_real_code():
+    """More steps of the reverse process, more images and more epochs take longer."""
+    experiment = StandIns(load_params({"processes": 1}))
+    short, long = (estimate.iteration_seconds(experiment, "dm", "ld3m", 1, steps=steps) for steps in (1, 10))
+    assert 0 < short < long
+    few, many = (estimate.network_seconds(experiment, "convnet", images, 2, 32) for images in (32, 3200))
+    assert 0 < few < many
+    halved = StandIns(load_params({"processes": 2}))
+    assert estimate.network_seconds(halved, "convnet", 3200, 2, 32) < many
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "denoiser", "gan"])
+def test_a_step_of_training_a_prior_is_timed(part, monkeypatch):
+    monkeypatch.setattr(estimate.os, "cpu_count", lambda: 1)
+    small = {"prior.autoencoder.batch": 4, "prior.denoiser.batch": 4, "gan.batch": 4}
+    assert estimate.prior_seconds(StandIns(load_params(small)), part) > 0
+
+
+def test_what_is_missing_is_replaced_by_random_data_weights_and_experts(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)  # no prior, no GAN, no trajectories
+    experiment = StandIns(load_params({"datasets.mnist5k.source": "data/nowhere", "spaces.ld3m.steps": 1}))
+    assert len(experiment.dataset.train.labels) == 11_700 and experiment.dataset.train.stored.numel() < 10**6
+    for objective, space in (("mtt", "pixel"), ("dm", "glad"), ("dc", "ld3m")):
+        assert estimate.iteration_seconds(experiment, objective, space, 1) > 0
+
+
+def test_memory_that_runs_out_is_a_row_that_names_what_to_lower_and_the_others_follow(monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "prior_seconds", lambda *arguments: 1.0)
+    monkeypatch.setattr(estimate, "network_seconds", lambda *arguments: 1.0)
+    monkeypatch.setattr(estimate, "iteration_seconds", lambda *arguments, **changes: torch.empty(2**50))
+    show(StandIns(load_params()), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"(?m)^distill dc-pixel-1 +memory ran out .*: lower objectives\.dc\.real_batch", printed)
+    assert re.search(r"(?m)^evaluate dm-ld3m-10 +\d+ s", printed) and re.search(r"main: \d+ min", printed)
+
+
+def test_no_stage_waits_for_an_estimate_nor_can_be_refused_by_one():
+    files = [*(paths.ROOT / "notebooks").glob("*.ipynb"), *(paths.ROOT / "ld3m").rglob("*.py")]
+    users = [file.name for file in files if re.search("pipeline.estimate|import estimate", file.read_text())]
+    assert users == ["estimate.py"]
+    assert "pipeline.estimate" not in (paths.ROOT / "dvc.yaml").read_text()
+
+
+def test_the_command_applies_a_profile_and_leaves_params_yaml_as_it_is(monkeypatch):
+    shown = []
+    monkeypatch.setattr(estimate, "show", lambda experiment, ablations: shown.append((experiment.params, ablations)))
+    before = paths.PARAMS.read_bytes()
+    estimate.main(["smoke"])
+    params, ablations = shown[0]
+    assert paths.PARAMS.read_bytes() == before and ablations.keys() == params.ablations.settings.keys()
+    assert params.distill.dm.ld3m.iterations < load_params().distill.dm.ld3m.iterations
