@@ -90,8 +90,8 @@ SMOKE = Scale(
 )
 
 
-# Of the U-Net and the decoder: kernel by kernel, as CUDA graphs, or the U-Net as torch.compile makes it
-Launch = Literal["eager", "replayed", "compiled"]
+# Of the U-Net and the decoder: kernel by kernel, or as CUDA graphs
+Launch = Literal["eager", "replayed"]
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,17 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
         for objective in ("dm", "dc")
     ]
     single = [case for case in every if case.ipc == scale.ipc[0]]
-    half = [case for case in single if case.precision == "bf16"]
-    eager = [replace(case, launch="eager") for case in half] if usual != "eager" else []
-    compiled = [replace(case, launch="compiled") for case in half]
-    return [*eager[:1], *single, compiled[0], *eager[1:], *every[len(single) :], *compiled[1:]]
+    half = [case for case in single if case.precision == "bf16" and usual != "eager"]
+    eager = [replace(case, launch="eager") for case in half]
+    return [*eager[:1], *single, *eager[1:], *every[len(single) :]]
 
 
-def prepare(weights: Prior, *, precision: str, launch: Launch, device: torch.device) -> Prior:
+def prepare(weights: Prior, *, precision: str, device: torch.device) -> Prior:
     """A copy of the prior on the device; `measure` makes it replayed."""
     prior = deepcopy(weights).to(device)
     if precision == "bf16":
         prior = replace(prior, precision=torch.bfloat16)  # also where the CPU has no instructions for it
-    return prior.compiled() if launch == "compiled" else prior
+    return prior
 
 
 def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:
@@ -258,7 +257,7 @@ def measure(
     case: Case, split: Split, prior: Prior, scale: Scale, machine: Machine, *, render_batch: int, deadline: float
 ) -> dict[str, Any]:
     """Milliseconds and peak memory of an iteration, the median after a first one. If that is eager, its arithmetic is
-    counted: counting does not see into compiled and replayed code."""
+    counted: counting does not see into replayed code."""
     if case.launch == "replayed":
         prior = prior.with_cuda_graphs()  # of these shapes alone, that memory is not that of several
     machine.reset_peak()
@@ -267,7 +266,7 @@ def measure(
     optimizer = torch.optim.SGD(list(codes.learnables.values()), lr=1e-6, momentum=0.5)
     flop = 0
     if case.launch != "eager":
-        iterate(codes, objective, optimizer, 0)  # compiles or records
+        iterate(codes, objective, optimizer, 0)  # records
         first = clock(lambda: iterate(codes, objective, optimizer, 0))
     else:
         counts = [Flop()]
@@ -360,11 +359,10 @@ def cost(scale: Scale, machine: Machine, table: Table, *, deadline: float) -> No
         if split is None or split.uint8.shape[-1] != case.size_px:
             split = None
             split = random_split(scale, case.size_px, machine.device)
-        if prepared[0] != (case.precision, case.launch):
+        if prepared[0] != case.precision:
             prepared = (None, None)
             machine.reset_peak()
-            options = dict(precision=case.precision, launch=case.launch)
-            prepared = ((case.precision, case.launch), prepare(weights, **options, device=machine.device))
+            prepared = (case.precision, prepare(weights, precision=case.precision, device=machine.device))
         while render_batch:
             shared = asdict(case) | same | {"render_batch": render_batch, "matmul_tflop_per_s": rate}
             try:

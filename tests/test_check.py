@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ld3m.pipeline.check import check
 from ld3m.pipeline.experiment import Experiment
@@ -36,15 +35,6 @@ def test_the_committed_profile_is_in_order():
 def test_what_is_wrong_is_named(overrides, words):
     with pytest.raises((ValueError, OSError), match=words):
         check(load_params(overrides))
-
-
-def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    def missing(*arguments):
-        raise RuntimeError("No working C++ compiler found")
-
-    monkeypatch.setattr(torch, "compile", lambda function: missing)
-    with pytest.raises(ValueError, match="spaces.ld3m.compile is true, .*No working C.. compiler found.* to false"):
-        check(load_params({"spaces.ld3m.compile": True}))
 
 
 def test_a_prior_of_other_parameters_is_announced_not_refused():

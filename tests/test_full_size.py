@@ -100,7 +100,7 @@ def test_the_arithmetic_is_counted_with_its_backward_pass():
 
 def test_bf16_is_near_fp32_and_gives_fp32():
     prior = build(SMOKE.kind, seed=0)
-    half = prepare(prior, precision="bf16", launch="eager", device=CPU)
+    half = prepare(prior, precision="bf16", device=CPU)
     draw = torch.Generator().manual_seed(0)
     z, pixels = torch.randn(2, 3, 8, 8, generator=draw), torch.randn(2, 3, 32, 32, generator=draw)
     c = prior.embed(torch.tensor([0, 1]))
@@ -115,7 +115,7 @@ def test_the_cases_are_ordered():
     assert all(cases[0] == Case(128, 20, 1, "dm", "bf16", "eager") for cases in found.values())
     assert all(len(cases) == len(set(cases)) and {case.ipc for case in cases[:17]} == {1} for cases in found.values())
     launches = {device: Counter(case.launch for case in cases) for device, cases in found.items()}
-    assert launches == {"cuda": {"replayed": 32, "eager": 8, "compiled": 8}, "cpu": {"eager": 32, "compiled": 8}}
+    assert launches == {"cuda": {"replayed": 32, "eager": 8}, "cpu": {"eager": 32}}
 
 
 def test_the_proof(tmp_path):

@@ -23,14 +23,13 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from test_compvis import SMALL, original
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ld3m.data.subsets import IMAGENET
 from ld3m.evaluation.artefact import read_artefact
 from ld3m.method.sampler import reverse, timesteps
 from ld3m.models import compvis
 from ld3m.models import prior_io as priors
-from ld3m.models.diffusion_prior import COMPVIS, Prior, Spacing, with_classes, with_random_unet, with_random_weights
+from ld3m.models.diffusion_prior import COMPVIS, Spacing, with_classes, with_random_unet, with_random_weights
 from ld3m.models.prior_io import EMBEDDER, fitting_prior, link_prior, linked_source, load_prior, save_prior
 from ld3m.pipeline.batch import run_notebook
 from ld3m.pipeline.experiment import Experiment
@@ -506,27 +505,6 @@ def test_a_random_dit(dit_folder, randn):
     assert torch.equal(drawn.denoise(z, 1, null), made.denoise(z, 1, null)) and not torch.equal(drawn.null(2), null)
 
 
-@pytest.mark.parametrize(
-    ("source", "backend"),
-    [
-        ("dit_folder", "aot_eager"),  # everything but the compiler of C++ itself
-        pytest.param("dit_folder", "inductor", marks=SLOW),
-        pytest.param("unet_folder", "inductor", marks=SLOW),
-    ],
-)
-def test_a_compiled_denoiser_is_the_same_up_to_rounding_compiled_twice(request, randn, monkeypatch, source, backend):
-    counter = CompileCounterWithBackend(backend)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    folder, z_T, found = request.getfixturevalue(source), randn(2, 4, SIDE, SIDE).float().requires_grad_(), []
-    for prior in (load_prior(folder), load_prior(folder).compiled()):
-        c = prior.embed(torch.tensor([0, 9])).requires_grad_()
-        z_0 = reverse(prior, z_T, c, z=z_T, steps=4, guidance=2.0, skip="none")
-        found.append((z_0.detach(), *torch.autograd.grad(z_0.square().sum(), (z_T, c))))
-    for plain, compiled in zip(*found, strict=True):
-        assert relative_difference(compiled, plain) < 1e-4
-    assert counter.frame_count == 2  # with gradient and without, each for all four timesteps
-
-
 # files that are not what they should be
 
 
@@ -738,9 +716,7 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, mon
     for kept, is_replayed in ((0, True), (1, False)):
         used = Experiment(load_params(overrides | {"spaces.ld3m.uncheckpointed_steps": kept})).prior
         assert bool(used.recordings) == is_replayed
-    monkeypatch.setattr(Prior, "compiled", lambda prior: (prior, "compiled"))
-    changes = {"spaces.ld3m.prior": "all_random", "spaces.ld3m.compile": True}
-    drawn, is_compiled = Experiment(load_params(overrides | changes)).prior
-    assert is_compiled and drawn.classes == 2 and not torch.equal(drawn.embed(torch.tensor([0])), started[:1])
+    drawn = Experiment(load_params(overrides | {"spaces.ld3m.prior": "all_random"})).prior
+    assert drawn.classes == 2 and not torch.equal(drawn.embed(torch.tensor([0])), started[:1])
     with pytest.raises(ValueError, match=f"prior.source is None, but .* holds {source}: `dvc repro prior` first"):
         _ = Experiment(load_params(overrides | {"prior.source": None, "prior.classes": None})).prior

@@ -160,7 +160,6 @@ class Prior:
 
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
         """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
-        # A number would be compiled in where the denoiser is compiled.
         on_device = torch.as_tensor(t, device=z_t.device)
         predicted = self.recordings.get("predict", self._predict)(z_t, on_device, c)
         if self.prediction == "epsilon":
@@ -197,11 +196,6 @@ class Prior:
         comes out keeps its own."""
         usable = usable_precision(precision, self.embedding.weight.device)
         return replace(self, precision=getattr(torch, usable), recordings={})
-
-    def compiled(self) -> "Prior":
-        """The same prior whose denoiser torch compiles when it first runs (in place): the same up to rounding."""
-        self.unet.compile(dynamic=False)
-        return self
 
     def with_cuda_graphs(self) -> "Prior":
         """The same prior, frozen, whose denoiser and decoder are each one launch on CUDA, see `GraphedFunction`: for

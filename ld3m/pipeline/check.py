@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ld3m.data.dataset import initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
 from ld3m.method.sampler import timesteps
@@ -45,8 +43,6 @@ def check(params: Params) -> list[str]:
             raise ValueError(f"{key} in params.yaml: {problem}") from problem
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
     lines.append("nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters")
-    if params.spaces.ld3m.compile:
-        _try_compiler(params.on_device)
     if prior:
         lines.append(f"prior   {_source(params, prior, len(train.classes))}")
     else:
@@ -71,16 +67,6 @@ def _images_per_class(params: Params) -> list[tuple[str, int]]:
         ("gradient_norms.images_per_class", params.gradient_norms.images_per_class),
         *((key, entry.ipc) for key, entry in more.items()),
     ]
-
-
-def _try_compiler(device: str) -> None:
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # of the compiler, or that there is none
-        raise ValueError(
-            f"spaces.ld3m.compile is true, but torch cannot compile here ({type(error).__name__}: {error}): set it to "
-            "false in params.yaml, or install a C++ compiler"
-        ) from error
 
 
 def _from_elsewhere(params: Params) -> Prior:

@@ -79,8 +79,6 @@ class Experiment:
         """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
         given = self.params.spaces.ld3m
         prior = prior.to(self.params.on_device).in_precision(given.precision)
-        if given.compile:
-            return prior.compiled()
         return prior if given.uncheckpointed_steps else prior.with_cuda_graphs()
 
     @cached_property
@@ -120,7 +118,7 @@ class Experiment:
         shared["threads"] = self.params.threads
         if space == "glad":
             return start_glad(labels, gan=self.gan, **shared, **given)
-        del given["prior"], given["precision"], given["compile"]  # of `self.prior`
+        del given["prior"], given["precision"]  # of `self.prior`
         if given.pop("normalization") == "shifted":
             shared["normalization"] = shifted(self.dataset.normalization)
         return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)

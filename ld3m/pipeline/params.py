@@ -217,7 +217,6 @@ class LD3MParams(Model):
     encoder_input: Literal["pixels", "images"]
     normalization: Literal["real", "shifted"]
     precision: Precision
-    compile: bool
     render_batch: Count
     uncheckpointed_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
 
