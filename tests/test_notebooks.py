@@ -63,23 +63,10 @@ def test_a_notebook_has_one_cell_of_parameters_which_is_its_first_code(notebook)
         ast.literal_eval(statement.value)  # derived values would not follow an injected one
 
 
-def test_a_notebook_is_short(notebook):
-    assert len(code(notebook)) <= 12
-    for cell in code(notebook):
-        lines = cell.source.splitlines()
-        assert len(lines) <= 20 and max(map(len, lines)) <= 120, cell.source
-
-
-def test_a_notebook_calls_the_library_and_defines_nothing(notebook):
+def test_a_notebook_runs_no_shell_and_names_no_path_outside(notebook):
     for cell in code(notebook):
         assert not re.search(r"(?m)^\s*[%!?]|\?$", cell.source), cell.source
-        assert not re.search(r"torch\.nn|\.backward\(|torch\.optim|optimizer", cell.source), cell.source
-    forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While)
     nodes = list(ast.walk(tree(notebook)))
-    assert not [node for node in nodes if isinstance(node, forbidden)]
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in imported if name.startswith("torch.")}
     strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert not [text for text in strings if text.startswith(("/", "~", ".."))]  # paths come from ld3m.runtime.paths
 

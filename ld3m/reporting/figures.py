@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
-from ld3m.reporting.tables import NAMES, UNSEEN
+from ld3m.evaluation.statistics import interval
+from ld3m.pipeline.cells import NAMES, UNSEEN
 from ld3m.runtime import paths
 
 sns.set_theme(style="whitegrid", context="paper")
@@ -72,12 +73,13 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
     """Test accuracy of every distilled set and control of one IPC, with 95 % intervals; one panel an architecture."""
     frame = summary[summary.ipc.isin([ipc, 0])].assign(
         Set=lambda f: (f.objective.map(NAMES) + " " + f.space.map(NAMES)).str.removeprefix("- "),
-        Judge=lambda f: f.architecture.map(NAMES),
+        Network=lambda f: f.architecture.map(NAMES),
     )
-    judges, sets = list(dict.fromkeys(frame.Judge)), list(dict.fromkeys(frame.Set))
-    figure, axes = plt.subplots(1, len(judges), figsize=(1.75 * len(judges) + 1, 0.28 * len(sets) + 0.8), sharey=True)
-    for axis, judge in zip(np.atleast_1d(axes), judges, strict=True):
-        part = frame[frame.Judge == judge].set_index("Set").loc[sets]
+    networks, sets = list(dict.fromkeys(frame.Network)), list(dict.fromkeys(frame.Set))
+    size = (1.75 * len(networks) + 1, 0.28 * len(sets) + 0.8)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharey=True)
+    for axis, network in zip(np.atleast_1d(axes), networks, strict=True):
+        part = frame[frame.Network == network].set_index("Set").loc[sets]
         colours = [SPACE_COLOURS.get(name.split()[-1], "#666666") for name in sets]
         for place, (mean, low, high, colour) in enumerate(
             zip(part["mean"], part.ci_low, part.ci_high, colours, strict=True)
@@ -92,13 +94,42 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
                 color=colour,
             )
         axis.set(
-            title=judge,
+            title=network,
             yticks=range(len(sets)),
             yticklabels=sets,
             ylim=(len(sets) - 0.5, -0.5),
         )
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("test accuracy, % (mean and 95 % interval); each panel has a scale of its own", fontsize=9)
+    figure.tight_layout()
+    return _closed(figure)
+
+
+def forest(changes: pd.DataFrame) -> Figure:
+    """Differences of the unseen mean with 95 % intervals, in points; filled where the interval leaves zero out."""
+    shown = changes[changes.architecture == UNSEEN]
+    names = [
+        f"IPC {row.ipc}: {NAMES[row.objective]} {NAMES[row.space]} - {NAMES[row.minus]}".replace("- Random", "- random")
+        for row in shown.itertuples()
+    ]
+    return _intervals(shown, names, label="difference of the unseen mean, points of accuracy (95 % interval)")
+
+
+def ablation_forest(changes: pd.DataFrame, ablation: str) -> Figure:
+    """Changes of the unseen mean against the first setting of an ablation, in points, with 95 % intervals."""
+    shown = changes[(changes.ablation == ablation) & (changes.architecture == UNSEEN)]
+    return _intervals(shown, list(shown.setting), label="change of the unseen mean, points (95 % interval)")
+
+
+def _intervals(changes: pd.DataFrame, names: list[str], *, label: str) -> Figure:
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(names) + 0.7))
+    axis.axvline(0, color="0.4", lw=1)
+    for place, row in enumerate(changes.itertuples()):
+        colour = "#1b9e77" if row.ci_low > 0 else "#d95f02" if row.ci_high < 0 else "0.5"
+        axis.plot([100 * row.ci_low, 100 * row.ci_high], [place, place], color=colour, lw=2, solid_capstyle="round")
+        significant = row.ci_low > 0 or row.ci_high < 0
+        axis.plot(100 * row.mean, place, "o", ms=5, color=colour, mfc=colour if significant else "white")
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
     figure.tight_layout()
     return _closed(figure)
 
@@ -132,6 +163,23 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     labels = ["matching loss\n(mean of 5)", "validation, %\n(at the dots alone)", "gradient norm\n(mean of 5)"]
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
+    figure.tight_layout()
+    return _closed(figure)
+
+
+def networks(accuracies: dict[int, dict[str, list[float]]]) -> Figure:
+    """Test accuracies {run: {architecture: one a network}}: a line a network, and means with 95 % intervals over the
+    networks of one run, or over several runs by the first network of each."""
+    names = list(next(iter(accuracies.values())))
+    rows = [network for run in accuracies.values() for network in zip(*run.values(), strict=True)]
+    frame = 100 * pd.DataFrame(rows, columns=names)
+    figure, axis = plt.subplots(figsize=(1.2 * len(names) + 1.5, 3))
+    axis.plot(range(len(names)), frame.T.to_numpy(), "o-", color="0.7", ms=3, lw=0.6)
+    independent = frame if len(accuracies) == 1 else 100 * pd.DataFrame(accuracies.values()).map(lambda of: of[0])
+    for place, name in enumerate(names if len(independent) > 1 else ()):
+        mean, low, high = interval(independent[name])
+        axis.errorbar(place + 0.15, mean, yerr=[[mean - low], [high - mean]], fmt="o", ms=5, capsize=3, color="#1b9e77")
+    axis.set(xticks=range(len(names)), xticklabels=[NAMES[name] for name in names], ylabel="test accuracy, %")
     figure.tight_layout()
     return _closed(figure)
 
@@ -202,29 +250,6 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
     for axis in axes:
         axis.set_xticks(sorted(steps[0]["T"].unique()))
     figure.tight_layout()
-    return _closed(figure)
-
-
-def confusion(counts: Tensor, classes: list[str]) -> Figure:
-    """Counts (K, K) with the true class a row: percent of each row, and beside the class its accuracy."""
-    percent = 100 * counts / counts.sum(1, keepdim=True)
-    figure, axis = plt.subplots(figsize=(0.42 * len(classes) + 2, 0.42 * len(classes) + 1))
-    names = [f"{name} ({share:.0f} %)" for name, share in zip(classes, percent.diagonal(), strict=True)]
-    sns.heatmap(
-        percent.numpy(), annot=len(classes) <= 20, fmt=".0f", cmap="Blues", vmin=0, vmax=100, cbar=False,
-        linewidths=0.5, square=True, xticklabels=classes, yticklabels=names, ax=axis,
-    )  # fmt: skip
-    overall = 100 * counts.diagonal().sum() / counts.sum()
-    axis.set(xlabel="called", ylabel="true class", title=f"validation images, % of each class; {overall:.1f} % right")
-    axis.tick_params(axis="y", rotation=0)
-    return _closed(figure)
-
-
-def words(sentence: str) -> Figure:
-    """A sentence where a figure would stand."""
-    figure, axis = plt.subplots(figsize=(6, 0.4))  # Jupyter shows no figure without axes
-    axis.axis("off")
-    axis.text(0, 0.5, sentence, va="center")
     return _closed(figure)
 
 

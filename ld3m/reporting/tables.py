@@ -1,4 +1,4 @@
-"""From scores to tables. Cells are enumerated from the grid, never found by looking: a missing one is an error."""
+"""From scores to tables. Cells are enumerated from the parameters, never globbed: a missing one is an error."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ld3m.evaluation.scores import read_scores
-from ld3m.evaluation.statistics import Accuracies, compare, interval, p_value
+from ld3m.evaluation.statistics import STATISTICS, Accuracies, compare, interval, p_value
 from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells
 from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
@@ -69,11 +69,11 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def spread(runs: pd.DataFrame) -> pd.DataFrame:
-    """`SPREAD`: how far networks on one set, and sets of other runs, lie apart, as standard deviations in accuracy.
+    """`SPREAD`: standard deviations of accuracy over networks and over runs.
 
-    `net_sd` is that of the networks of run 0. `total_sd` is that of one network a run, in which both are; what it has
-    beyond `net_sd` is `run_sd`, zero where it has nothing. The row "all" has the roots of the mean variances of all
-    distilled cells.
+    `net_sd` is over the networks of run 0, `total_sd` over runs with one network each, `run_sd` the root of the
+    difference of these variances (zero where it is negative). The row "all" has the roots of the mean variances of
+    all distilled cells.
     """
     one_each = runs[runs.seed == 0].groupby(CELL, sort=False).accuracy
     of_run_0 = runs[runs.run == 0].groupby(CELL, sort=False).accuracy
@@ -110,12 +110,12 @@ def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
 
 
 def costs_beside(tables: Path) -> Path:
-    """The folder for tables of seconds and memory, which differ from time to time, beside that of the others."""
+    """The folder for tables of seconds and memory, which never repeat, beside that of the others."""
     return tables.with_name("costs")
 
 
 def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
-    """What distilling run 0 of every cell took: seconds of its iterations, and the largest memory of its process."""
+    """`COSTS` of run 0 of every distilled cell: seconds of its iterations, and the peak memory of its process."""
     rows = []
     for objective, space, ipc in found:
         if objective != "none":
@@ -217,28 +217,29 @@ def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
-    """Plain sentences: is LD3M above the others on unseen architectures, is every set above random real images?
+    """State which differences are significant at 95 %: of LD3M and the other spaces and herding on the unseen
+    architectures, of every set and random real images on the architecture that distilled.
 
-    `paired_by` is the plural of what was drawn anew: networks or runs."""
+    `paired_by` is the plural of what the pairs are: networks or runs."""
     between = changes[changes.minus.isin(["pixel", "glad", "herding"]) & (changes.architecture == UNSEEN)]
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
     for row in between.itertuples():
         other = NAMES[row.minus] if row.minus == "glad" else row.minus
         if row.ci_low > 0:
-            verdict = f"LD3M is above {other}"
+            verdict = f"LD3M is significantly better than {other}"
         elif row.ci_high < 0:
-            verdict = f"**LD3M is below {other}**"
+            verdict = f"**LD3M is significantly worse than {other}**"
         else:
-            verdict = f"**LD3M and {other} are not told apart**"
+            verdict = f"**no significant difference between LD3M and {other}**"
         lines.append(
-            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures; the difference is "
-            f"{_points(row)}, paired over {row.n} {paired_by}."
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures: {_points(row)}, paired "
+            f"over {row.n} {paired_by}."
         )
     for row in against_real.itertuples():
-        told = "above" if row.ci_low > 0 else "**not clearly above**"
+        verdict = "significantly better" if row.ci_low > 0 else "**not significantly better**"
         name = f"{NAMES[row.objective]} {NAMES[row.space]}, IPC {row.ipc}"
-        lines.append(f"- {name}: {told} random real images on {NAMES[seen]}, by {_points(row)}.")
+        lines.append(f"- {name}: {verdict} than random real images on {NAMES[seen]}: {_points(row)}.")
     return lines
 
 
@@ -247,8 +248,69 @@ def _points(row: Any) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """A table of text as LaTeX, in which no character of it means anything but itself."""
+    """Typeset a table of text in LaTeX, its characters escaped."""
     text = table.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
     for given, written in {"±": r"$\pm$", "‖∇": r"$\|\nabla$ ", "‖": r"$\|$", "–": "--"}.items():
         text = text.replace(given, written)
     return text
+
+
+def name_of(frame: pd.DataFrame) -> pd.Series:
+    """The names of sets as they are read: "DM LD3M", "Random real"."""
+    return (frame.objective.map(NAMES) + " " + frame.space.map(NAMES)).str.removeprefix("- ")
+
+
+def shown_differences(changes: pd.DataFrame) -> pd.DataFrame:
+    """Lay differences of the unseen mean out in points of accuracy."""
+    shown = changes[changes.architecture == UNSEEN]
+    first = {"IPC": shown.ipc, "Set": name_of(shown), "Minus": shown.minus.map(NAMES)}
+    return pd.DataFrame(first | _intervals(shown))
+
+
+def shown_ablation(changes: pd.DataFrame, ablations: pd.DataFrame, ablation: str) -> pd.DataFrame:
+    """Lay one ablation out: the unseen mean in percent, and its change against the first setting in points."""
+    of = [frame[(frame.ablation == ablation) & (frame.architecture == UNSEEN)] for frame in (ablations, changes)]
+    table = of[0][["setting", "mean"]].assign(mean=(100 * of[0]["mean"]).map("{:.1f}".format))
+    table = table.merge(of[1][["setting"]].assign(**_intervals(of[1])), on="setting", how="left").fillna("–")
+    return table.rename(columns={"setting": "Setting", "mean": "Unseen mean, %"})
+
+
+def _intervals(changes: pd.DataFrame) -> dict[str, list[str]]:
+    points = [(100 * row.mean, 100 * row.ci_low, 100 * row.ci_high) for row in changes.itertuples()]
+    return {
+        "Points": [f"{mean:+.1f}" for mean, _, _ in points],
+        "95 % interval": [f"{low:+.1f} to {high:+.1f}" for _, low, high in points],
+        "p": ["<0.001" if p < 0.001 else f"{p:.3f}" for p in changes.p],
+        "n": [str(n) for n in changes.n],
+    }
+
+
+def shown_spread(spread: pd.DataFrame) -> pd.DataFrame:
+    """Lay standard deviations out in points of accuracy, of the distilling architecture and the unseen mean."""
+    shown = spread[spread.architecture.isin([spread.architecture.iloc[0], UNSEEN])]
+    names = name_of(shown).fillna("All distilled sets")
+    frame = pd.DataFrame({"Set": names, "Network": shown.architecture.map(NAMES)})
+    labels = {"net_sd": "Networks on one set", "run_sd": "Runs beyond that", "total_sd": "Both together"}
+    return frame.assign(**{label: (100 * shown[column]).map("{:.1f}".format) for column, label in labels.items()})
+
+
+def shown_metrics(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Lay the statistics of every set out beside the accuracies that they compare, means over architectures."""
+    shown = metrics[metrics.architecture == "mean"]
+    values = {"accuracy": "Accuracy", "random_real": "Random real", "full_data": "Full data"}
+    values |= {name: name for name in STATISTICS}
+    frame = pd.DataFrame({"IPC": shown.ipc, "Set": name_of(shown)})
+    return frame.assign(**{label: shown[column].map("{:.3f}".format) for column, label in values.items()})
+
+
+def shown_validation(checks: pd.DataFrame) -> pd.DataFrame:
+    """Lay validation accuracies at iteration 0 and at the last check out in percent."""
+    ends = checks.groupby(["ipc", "objective", "space"], sort=False).accuracy.agg(["first", "last"]).reset_index()
+    start, end = ((100 * ends[column]).map("{:.1f}".format) for column in ("first", "last"))
+    return pd.DataFrame({"IPC": ends.ipc, "Set": name_of(ends), "Start": start, "End": end})
+
+
+def shown_costs(costs: pd.DataFrame) -> pd.DataFrame:
+    """Lay iterations, seconds and peak memory of every distilled set out."""
+    frame = pd.DataFrame({"IPC": costs.ipc, "Set": name_of(costs), "Iterations": costs.iterations})
+    return frame.assign(Seconds=costs.seconds.map("{:.0f}".format), **{"Peak MiB": costs.peak_mib.map("{:.0f}".format)})
