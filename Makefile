@@ -69,8 +69,8 @@ lab: embedded ## open the notebooks in Jupyter Lab
 lint: $(INSTALLED) ## check the code and the notebooks with ruff
 	@$(PY) -m ruff check .
 
-strip: $(INSTALLED) ## remove outputs from the notebooks, as they are committed
-	@$(PY) -m nbstripout notebooks/*.ipynb
+strip: $(INSTALLED) ## remove outputs from the notebooks, but from 01_method, as they are committed
+	@$(PY) -m nbstripout $(filter-out notebooks/01_method.ipynb,$(wildcard notebooks/*.ipynb))
 
 clean: ## remove caches, decoded images too; results, downloads and the environment stay
 	@rm -rf cache .pytest_cache .ruff_cache .hypothesis ld3m.egg-info
