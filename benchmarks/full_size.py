@@ -35,8 +35,8 @@ from torch import Tensor
 from benchmarks.flop import Flop
 from ld3m.data.dataset import Normalization, Split
 from ld3m.evaluation.experts import Experts
-from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.method.spaces import LatentCodes, start_ld3m
+from ld3m.method.objectives import OBJECTIVES, ClassMatching, TrajectoryMatching
+from ld3m.method.spaces import LatentCodes, start_latents
 from ld3m.models.compvis import KINDS, Kind, build
 from ld3m.models.diffusion_prior import Prior
 from ld3m.models.networks import build as build_network
@@ -149,7 +149,7 @@ def random_split(scale: Scale, size_px: int, device: torch.device) -> Split:
 def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int) -> LatentCodes:
     """The codes of the first images of every class."""
     index = torch.cat([split.of_class(label)[:ipc] for label in range(len(split.classes))])
-    return start_ld3m(
+    return start_latents(
         split.x(index),
         split.labels[index],
         prior=prior,
@@ -159,11 +159,13 @@ def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int
         steps=steps,
         guidance=3.0,
         skip="x0",
-        eta=0.0,
         clamp="soft",
         noise="stored",
         encoder_input="pixels",
+        shifted_normalization=False,
         render_batch=render_batch,
+        uncheckpointed_steps=0,
+        threads=1,
         seed=0,
     )
 
@@ -171,24 +173,22 @@ def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int
 def class_matching(
     objective: str, split: Split, scale: Scale, wrap: Callable[[Callable], Callable] = lambda f: f
 ) -> ClassMatching:
-    return ClassMatching(
-        distance=wrap(DISTANCES[objective]),
-        split=split,
+    matching = OBJECTIVES[objective](
+        split,
         normalization=NORMALIZATION,
-        new_network=partial(
-            build_network,
-            "convnet",
-            channels=3,
-            size_px=split.uint8.shape[-1],
-            classes=scale.classes,
-            width=scale.network_width,
-            device=split.device,
-        ),
+        new_network=network(scale, split.shape[-1], split.device),
+        experts=None,
         real_batch=scale.real_batch,
         strategy=STRATEGY,
         threads=1,
         seed=0,
     )
+    return replace(matching, distance=wrap(matching.distance))
+
+
+def network(scale: Scale, size_px: int, device: torch.device) -> Callable[..., torch.nn.Module]:
+    size = {"channels": 3, "size_px": size_px, "classes": scale.classes, "width": scale.network_width}
+    return partial(build_network, "convnet", **size, device=device)
 
 
 def iterate(codes: LatentCodes, objective: Any, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -448,25 +448,26 @@ def proof(scale: Scale, machine: Machine, table: Table, *, classes: int, steps: 
 
 def trajectory_matching(folder: Path, scale: Scale, size_px: int, device: torch.device) -> TrajectoryMatching:
     """MTT with ten student steps towards an expert that random steps of about a training's size made."""
-    network = build_network(
-        "convnet", channels=3, size_px=size_px, classes=scale.classes, width=scale.network_width, seed=0
-    ).to(device)
-    begin = flat_parameters(network).cpu()
+    new_network = network(scale, size_px, device)
+    begin = flat_parameters(new_network(seed=0)).cpu()
     draw = torch.Generator().manual_seed(0)
     snapshots = torch.stack([begin + 0.01 * k * torch.randn(begin.shape, generator=draw) for k in range(3)])
     file = folder / "expert-0000.safetensors"
     write_tensors(file, {"snapshots": snapshots}, {"expert": 0})
-    return TrajectoryMatching(
-        experts=Experts((file,)),
-        network=network,
-        student_lr=torch.tensor(0.01, device=device, requires_grad=True),
+    return OBJECTIVES["mtt"](
+        None,
+        normalization=NORMALIZATION,
+        new_network=new_network,
+        experts=lambda last_epoch: Experts((file,)),
+        strategy=STRATEGY,
+        threads=1,
+        seed=0,
         student_steps=10,
+        student_batch=None,
         expert_epochs=2,
         max_start_epoch=1,
-        student_batch=None,
-        strategy=STRATEGY,
+        student_lr=0.01,
         first_order=False,
-        seed=0,
     )
 
 

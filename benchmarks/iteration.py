@@ -90,8 +90,8 @@ def floor(prior: Prior, z: Tensor, c: Tensor, *, steps: int) -> None:
 
 def start(experiment: Experiment, *, ipc: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """`z` (N, c, h, w), `c` (N, 1, D) and `eps` of the first iteration."""
-    codes = experiment.synthetic("ld3m", ipc, learn="z", skip="x0", eta=0.0)
-    return codes.learnables["z"].detach(), codes.learnables["c"].detach(), codes.fixed["eps"][:, 0]
+    codes = experiment.synthetic("ld3m", ipc, learn="z", skip="x0")
+    return codes.learnables["z"].detach(), codes.learnables["c"].detach(), codes.fixed["eps"]
 
 
 def measure(*, smoke: bool) -> list[Row]:

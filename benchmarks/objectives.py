@@ -65,9 +65,9 @@ def _one_minus_cosine(wanted: Tensor, given: Tensor) -> Tensor:
 def plain_trajectory(matching: TrajectoryMatching, images: Tensor, labels: Tensor) -> Tensor:
     """The gradient (N, C, H, W) of MTT through one graph of all student steps."""
     rng = generator(matching.seed, "trajectory", 0)
-    expert = int(torch.randint(len(matching.experts), (), generator=rng))
+    expert = int(torch.randint(len(matching.trajectories), (), generator=rng))
     epoch = int(torch.randint(matching.max_start_epoch, (), generator=rng))
-    start, target = matching.experts.snapshots(expert, [epoch, epoch + matching.expert_epochs]).to(images)
+    start, target = matching.trajectories.snapshots(expert, [epoch, epoch + matching.expert_epochs]).to(images)
     images, labels = images.detach().requires_grad_(), labels.to(images.device)
     theta = start.requires_grad_()
     for _ in range(matching.student_steps):
@@ -75,7 +75,7 @@ def plain_trajectory(matching: TrajectoryMatching, images: Tensor, labels: Tenso
         shown = augment(images[index], draw(matching.strategy, count=1, generator=rng))
         logits = functional_call(matching.network, unflatten(theta, matching.network), (shown,))
         loss = cross_entropy(logits, labels[index])
-        theta = theta - matching.student_lr.detach() * torch.autograd.grad(loss, theta, create_graph=True)[0]
+        theta = theta - matching.student_lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
     loss = (theta - target).square().sum() / (start.detach() - target).square().sum()
     return torch.autograd.grad(loss, images)[0]
 
@@ -119,16 +119,14 @@ def trajectory_matching(experiment: Experiment, folder: Path) -> TrajectoryMatch
     snapshots = torch.stack([begin + 0.01 * k * torch.randn(begin.shape, generator=rng) for k in range(last + 1)])
     write_tensors(folder / "expert-0000.safetensors", {"snapshots": snapshots}, {"expert": 0})
     return TrajectoryMatching(
-        experts=Experts((folder / "expert-0000.safetensors",)),
-        network=network,
-        student_lr=torch.tensor(given.student_lr, device=params.on_device, requires_grad=True),
-        student_steps=given.student_steps,
-        student_batch=given.student_batch,
-        expert_epochs=given.expert_epochs,
-        max_start_epoch=given.max_start_epoch,
-        first_order=False,
+        experiment.dataset.train,
+        normalization=experiment.dataset.normalization,
+        new_network=experiment.new_network(params.distill.network),
+        experts=lambda last_epoch: Experts((folder / "expert-0000.safetensors",)),
         strategy=params.data.augmentation,
+        threads=1,
         seed=0,
+        **given.model_copy(update={"first_order": False}).options(),
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.method.spaces import start_latents
 from ld3m.models.diffusion_prior import build_prior
 from ld3m.runtime import paths
 
@@ -44,6 +45,27 @@ def make_split(per_class, *, seed):
     labels = torch.arange(CLASSES).repeat(per_class)  # interleaved: nothing may rely on an order
     uint8 = torch.randint(256, (len(labels), 1, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=draw)
     return Split(uint8, labels, ("a", "b", "c"))
+
+
+def start_ld3m(x, labels, prior, **changes):
+    """LD3M's codes in three steps, with other options where they are named."""
+    options = {
+        "normalization": NORMALIZATION,
+        "seed": 0,
+        "threads": 1,
+        "start": "real",
+        "learn": "auto",
+        "steps": 3,
+        "guidance": 3.0,
+        "skip": "x0",
+        "clamp": "none",
+        "noise": "stored",
+        "encoder_input": "pixels",
+        "shifted_normalization": False,
+        "render_batch": len(labels),
+        "uncheckpointed_steps": 0,
+    }
+    return start_latents(x, labels, prior=prior, **options | changes)
 
 
 @pytest.fixture(scope="session")

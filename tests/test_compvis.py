@@ -11,11 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from compvis_original import LatentDiffusion
-from conftest import NORMALIZATION, relative_difference
+from conftest import NORMALIZATION, relative_difference, start_ld3m
 
 from ld3m.data.dataset import Normalization
 from ld3m.method.sampler import sample
-from ld3m.method.spaces import start_ld3m
 from ld3m.models import compvis
 from ld3m.models.compvis import KINDS, Kind, build, build_full_size, load_checkpoint
 from ld3m.models.diffusion_prior import with_classes, with_random_unet
@@ -433,23 +432,9 @@ def test_some_of_the_classes():
 def render(prior, *, guidance, classes=3):
     draw = torch.Generator().manual_seed(2)
     labels = torch.arange(classes)
-    codes = start_ld3m(
-        torch.rand(classes, 3, 32, 32, generator=draw) * 2 - 1,
-        labels,
-        prior=prior,
-        normalization=Normalization(NORMALIZATION.mean * 3, NORMALIZATION.std * 3),
-        start="real",
-        learn="auto",
-        steps=2,
-        guidance=guidance,
-        skip="x0",
-        eta=0.0,
-        clamp="soft",
-        noise="stored",
-        encoder_input="pixels",
-        render_batch=2,
-        seed=0,
-    )
+    x = torch.rand(classes, 3, 32, 32, generator=draw) * 2 - 1
+    three = Normalization(NORMALIZATION.mean * 3, NORMALIZATION.std * 3)
+    codes = start_ld3m(x, labels, prior, normalization=three, steps=2, guidance=guidance, clamp="soft", render_batch=2)
     images = codes.render()
     images.backward(torch.randn(images.shape, generator=draw))
     return images.detach(), {name: tensor.grad for name, tensor in codes.learnables.items()}

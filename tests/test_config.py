@@ -137,7 +137,6 @@ def test_a_missing_key_is_refused_at_every_level(values, key):
         ("spaces.ld3m.learn", "c"),
         ("spaces.ld3m.skip", "eq7"),
         ("spaces.ld3m.steps", 1001),
-        ("spaces.ld3m.eta", 1.5),
         ("distill.network", "lenet"),
         ("distill.momentum", 1.0),
         ("checkpoint_minutes", -1),

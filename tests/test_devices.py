@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference, start_ld3m
 
 from ld3m.data.dataset import Dataset, Normalization
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
 from ld3m.method.distill import distill
-from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.method.spaces import start_glad, start_ld3m, start_pixels
+from ld3m.method.objectives import OBJECTIVES
+from ld3m.method.spaces import SPACES
 from ld3m.models.gan import build_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import load_prior
@@ -36,56 +36,35 @@ def new_network(device, *, seed, name="convnet"):
     return build(name, channels=1, size_px=SIZE_PX, classes=CLASSES, width=width, seed=seed, device=device)
 
 
-def ld3m_codes(dataset, prior, **changes):
-    given = dict(start="real", learn="auto", steps=3, guidance=3.0, skip="x0", eta=0.0, clamp="none", noise="stored")
-    given |= dict(encoder_input="pixels", render_batch=4, seed=0) | changes
-    return start_ld3m(dataset.train.x(torch.arange(6)), LABELS, prior=prior, normalization=NORMALIZATION, **given)
-
-
 def space(name, dataset, device):
+    x, shared = dataset.train.x(torch.arange(6)), dict(normalization=NORMALIZATION, seed=0, threads=1)
     if name == "pixel":
-        pixels = dataset.train.x(torch.arange(6))
-        return start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="real", seed=0)
+        return SPACES["pixel"](x, LABELS, prior=None, start="real", **shared)
     if name == "glad":
         gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
-        return start_glad(
-            LABELS,
-            gan=gan.freeze_().to(device),
-            normalization=NORMALIZATION,
-            layer=1,
-            mean_w="auto",
-            render_batch=4,
-            seed=0,
-        )
-    return ld3m_codes(dataset, make_prior().freeze_().to(device), skip=name)
+        gan = gan.freeze_().to(device)
+        return SPACES["glad"](x, LABELS, prior=gan, layer=1, mean_w="auto", render_batch=4, **shared)
+    return start_ld3m(x, LABELS, make_prior().freeze_().to(device), skip=name, render_batch=4)
 
 
 def objective(name, dataset, device, folder):
-    shared = dict(strategy=DSA, seed=0)
-    if name in DISTANCES:
-        return ClassMatching(
-            distance=DISTANCES[name],
-            split=dataset.train,
-            normalization=NORMALIZATION,
-            new_network=partial(new_network, device),
-            real_batch=4,
-            threads=1,
-            **shared,
-        )
-    schedule = dict(count=1, epochs=2, batch=8, learning_rate=0.05, processes=1)
-    schedule["checkpoint"] = Checkpoint(folder / f"experts-{device}.safetensors")
-    train_experts(folder / device, dataset, new_network=partial(new_network, device), **schedule, **shared)
-    network = new_network(device, seed=0)
-    return TrajectoryMatching(
-        experts=open_experts(folder / device, count=1, last_epoch=2, parameters=len(flat_parameters(network))),
-        network=network,
-        student_lr=torch.tensor(0.05, device=device, requires_grad=True),
-        student_steps=3,
-        student_batch=4,
-        expert_epochs=1,
-        max_start_epoch=2,
-        first_order=False,
-        **shared,
+    def experts(*, last_epoch):
+        schedule = dict(count=1, epochs=last_epoch, batch=8, learning_rate=0.05, processes=1, strategy=DSA, seed=0)
+        schedule["checkpoint"] = Checkpoint(folder / f"experts-{device}.safetensors")
+        train_experts(folder / device, dataset, new_network=partial(new_network, device), **schedule)
+        parameters = len(flat_parameters(new_network(device, seed=0)))
+        return open_experts(folder / device, count=1, last_epoch=last_epoch, parameters=parameters)
+
+    mtt = dict(student_steps=3, student_batch=4, expert_epochs=1, max_start_epoch=2, student_lr=0.05, first_order=False)
+    return OBJECTIVES[name](
+        dataset.train,
+        normalization=NORMALIZATION,
+        new_network=partial(new_network, device),
+        experts=experts,
+        strategy=DSA,
+        threads=1,
+        seed=0,
+        **mtt if name == "mtt" else {"real_batch": 4},
     )
 
 
@@ -184,11 +163,10 @@ def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip, monkeypatch):
     prior = load_prior(paths.prior_folder("mnist5k")).to(device)
     draw = torch.Generator().manual_seed(0)
     pixels, weight = (torch.rand(4, 3, 32, 32, generator=draw).to(device) * 2 - 1 for _ in range(2))
-    given = dict(start="real", learn="auto", steps=5, guidance=3.0, skip=skip, eta=0.0, clamp="none", noise="stored")
-    given |= dict(encoder_input="pixels", render_batch=4, seed=0, normalization=Normalization((0.4,) * 3, (0.3,) * 3))
+    given = dict(steps=5, skip=skip, normalization=Normalization((0.4,) * 3, (0.3,) * 3))
     gradients = {}
     for precision in ("float32", "bfloat16"):
-        made = start_ld3m(pixels, torch.arange(4), prior=prior.in_precision(precision), **given)
+        made = start_ld3m(pixels, torch.arange(4), prior.in_precision(precision), **given)
         images = made.render()
         assert images.dtype == torch.float32
         images.backward(weight)

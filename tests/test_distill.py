@@ -340,7 +340,7 @@ def test_what_is_not_finite_before_anything_was_written_says_so(run, checkpoint)
 def test_a_learnable_of_the_objective_that_is_no_longer_positive_stops_the_run(run, checkpoint):
     values, _, _ = by_hand(0.7)
     assert min(value[2] for value in values) > 0
-    with pytest.raises(ValueError, match=r"step 2: student_lr has become -.*learning_rates\.student_lr in params"):
+    with pytest.raises(ValueError, match=r"step 2: student_lr has become -.*lower learning_rates\['student_lr'\]"):
         run(objective=Falling())
     assert steps_in(checkpoint) == 2
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE_PX, make_prior, make_split
+from conftest import SIZE_PX, make_prior, make_split, start_ld3m
 
 from ld3m.method.sampler import sample
-from ld3m.method.spaces import start_ld3m
 from ld3m.models.train_prior import fit_denoiser
 from ld3m.runtime.cuda_graphs import GraphedFunction
 
@@ -19,23 +18,7 @@ def a_prior(precision):
 
 def rendered(prior, pixels, weight):
     """Images of three in two parts, and the gradients of what is learned."""
-    made = start_ld3m(
-        pixels,
-        LABELS,
-        prior=prior,
-        normalization=NORMALIZATION,
-        start="real",
-        learn="z",
-        steps=3,
-        guidance=3.0,
-        skip="x0",
-        eta=0.0,
-        clamp="none",
-        noise="stored",
-        encoder_input="pixels",
-        render_batch=2,
-        seed=0,
-    )
+    made = start_ld3m(pixels, LABELS, prior, learn="z", render_batch=2)
     images = made.render()
     images.backward(weight)
     return images.detach(), made.learnables["z"].grad, made.learnables["c"].grad

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, make_split, start_ld3m
 from safetensors.torch import load
 
 from ld3m.data.dataset import Dataset
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
 from ld3m.method.distill import Objective, Synthetic, distill
-from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching
-from ld3m.method.spaces import start_ld3m, start_pixels
+from ld3m.method.objectives import OBJECTIVES
+from ld3m.method.spaces import SPACES
 from ld3m.models.gan import build_generator, save_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import save_prior
@@ -43,6 +43,7 @@ from ld3m.runtime.storage import new_folder, write_json, write_tensors
 KILLS = os.environ.get("LD3M_KILLS", "")
 NETWORK = partial(build, channels=1, size_px=SIZE_PX, classes=CLASSES)
 CONVNET = partial(NETWORK, "convnet", width=4, depth=1)
+SHARED = dict(normalization=NORMALIZATION, new_network=CONVNET, strategy="crop", threads=1, seed=0)  # by objectives
 RECIPE = dict(
     epochs=2, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9, strategy="crop"
 )  # fmt: skip
@@ -74,13 +75,9 @@ def trajectories(keep: Callable[[str], Checkpoint], out: Path) -> None:
 
 def dm_ld3m(keep: Callable[[str], Checkpoint], out: Path) -> None:
     train = toy().train
-    synthetic = start_ld3m(
-        train.x(torch.arange(3)), train.labels[:3], prior=make_prior().freeze_(), normalization=NORMALIZATION,
-        start="real", learn="auto", steps=2, guidance=2.0, skip="mean", eta=0.0, clamp="none", noise="redrawn",
-        encoder_input="pixels", render_batch=2, seed=0,
-    )  # fmt: skip
-    shared = dict(normalization=NORMALIZATION, new_network=CONVNET, strategy="crop", seed=0)
-    objective = ClassMatching(distance=DISTANCES["dm"], split=train, real_batch=4, threads=1, **shared)
+    x, labels, prior = train.x(torch.arange(3)), train.labels[:3], make_prior().freeze_()
+    synthetic = start_ld3m(x, labels, prior, steps=2, guidance=2.0, skip="mean", noise="redrawn", render_batch=2)
+    objective = OBJECTIVES["dm"](train, experts=None, real_batch=4, **SHARED)
     distil(synthetic, objective, {"z_T": 0.3, "c": 0.3}, keep("cell"), out)
 
 
@@ -88,13 +85,12 @@ def mtt_pixel(keep: Callable[[str], Checkpoint], out: Path) -> None:
     train, experts = toy().train, out.with_name("experts")
     if not experts.exists():
         trajectories(lambda name: Checkpoint(experts.with_name(f"{name}.safetensors")), experts)
-    synthetic = start_pixels(
-        train.x(torch.arange(3)), train.labels[:3], normalization=NORMALIZATION, start="real", seed=0
-    )
-    objective = TrajectoryMatching(
-        experts=open_experts(experts, count=3, last_epoch=2, parameters=len(flat_parameters(CONVNET(seed=0)))),
-        network=CONVNET(seed=0), student_lr=torch.tensor(0.1, requires_grad=True), student_steps=2, expert_epochs=1,
-        max_start_epoch=2, student_batch=2, strategy="crop", first_order=False, seed=0,
+    shared = dict(normalization=NORMALIZATION, seed=0, threads=1)
+    synthetic = SPACES["pixel"](train.x(torch.arange(3)), train.labels[:3], prior=None, start="real", **shared)
+    parameters = len(flat_parameters(CONVNET(seed=0)))
+    objective = OBJECTIVES["mtt"](
+        train, experts=partial(open_experts, experts, count=3, parameters=parameters), student_lr=0.1,
+        student_steps=2, expert_epochs=1, max_start_epoch=2, student_batch=2, first_order=False, **SHARED,
     )  # fmt: skip
     distil(synthetic, objective, {"images": 10.0, "student_lr": 1e-4}, keep("cell"), out)
 

@@ -69,8 +69,7 @@ def distill(
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
         raise ValueError(
-            f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}: "
-            "change distill.<objective>.<space>.learning_rates in params.yaml"
+            f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}"
         )
     optimizer = torch.optim.SGD(
         [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()],
@@ -114,8 +113,8 @@ def distill(
                 }
                 if not all(map(math.isfinite, record.values())):
                     raise ValueError(
-                        f"step {step}: {record} is not finite; lower learning_rates of this cell under distill in "
-                        f"params.yaml and start over. {checkpoint.status()}"
+                        f"step {step}: {record} is not finite; lower learning_rates and start over. "
+                        f"{checkpoint.status()}"
                     )
                 optimizer.step()
                 _check_positive(objective, step)
@@ -138,8 +137,7 @@ def _check_positive(objective: Objective, step: int) -> None:
     for name, tensor in objective.learnables.items():
         if tensor.item() <= 0:
             raise ValueError(
-                f"step {step}: {name} has become {tensor.item():.2g}; "
-                f"lower distill.<objective>.<space>.learning_rates.{name} in params.yaml"
+                f"step {step}: {name} has become {tensor.item():.2g}, must be above 0; lower learning_rates[{name!r}]"
             )
 
 

@@ -1,14 +1,18 @@
 """What is matched: weight gradients (DC), feature means (DM) or training trajectories (MTT).
 
-An objective is called as `objective(images, labels, step=step) -> (loss, grad_images)` with images (N, C, H, W) and
-labels (N,); it may have `learnables` of its own, whose `.grad` the call sets. Every random draw is named by
-(seed, purpose, step), so any step can be repeated.
+`OBJECTIVES` names the functions that make an objective. It is called as `objective(images, labels, step=step)` with
+normalized images (N, C, H, W) and labels (N,), and returns the loss and its gradient for the images. Its own
+`learnables`, if any, have their `.grad` set by the call. Every random draw is named by (seed, purpose, step), so any
+step can be repeated.
+
+DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialised
+in every step. They differ in that distance alone: `gradient_distance` or `feature_distance`.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -22,7 +26,6 @@ from ld3m.models.networks import unflatten
 from ld3m.runtime.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
-CLASSES_AT_ONCE = 5
 
 
 class Experts(Protocol):
@@ -39,19 +42,19 @@ Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 def gradient_distance(
     network: nn.Module, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 ) -> Tensor:
-    """DC: one minus the cosine of the weight gradients, summed over the output channels of every layer.
+    """DC: 1 - cos(gradient on real images, gradient on synthetic ones), summed over the output channels of all layers.
 
-    Biases and norms are left out. Differentiable in `synthetic`.
+    Gradients are those of the cross-entropy for the weights, without biases and norms. Differentiable in `synthetic`.
     """
     weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     parts = []
     at_once = real_chunk_size(real.shape)
-    for images, answers in zip(real.split(at_once), real_labels.split(at_once), strict=True):
-        loss = len(images) / len(real) * cross_entropy(network(images), answers)
+    for images, targets in zip(real.split(at_once), real_labels.split(at_once), strict=True):
+        loss = len(images) / len(real) * cross_entropy(network(images), targets)
         parts.append(torch.autograd.grad(loss, weights))
-    wanted = [sum(g_real) for g_real in zip(*parts, strict=True)]
-    given = torch.autograd.grad(cross_entropy(network(synthetic), labels), weights, create_graph=True)
-    return sum(_channel_distance(g_real, g) for g_real, g in zip(wanted, given, strict=True))
+    gs_real = [sum(g_parts) for g_parts in zip(*parts, strict=True)]
+    gs = torch.autograd.grad(cross_entropy(network(synthetic), labels), weights, create_graph=True)
+    return sum(_channel_distance(g_real, g) for g_real, g in zip(gs_real, gs, strict=True))
 
 
 def _channel_distance(g_real: Tensor, g: Tensor) -> Tensor:
@@ -62,18 +65,18 @@ def _channel_distance(g_real: Tensor, g: Tensor) -> Tensor:
 def feature_distance(
     network: nn.Module, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 ) -> Tensor:
-    """DM: the squared distance between the feature means of a class, summed over the classes, which both sides have.
+    """DM: |mean feature of real images - mean feature of synthetic ones|^2, summed over the classes.
 
-    Differentiable in `synthetic`.
+    Both sides have the same classes. Differentiable in `synthetic`.
     """
     with torch.no_grad():
         parts = [network.features(images) for images in real.split(real_chunk_size(real.shape))]
-        wanted = _class_means(torch.cat(parts), real_labels)
-    return (_class_means(network.features(synthetic), labels) - wanted).square().sum()
+        means_real = _class_means(torch.cat(parts), real_labels)
+    return (_class_means(network.features(synthetic), labels) - means_real).square().sum()
 
 
 def _class_means(features: Tensor, labels: Tensor) -> Tensor:
-    """(classes that there are, F) of features (n, F)."""
+    """Mean features (classes present, F) of features (n, F)."""
     members = (labels.unique()[:, None] == labels).to(features)
     return members / members.sum(1, keepdim=True) @ features
 
@@ -83,48 +86,51 @@ def real_chunk_size(shape: tuple[int, ...]) -> int:
     return max(1, AT_ONCE_PX // (shape[-2] * shape[-1]))
 
 
-DISTANCES: dict[str, Distance] = {"dc": gradient_distance, "dm": feature_distance}
-
-
-def class_chunk_size(distance: str, *, real_batch: int, size_px: int) -> int:
-    """How many classes to take through the network in one pass: for DM several, as far as memory allows, but few enough
-    for threads to share them. DC needs the gradient of every class."""
-    return 1 if distance == "dc" else max(1, min(CLASSES_AT_ONCE, AT_ONCE_PX // (real_batch * size_px**2)))
-
-
 @dataclass(frozen=True)
 class ClassMatching:
     """DC and DM: the sum over classes of a distance in a freshly initialised network.
 
-    `threads` groups of `class_chunk_size` classes are in work, and in memory, at once; each runs on one thread, so the
-    number of threads changes no bit. Real and synthetic images of a class share one augmentation (Siamese).
+    Real and synthetic images of a class share one augmentation (Siamese). Each thread takes one core, and one group of
+    classes at a time: the number of threads changes no bit.
     """
 
     distance: Distance
-    split: Split
+    most_classes: int  # that go through the network together, as far as memory allows
+    split: Split  # the real images
+    _: KW_ONLY
     normalization: Normalization
     new_network: Callable[..., nn.Module]  # called with seed=...
-    real_batch: int  # real images per class and step
-    strategy: str
+    experts: Callable[..., Experts] | None  # not used
+    strategy: str  # of the augmentation
     threads: int
     seed: int
-    class_chunk_size: int = 1
-    learnables: dict[str, Tensor] = field(default_factory=dict)
+    real_batch: int  # real images of a class in a step
+
+    @property
+    def learnables(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def class_chunk_size(self) -> int:
+        return max(1, min(self.most_classes, AT_ONCE_PX // (self.real_batch * self.split.shape[-1] ** 2)))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
         of_classes = partial(self._of_classes, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for index, distance, grad in pool.map(of_classes, labels.unique().split(self.class_chunk_size)):
-                loss += distance
-                grad_images[index] = grad
+        for index, distance, grad in self._pool.map(of_classes, labels.unique().split(self.class_chunk_size)):
+            loss += distance
+            grad_images[index] = grad
         return loss, grad_images
 
     def _of_classes(
         self, network: nn.Module, images: Tensor, labels: Tensor, step: int, classes: Tensor
     ) -> tuple[Tensor, float, Tensor]:
-        """Where the images of some classes are, their distance to the real ones, and its gradient for them."""
+        """Indices of the images of some classes, their distance to real ones, and its gradient for them."""
         members, chosen, augmentations = [], [], []
         for label in classes.tolist():
             rng = generator(self.seed, "real", step, label)
@@ -148,45 +154,56 @@ class ClassMatching:
 class TrajectoryMatching:
     """MTT: a student trained on the synthetic images from an expert's snapshot shall end at a later snapshot.
 
-    `student_lr` is a scalar tensor, learned with the images.
+    The student's learning rate is learned with the images. The experts have seen the real images, so `split` and
+    `normalization` are not used.
     """
 
-    experts: Experts
-    network: nn.Module
-    student_lr: Tensor
+    split: Split
+    _: KW_ONLY
+    normalization: Normalization
+    new_network: Callable[..., nn.Module]  # called with seed=..., of the experts' architecture
+    experts: Callable[..., Experts]  # called with last_epoch=..., the last snapshot that is read
+    strategy: str  # of the augmentation
+    threads: int  # not used
+    seed: int
     student_steps: int
+    student_batch: int | None  # images in a student step; None: all
     expert_epochs: int  # between the two snapshots
     max_start_epoch: int  # start epochs are 0 .. max_start_epoch - 1
-    student_batch: int | None  # images per student step; None is the whole set
-    strategy: str
-    first_order: bool
-    seed: int
+    student_lr: float  # where the learned rate starts
+    first_order: bool  # see `match_trajectory`
 
-    @property
+    def __post_init__(self) -> None:
+        len(self.trajectories)  # missing experts are an error before the first step
+
+    @cached_property
+    def trajectories(self) -> Experts:
+        return self.experts(last_epoch=self.max_start_epoch - 1 + self.expert_epochs)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.new_network(seed=0).eval()  # with dropout the recomputed steps would differ from the first
+
+    @cached_property
     def learnables(self) -> dict[str, Tensor]:
-        return {"student_lr": self.student_lr}
+        device = next(self.network.parameters()).device
+        return {"student_lr": torch.tensor(self.student_lr, device=device, requires_grad=True)}
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         rng = generator(self.seed, "trajectory", step)
-        expert = int(torch.randint(len(self.experts), (), generator=rng))
+        expert = int(torch.randint(len(self.trajectories), (), generator=rng))
         epoch = int(torch.randint(self.max_start_epoch, (), generator=rng))
-        theta_start, theta_target = self.experts.snapshots(expert, [epoch, epoch + self.expert_epochs]).to(images)
+        epochs = [epoch, epoch + self.expert_epochs]
+        theta_start, theta_target = self.trajectories.snapshots(expert, epochs).to(images)
         batch = min(self.student_batch or len(images), len(images))
         plan = [
             (torch.randperm(len(images), generator=rng)[:batch], draw(self.strategy, count=1, generator=rng))
             for _ in range(self.student_steps)
         ]
-        loss, grad_images, grad_lr = match_trajectory(
-            self.network.eval(),  # dropout would make the recomputed steps others than the first
-            images,
-            labels,
-            self.student_lr.detach(),
-            theta_start,
-            theta_target,
-            plan=plan,
-            first_order=self.first_order,
+        lr, options = self.learnables["student_lr"], {"plan": plan, "first_order": self.first_order}
+        loss, grad_images, lr.grad = match_trajectory(
+            self.network, images, labels, lr.detach(), theta_start, theta_target, **options
         )
-        self.student_lr.grad = grad_lr
         return loss, grad_images
 
 
@@ -204,7 +221,7 @@ def match_trajectory(
     """Loss |theta_S - theta*|^2 / |theta_0 - theta*|^2 with its gradients for the images and the student's rate.
 
     `plan` holds the image indices and the augmentation of every student step. The forward pass keeps the flat
-    parameter vectors alone; the backward pass recomputes one step at a time, with v = dL/dtheta_s:
+    parameter vectors (P,) alone; the backward pass recomputes one step at a time, with v = dL/dtheta_{s+1}:
 
         theta_{s+1} = theta_s - lr g(theta_s, x)
         dL/dx  -= lr d(v g)/dx,    dL/dlr -= v g,    v -= lr d(v g)/dtheta_s
@@ -238,3 +255,10 @@ def _student_gradient(
 ) -> Tensor:
     logits = functional_call(network, unflatten(theta, network), (images,))
     return torch.autograd.grad(cross_entropy(logits, labels), theta, create_graph=create_graph)[0]
+
+
+OBJECTIVES = {
+    "dc": partial(ClassMatching, gradient_distance, 1),  # one: its gradient is that of a class alone
+    "dm": partial(ClassMatching, feature_distance, 5),
+    "mtt": TrajectoryMatching,
+}

@@ -1,25 +1,31 @@
-"""The reverse process with the LD3M skip, and its exact gradient, at memory flat in the number of steps where wanted.
+"""LD3M's reverse process: DDIM with classifier-free guidance, and a skip from the initial state into every step.
 
-| symbol | here | meaning |
-|---|---|---|
-| `Z` | `z` | clean latent of the synthetic image, (B, c, h, w) |
-| `z_T` | `z_T` | the state the reverse process starts from |
-| `c` | `c` | class conditioning, (B, 1, D) |
-| `T` | `steps` | number of reverse steps |
-| `eps` | `eps` | Gaussian noise, an input: drawn once for every synthetic image and replayed in every pass |
+Equations are those of arXiv 2403.03881. One step, from noise level a = alpha_bar(t) to a' = alpha_bar(t'), t' < t:
 
-The forward pass keeps only the `T` small latents; the backward pass walks the chain from its last step to its first
-and re-runs one step at a time with gradient. A step so costs two forwards and one backward of the U-Net, the memory is
-that of one step, and the result is that of plain autograd through the whole chain.
+    eps_hat = eps_theta(z_t, null) + guidance (eps_theta(z_t, c) - eps_theta(z_t, null))
+    x0_hat  = (z_t - sqrt(1 - a) eps_hat) / sqrt(a)
+    x0_hat <- (1 - w) x0_hat + w quantize(Z)            skip "x0", w = i / (T - 1): the authors' released code
+    mu      = sqrt(a') x0_hat + sqrt(1 - a') eps_hat    DDIM without noise (eta = 0)
+    mu     <- (1 - w) mu + w z_T                        skip "mean", w = t / T: the paper, eq. 7 and algorithm 1
+    z_t'    = mu
+
+| symbol | here | shape | meaning |
+|---|---|---|---|
+| `Z` | `z` | (B, c, h, w) | clean latent of the synthetic image |
+| `z_T` | `z_T` | (B, c, h, w) | noised latent that the reverse process starts from (eq. 1) |
+| `c` | `c` | (B, 1, D) | class conditioning |
+| `T` | `steps` | | number of reverse steps i = T-1 .. 0; t counts them from 1, t = i + 1 |
+| `eps` | `eps` | (B, c, h, w) | Gaussian noise, drawn once for every synthetic image |
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ld3m.method.recompute import recomputed
 from ld3m.models.diffusion_prior import COMPVIS, Prior, Spacing
 from ld3m.runtime.seeds import generator
 
@@ -27,8 +33,7 @@ Skip = Literal["x0", "mean", "none"]
 
 
 def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int]:
-    """The DDIM timesteps, ascending, of a `spacing`: CompVis's are 1, 101, ..., 901 for ten steps of a thousand in
-    training."""
+    """Choose the DDIM timesteps among the `total` of training, ascending: CompVis takes 1, 101, ..., 901 for ten."""
     found = []
     if 1 <= steps <= total:
         found = {
@@ -37,27 +42,24 @@ def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int
             "linspace": lambda: [round(i * ((total - 1) / max(1, steps - 1))) for i in range(steps)],
         }[spacing.kind]()
     if not found or found[-1] >= total:
-        first = f" from {spacing.offset} on" if spacing.kind == "leading" else ""
-        raise ValueError(
-            f"steps = {steps}: must be at least 1 and fit into the {total} timesteps of training{first}; set "
-            "spaces.ld3m.steps in params.yaml"
-        )
+        first = f", counted from {spacing.offset}" if spacing.kind == "leading" else ""
+        raise ValueError(f"steps={steps}: must be at least 1 and fit into the {total} timesteps of training{first}")
     return found
 
 
 def skip_weight(skip: Skip, i: int, steps: int) -> float:
-    """Weight of the initial state in reverse step i = T-1 .. 0: i/(T-1) for `x0`, t/T with t = i+1 for `mean`."""
+    """Weight w of the initial state in reverse step i = T-1 .. 0; it falls linearly with time."""
     if skip == "x0":
         return i / (steps - 1) if steps > 1 else 0.0
     if skip == "mean":
         return (i + 1) / steps
     if skip == "none":
         return 0.0
-    raise ValueError(f"skip = {skip!r}: must be 'x0', 'mean' or 'none'; set spaces.ld3m.skip in params.yaml")
+    raise ValueError(f"skip={skip!r}: must be 'x0', 'mean' or 'none'")
 
 
 def noised(prior: Prior, z: Tensor, eps: Tensor, *, steps: int) -> Tensor:
-    """z_T: the latent `z` noised with `eps` to the highest used timestep (eq. 1)."""
+    """Noise the latent `z` to the highest timestep used: z_T = sqrt(a) Z + sqrt(1 - a) eps (eq. 1)."""
     a = prior.alpha_bar[timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)[-1]].item()
     return a**0.5 * z + (1 - a) ** 0.5 * eps
 
@@ -71,111 +73,83 @@ def reverse(
     steps: int,
     guidance: float,
     skip: Skip,
-    eta: float = 0.0,
-    eps: Tensor | None = None,
     uncheckpointed_steps: int = 0,
     on_state: Callable[[Tensor], None] = lambda z_t: None,
 ) -> Tensor:
-    """Runs the reverse process from `z_T` to the latent that is decoded, (B, c, h, w).
+    """Run the reverse process from `z_T` to z_0 (B, c, h, w), differentiable in `z_T`, `z` and `c`.
 
-    `skip="x0"` mixes `quantize(z)` into every prediction of x0 (released code); `"mean"` mixes `z_T` into the mean of
-    every next state (eq. 7); `"none"` is plain DDIM. `guidance` 1 is the conditional model alone, at half the cost, as
-    any guidance is of a prior without classes.
-    With `eta` > 0 the noise of the steps is `eps`, (T, B, c, h, w), in the order the steps run.
-    Of the last `uncheckpointed_steps` steps, or of all if there are no more, the graph is kept for the gradient.
-    `on_state` is called with `z_T` and with the state (B, c, h, w) after every step, the last of which is returned.
-    Differentiable in `z_T`, `z` and `c`.
+    Parameters
+    ----------
+    z_T, c, z
+        See the table of symbols. `z` is used by the skip "x0" alone.
+    guidance
+        Scale of classifier-free guidance; 1 runs the conditional model alone, at half the cost. A prior without
+        classes always takes 1.
+    skip
+        What is mixed in, and where: see the equations; "none" is plain DDIM.
+    uncheckpointed_steps
+        Number of last steps whose graphs are kept for the backward pass; the others are recomputed.
+    on_state
+        Called with `z_T`, and with the state (B, c, h, w) after every step.
     """
     ts = timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
-    guidance = guidance if prior.is_conditional else 1
-    weights = [skip_weight(skip, i, steps) for i in range(steps)]
     alpha_bar = prior.alpha_bar.tolist()
     end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
-    initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T, "none": lambda: torch.zeros(())}[skip]()
+    guidance = guidance if prior.is_conditional else 1
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
-    chain = [
-        partial(
-            _step,
-            prior,
-            t=ts[i],
-            a=alpha_bar[ts[i]],
-            a_previous=alpha_bar[ts[i - 1]] if i else end,
-            guidance=guidance,
-            skip=skip,
-            weight=weights[i],
-            eta=eta,
-            eps=eps[steps - 1 - i] if eta else None,
-        )
-        for i in reversed(range(steps))
-    ]
-    kept = set(range(steps)[-uncheckpointed_steps:]) if uncheckpointed_steps and torch.is_grad_enabled() else set()
-    return _Chain.apply(chain, kept, on_state, z_T, conditioning, initial)
+    # A view is a node of its own: gradients of the skip are summed over the steps before they join the chain's.
+    initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T.view_as(z_T), "none": lambda: torch.zeros(())}
+    weights = [skip_weight(skip, i, steps) for i in range(steps)]
+    z_t, mixed_in = z_T, initial[skip]()
+    on_state(z_t.detach())
+    for i in reversed(range(steps)):
+        levels = {"t": ts[i], "a": alpha_bar[ts[i]], "a_next": alpha_bar[ts[i - 1]] if i else end}
+        step = partial(_step, prior, guidance=guidance, skip=skip, weight=weights[i], **levels)
+        z_t = recomputed(step, z_t, conditioning, mixed_in, keep_graph=i < uncheckpointed_steps)
+        on_state(z_t.detach())
+    return z_t
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, made once more for its gradient, so that of several only one is in memory."""
-    unused = torch.empty(0)
-    return _Chain.apply([lambda x, *_: function(x)], set(), lambda state: None, x, unused, unused)
-
-
-class _Chain(torch.autograd.Function):
-    """`chain[-1](... chain[0](z_T, c, initial) ...)`, whose gradient needs the memory of one step, and of those at the
-    places `kept`. Each other step is called once without a graph, and once with one in the backward pass:
-    `torch.utils.checkpoint` would do the same, but makes a graph the first time too, a tenth of the time of an
-    iteration."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        chain: list[Callable[..., Tensor]],
-        kept: set[int],
-        on_state: Callable[[Tensor], None],
-        z_T: Tensor,
-        conditioning: Tensor,
-        initial: Tensor,
-    ) -> Tensor:
-        states = [z_T]
-        on_state(z_T)
-        ctx.graphs = {}
-        for place, step in enumerate(chain):
-            if place in kept:
-                ctx.graphs[place] = inputs, following = _with_graph(step, states[-1], conditioning, initial)
-                states.append(following.detach())
-            else:
-                states.append(step(states[-1], conditioning, initial))
-            on_state(states[-1])
-        ctx.chain = chain
-        ctx.save_for_backward(conditioning, initial, *states[:-1])
-        return states[-1]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        conditioning, initial, *states = ctx.saved_tensors
-        grads_shared = [torch.zeros_like(tensor) for tensor in (conditioning, initial)]
-        for place in reversed(range(len(states))):
-            inputs, following = ctx.graphs.pop(place, None) or _with_graph(
-                ctx.chain[place], states[place], conditioning, initial
-            )
-            grad, *grads = torch.autograd.grad(following, inputs, grad, allow_unused=True)
-            for total, part in zip(grads_shared, grads, strict=True):
-                if part is not None:  # of `initial` where the skip has no weight
-                    total += part
-        return None, None, None, grad, *grads_shared
-
-
-def _with_graph(step: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Inputs of their own, and what a step makes of them, differentiable in them."""
-    own = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        return own, step(*own)
+def _step(
+    prior: Prior,
+    z_t: Tensor,
+    conditioning: Tensor,
+    mixed_in: Tensor,
+    *,
+    t: int,
+    a: float,
+    a_next: float,
+    guidance: float,
+    skip: Skip,
+    weight: float,
+) -> Tensor:
+    """One DDIM step with the skip; the equations are those at the top."""
+    if guidance == 1:
+        eps_hat = prior.denoise(z_t, t, conditioning)
+    else:
+        eps_null, eps_c = prior.denoise(torch.cat([z_t, z_t]), t, conditioning).chunk(2)
+        eps_hat = eps_null + guidance * (eps_c - eps_null)
+    x0_hat = (z_t - (1 - a) ** 0.5 * eps_hat) / a**0.5
+    if skip == "x0":
+        x0_hat = (1 - weight) * x0_hat + weight * mixed_in
+    mu = a_next**0.5 * x0_hat + (1 - a_next) ** 0.5 * eps_hat
+    if skip == "mean":
+        mu = (1 - weight) * mu + weight * mixed_in
+    return mu
 
 
 @torch.no_grad()
 def sample(
     prior: Prior, labels: Tensor, *, size_px: int, steps: int, guidance: float, render_batch: int, seed: int
 ) -> Tensor:
-    """Guided samples of the prior for labels (N,): pixels (N, C, H, W) in [-1, 1]. Plain DDIM from noise, no skip."""
+    """Draw guided samples of the prior by plain DDIM from Gaussian noise.
+
+    Returns
+    -------
+    Tensor
+        One image for each of `labels` (N,): (N, C, size_px, size_px) in [-1, 1]. `render_batch` of them go through the
+        U-Net at once.
+    """
     z_T = torch.randn(len(labels), *prior.latent_shape(size_px), generator=generator(seed, "prior samples"))
     z_T = z_T.to(prior.embedding.weight.device)
     parts = [
@@ -183,34 +157,3 @@ def sample(
         for z, y in zip(z_T.split(render_batch), labels.split(render_batch), strict=True)
     ]
     return torch.cat(parts).clamp(-1, 1)
-
-
-def _step(
-    prior: Prior,
-    z_t: Tensor,
-    conditioning: Tensor,
-    initial: Tensor,
-    *,
-    t: int,
-    a: float,
-    a_previous: float,
-    guidance: float,
-    skip: Skip,
-    weight: float,
-    eta: float,
-    eps: Tensor | None,
-) -> Tensor:
-    """One DDIM step from noise level `a` to `a_previous` (both alpha_bar)."""
-    if guidance == 1:
-        predicted = prior.denoise(z_t, t, conditioning)
-    else:
-        null, asked = prior.denoise(torch.cat([z_t, z_t]), t, conditioning).chunk(2)
-        predicted = null + guidance * (asked - null)
-    x0 = (z_t - (1 - a) ** 0.5 * predicted) / a**0.5
-    if skip == "x0":
-        x0 = (1 - weight) * x0 + weight * initial
-    sigma = eta * ((1 - a_previous) / (1 - a) * (1 - a / a_previous)) ** 0.5
-    mu = a_previous**0.5 * x0 + (1 - a_previous - sigma**2) ** 0.5 * predicted
-    if skip == "mean":
-        mu = (1 - weight) * mu + weight * initial
-    return mu if eps is None else mu + sigma * eps

@@ -1,31 +1,30 @@
-"""The spaces: what is learned, and how it becomes images. A synthetic set has `labels`, `learnables` and `render()`.
+"""The spaces: what is learned, and how it becomes images. `SPACES` names the functions that start a synthetic set.
 
-Classes are contiguous: image i has class i // ipc. `render()` returns images (N, C, H, W) that are differentiable
-in the learnables; `images.backward(grad_images)` therefore fills their gradients. The iteration `step` matters only
-to the released code's redrawn noise.
+A synthetic set has `labels` (N,) and `learnables`, and `render()` gives its normalized images (N, C, H, W),
+differentiable in the learnables: `images.backward(grad_images)` fills their gradients. The iteration `step` matters to
+the released code's redrawn noise alone. Image i has class i // ipc.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ld3m.data.dataset import Normalization
-from ld3m.method.sampler import Skip, noised, recomputed, reverse, sample
+from ld3m.method import released
+from ld3m.method.recompute import recomputed
+from ld3m.method.sampler import Skip, noised, reverse, sample
 from ld3m.models.diffusion_prior import Prior
 from ld3m.models.gan import Generator
 from ld3m.runtime.chunked import in_chunks
 from ld3m.runtime.seeds import generator
 
-Clamp = Literal["none", "hard", "soft"]
-Noise = Literal["stored", "redrawn"]
 CLAMPS = {
-    "none": lambda pixels: pixels,
-    "hard": lambda pixels: pixels.clamp(-1, 1),  # no gradient where it saturates
-    "soft": lambda pixels: pixels + (pixels.clamp(-1, 1) - pixels).detach(),  # the same values, all of the gradient
+    "none": lambda x: x,
+    "soft": lambda x: x + (x.clamp(-1, 1) - x).detach(),  # the values of "hard", the gradient of "none"
+    "hard": released.hard_clamp,
 }
 DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
 MEAN_W_DRAWS = 1000  # codes of a class that `mean_w` averages
@@ -36,7 +35,7 @@ class Pixels:
     """The images themselves."""
 
     labels: Tensor  # (N,), on the CPU as all labels
-    learnables: dict[str, Tensor]  # {"images": (N, C, H, W)}
+    learnables: dict[str, Tensor]  # {"images": (N, C, H, W)}, normalized
 
     def render(self, *, step: int | None = None) -> Tensor:
         return self.learnables["images"]
@@ -48,57 +47,54 @@ class Pixels:
 
 @dataclass(frozen=True)
 class LatentCodes:
-    """A latent and a class conditioning for every image, rendered by the reverse process of a frozen prior."""
+    """LD3M: a latent and a class conditioning for every image, rendered by the reverse process of a frozen prior."""
 
     labels: Tensor  # (N,)
-    learnables: dict[str, Tensor]  # c (N, 1, D) and z or z_T (N, c, h, w)
-    fixed: dict[str, Tensor]  # eps (N, S, c, h, w), and z where z_T is learned
+    learnables: dict[str, Tensor]  # c (N, 1, D), and z or z_T (N, c, h, w)
+    fixed: dict[str, Tensor]  # eps (N, c, h, w), and z where z_T is learned
     prior: Prior
     normalization: Normalization
     steps: int
     guidance: float
     skip: Skip
-    eta: float
-    clamp: Clamp
-    noise: Noise
-    render_batch: int  # images that go through the U-Net at once: lower it where memory is short
+    clamp: str
+    noise: str
+    render_batch: int
+    uncheckpointed_steps: int
+    threads: int
     seed: int
-    uncheckpointed_steps: int = 0  # whose graphs, and the decoder's, are kept for the backward pass
-    threads: int = 1  # so many such batches at once
 
     def render(self, *, step: int | None = None) -> Tensor:
         if self.noise == "stored" or step is None:
-            return self._render(self.tensors())
-        # The released code: the loss is measured in one draw of the noise, its gradient taken in another.
-        measured, followed = (self.tensors() | {"eps": self._redrawn(step, place)} for place in ("loss", "gradient"))
-        with torch.no_grad():
-            images = self._render(measured)
-        followed = self._render(followed)
-        return images + (followed - followed.detach())
+            return self._render(self.fixed["eps"])
+        return released.redrawn_noise(self._render, self.fixed["eps"], seed=self.seed, step=step)
 
-    def _redrawn(self, step: int, place: str) -> Tensor:
-        return _noise(self.fixed["eps"].shape, self.seed, "redrawn", place, step).to(self.fixed["eps"])
-
-    def _render(self, tensors: dict[str, Tensor]) -> Tensor:
-        return in_chunks(self._part, tensors, size=self.render_batch, threads=self.threads)
+    def tensors(self) -> dict[str, Tensor]:
+        return self.learnables | self.fixed
 
     @torch.no_grad()
     def path(self, index: Tensor) -> Tensor:
-        """Images (T+1, n, C, H, W) decoded from z_T and from the state after every reverse step, of the set's images
-        at `index` (n,); the last are those that `render` gives."""
+        """Decode z_T and the state after every reverse step of the images at `index` (n,).
+
+        Returns
+        -------
+        Tensor
+            (T + 1, n, C, H, W), normalized; the last are those that `render` gives.
+        """
         states: list[Tensor] = []
         self._reverse({name: tensor[index] for name, tensor in self.tensors().items()}, on_state=states.append)
         return torch.stack([self._decode(z_t) for z_t in states])
 
-    def _part(self, codes: dict[str, Tensor]) -> Tensor:
+    def _render(self, eps: Tensor) -> Tensor:
+        codes = self.tensors() | {"eps": eps}
+        return in_chunks(self._images, codes, size=self.render_batch, threads=self.threads)
+
+    def _images(self, codes: dict[str, Tensor]) -> Tensor:
         z_0 = self._reverse(codes)
-        return (
-            self._decode(z_0) if self.uncheckpointed_steps else recomputed(self._decode, z_0)
-        )  # the decoder is one more step
+        return recomputed(self._decode, z_0) if self.uncheckpointed_steps == 0 else self._decode(z_0)
 
     def _reverse(self, codes: dict[str, Tensor], on_state: Callable[[Tensor], None] = lambda z_t: None) -> Tensor:
-        eps = codes["eps"].transpose(0, 1)  # (S, B, c, h, w)
-        z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], eps[0], steps=self.steps)
+        z_T = codes["z_T"] if "z_T" in codes else noised(self.prior, codes["z"], codes["eps"], steps=self.steps)
         return reverse(
             self.prior,
             z_T,
@@ -107,154 +103,173 @@ class LatentCodes:
             steps=self.steps,
             guidance=self.guidance,
             skip=self.skip,
-            eta=self.eta,
-            eps=eps[1:],
             uncheckpointed_steps=self.uncheckpointed_steps,
             on_state=on_state,
         )
 
     def _decode(self, z_0: Tensor) -> Tensor:
-        pixels = self.prior.decode(z_0)
-        return self.normalization.normalize(CLAMPS[self.clamp](pixels))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.learnables | self.fixed
+        return self.normalization.normalize(CLAMPS[self.clamp](self.prior.decode(z_0)))
 
 
 @dataclass(frozen=True)
 class GeneratorCodes:
-    """What enters one layer of a frozen GAN, and a code for each layer from there on, for every image."""
+    """GLaD: the features that enter one layer of a frozen GAN, and a code for each layer from there on."""
 
     labels: Tensor  # (N,)
     learnables: dict[str, Tensor]  # f (N, C, h, h) and w (N, layers - layer, w_width)
     gan: Generator
     normalization: Normalization
     layer: int
-    render_batch: int  # images that go through the generator at once: lower it where memory is short
-    threads: int = 1  # so many such batches at once
+    render_batch: int
+    threads: int
 
     def render(self, *, step: int | None = None) -> Tensor:
-        return in_chunks(self._part, self.learnables, size=self.render_batch, threads=self.threads)
-
-    def _part(self, codes: dict[str, Tensor]) -> Tensor:
-        return checkpoint(self._render, codes["f"], codes["w"], use_reentrant=False, preserve_rng_state=False)
-
-    def _render(self, f: Tensor, w: Tensor) -> Tensor:
-        return self.normalization.normalize(self.gan.synthesize(f, w, self.layer))
+        return in_chunks(self._images, self.learnables, size=self.render_batch, threads=self.threads)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.learnables)
 
+    def _images(self, codes: dict[str, Tensor]) -> Tensor:
+        return recomputed(self._synthesize, codes["f"], codes["w"])
 
-def start_pixels(pixels: Tensor, labels: Tensor, *, normalization: Normalization, start: str, seed: int) -> Pixels:
-    """Starts from real pixels (N, C, H, W) in [-1, 1], or from standard normal images of that shape."""
-    images = normalization.normalize(pixels) if start == "real" else _noise(pixels.shape, seed, "pixels").to(pixels)
+    def _synthesize(self, f: Tensor, w: Tensor) -> Tensor:
+        return self.normalization.normalize(self.gan.synthesize(f, w, self.layer))
+
+
+def start_pixels(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    normalization: Normalization,
+    prior: None,
+    seed: int,
+    threads: int,
+    start: Literal["real", "noise"],
+) -> Pixels:
+    """Start from the real images `x` (N, C, H, W) in [-1, 1], or from standard normal ones of that shape."""
+    images = normalization.normalize(x) if start == "real" else _randn(x.shape, seed, "pixels").to(x)
     return Pixels(labels, {"images": images.requires_grad_()})
 
 
 @torch.no_grad()
-def start_ld3m(
-    pixels: Tensor,
+def start_latents(
+    x: Tensor,
     labels: Tensor,
     *,
-    prior: Prior,
     normalization: Normalization,
-    start: str,
+    prior: Prior,
+    seed: int,
+    threads: int,
+    start: Literal["real", "prior", "noise"],
     learn: Literal["auto", "z", "z_T"],
     steps: int,
     guidance: float,
     skip: Skip,
-    eta: float,
-    clamp: Clamp,
-    noise: Noise,
+    clamp: Literal["none", "soft", "hard"],
+    noise: Literal["stored", "redrawn"],
     encoder_input: Literal["pixels", "images"],
+    shifted_normalization: bool,
     render_batch: int,
-    seed: int,
-    uncheckpointed_steps: int = 0,
-    threads: int = 1,
+    uncheckpointed_steps: int,
 ) -> LatentCodes:
-    """Starts from the encoded real pixels (N, C, H, W) in [-1, 1], from samples of the prior, or from standard normal
-    latents; the conditioning starts from the class embeddings.
+    """Start LD3M: one latent and one conditioning for every image.
 
-    `learn="auto"` learns `z` with the skip `x0` and `z_T` with the others. Defects of the released code:
-    `encoder_input="images"` feeds the encoder normalised images, `noise="redrawn"` draws new noise in every pass.
+    Parameters
+    ----------
+    x, labels
+        Real images (N, C, H, W) in [-1, 1] and their classes (N,).
+    start
+        Encode `x`, or samples of the prior, or draw standard normal latents ("noise"). The conditioning always starts
+        from the class embeddings.
+    learn
+        `z` or `z_T`, beside `c`; "auto" learns `z` with the skip "x0" and `z_T` with the others.
+    steps, guidance, skip
+        Of `sampler.reverse`.
+    clamp
+        Of the decoded images to [-1, 1]; "soft" passes all of the gradient.
+    noise, encoder_input, shifted_normalization
+        "redrawn", "images", True and `clamp="hard"` are defects of the released code, see `released`.
+    render_batch, threads
+        Images that go through the U-Net at once, and such batches at once: lower them where memory is short.
+    uncheckpointed_steps
+        Number of last reverse steps whose graphs, and the decoder's, are kept for the backward pass.
     """
     learn = DEFAULT_LEARNED[skip] if learn == "auto" else learn
-    shape = prior.latent_shape(pixels.shape[-1])
+    normalization = released.shifted_normalization(normalization) if shifted_normalization else normalization
+    size_px = x.shape[-1]
     if start == "prior":
-        drawing = dict(steps=steps, guidance=guidance, render_batch=render_batch, seed=seed)
-        pixels = sample(prior, labels, size_px=pixels.shape[-1], **drawing)
-    encoded = pixels if encoder_input == "pixels" else normalization.normalize(pixels)
+        drawing = {"steps": steps, "guidance": guidance, "render_batch": render_batch, "seed": seed}
+        x = sample(prior, labels, size_px=size_px, **drawing)
+    encoded = x if encoder_input == "pixels" else released.encoder_range(x, normalization)
     z = torch.cat([prior.encode(part) for part in encoded.split(render_batch)])
     if start == "noise":
-        z = _noise(z.shape, seed, "latents").to(z)
-    count = 1 + (steps if eta else 0)
-    eps = torch.stack([_noise((count, *shape), seed, "eps", i) for i in range(len(labels))]).to(z)
-    codes = {"z": z} if learn == "z" else {"z_T": noised(prior, z, eps[:, 0], steps=steps)}
-    learnables = codes | {"c": prior.embed(labels)}
-    for tensor in learnables.values():
-        tensor.requires_grad_()
+        z = _randn(z.shape, seed, "latents").to(z)
+    eps = torch.stack([_randn(prior.latent_shape(size_px), seed, "eps", i) for i in range(len(labels))]).to(z)
+    latent = z if learn == "z" else noised(prior, z, eps, steps=steps)
     return LatentCodes(
         labels=labels,
-        learnables=learnables,
-        fixed={"eps": eps} | ({} if learn == "z" else {"z": z}),
+        learnables={learn: latent.requires_grad_(), "c": prior.embed(labels).requires_grad_()},
+        fixed={"eps": eps} if learn == "z" else {"eps": eps, "z": z},
         prior=prior,
         normalization=normalization,
         steps=steps,
         guidance=guidance,
         skip=skip,
-        eta=eta,
         clamp=clamp,
         noise=noise,
         render_batch=render_batch,
-        seed=seed,
         uncheckpointed_steps=uncheckpointed_steps,
         threads=threads,
+        seed=seed,
     )
 
 
 @torch.no_grad()
-def start_glad(
+def start_generator(
+    x: Tensor,
     labels: Tensor,
     *,
-    gan: Generator,
     normalization: Normalization,
+    prior: Generator,
+    seed: int,
+    threads: int,
     layer: int,
     mean_w: bool | Literal["auto"],
     render_batch: int,
-    seed: int,
-    threads: int = 1,
 ) -> GeneratorCodes:
-    """Starts from generated images of the classes, as GLaD does; a GAN has no encoder, so real images are not used.
+    """Start GLaD from generated images of the classes `labels` (N,); a GAN has no encoder, so `x` is not used.
 
-    The codes are those of random noise, one stream an image, or with `mean_w` the mean code of the class: the images
-    of a class would then start, and stay, alike, so it takes one image a class, where `mean_w="auto"` chooses it. The
-    feature maps are what the layers before `layer` make of the codes.
+    Parameters
+    ----------
+    layer
+        Learned are the features that enter it, and the codes of the layers from it on; 0 is the first.
+    mean_w
+        Start from the mean code of the class instead of one of random noise. The images of a class would then start,
+        and stay, alike: it takes one image a class. "auto" takes it there.
+    render_batch, threads
+        Images that go through the generator at once, and such batches at once.
     """
-    if not 0 <= layer < gan.layers:
-        raise ValueError(f"spaces.glad.layer = {layer}: this GAN has the layers 0 to {gan.layers - 1}")
+    if not 0 <= layer < prior.layers:
+        raise ValueError(f"layer={layer}: this GAN has the layers 0 to {prior.layers - 1}")
     is_one_a_class = len(labels.unique()) == len(labels)
     if mean_w is True and not is_one_a_class:
-        raise ValueError("spaces.glad.mean_w starts all images of a class alike: set it to auto for ipc above 1")
+        raise ValueError("mean_w=True: starts all images of a class alike; must be False or 'auto' for several")
     draws = MEAN_W_DRAWS if mean_w and is_one_a_class else 1
     codes = []
     for i in range(len(labels)):
-        noise = _noise((draws, gan.noise_width), seed, "glad", i).to(next(gan.parameters()))
-        codes.append(gan.mapping(noise, labels[i].expand(draws)).mean(0))
-    w = torch.stack(codes)[:, None].expand(-1, gan.layers, -1)  # (N, layers, w_width)
-    parts = [gan.features(part, layer) for part in w[:, :layer].split(render_batch)]
-    learnables = {"f": torch.cat(parts).clone(), "w": w[:, layer:].clone()}
-    for tensor in learnables.values():
-        tensor.requires_grad_()
-    return GeneratorCodes(labels, learnables, gan, normalization, layer, render_batch, threads)
+        noise = _randn((draws, prior.noise_width), seed, "glad", i).to(next(prior.parameters()))
+        codes.append(prior.mapping(noise, labels[i].expand(draws)).mean(0))
+    w = torch.stack(codes)[:, None].expand(-1, prior.layers, -1)  # (N, layers, w_width)
+    parts = [prior.features(part, layer) for part in w[:, :layer].split(render_batch)]
+    learnables = {
+        "f": torch.cat(parts).clone().requires_grad_(),
+        "w": w[:, layer:].clone().requires_grad_(),
+    }
+    return GeneratorCodes(labels, learnables, prior, normalization, layer, render_batch, threads)
 
 
-def shifted(normalization: Normalization) -> Normalization:
-    """What the released code normalises synthetic images with: a mean that is not the real images'. It subtracts
-    (0.4377, 0.4438, 0.4728) from them and (0.485, 0.456, 0.406) from real ones; here is that difference."""
-    off = (0.4377 - 0.485, 0.4438 - 0.456, 0.4728 - 0.406)
-    return replace(normalization, mean=tuple(m + o for m, o in zip(normalization.mean, off, strict=False)))
-
-
-def _noise(shape: tuple[int, ...], seed: int, *purpose: str | int) -> Tensor:
+def _randn(shape: tuple[int, ...], seed: int, *purpose: str | int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(seed, *purpose))
+
+
+SPACES = {"pixel": start_pixels, "ld3m": start_latents, "glad": start_generator}

@@ -16,8 +16,8 @@ from ld3m.evaluation.controls import CONTROLS
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
-from ld3m.method.objectives import DISTANCES, ClassMatching, TrajectoryMatching, class_chunk_size
-from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
+from ld3m.method.objectives import OBJECTIVES
+from ld3m.method.spaces import SPACES
 from ld3m.models.diffusion_prior import (
     IncompatiblePrior,
     Prior,
@@ -36,6 +36,8 @@ from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
+
+PRIORS = {"ld3m": "prior", "glad": "gan"}  # the attribute of `Experiment` that a space renders with
 
 
 @dataclass(frozen=True)
@@ -110,53 +112,38 @@ class Experiment:
 
     def synthetic(self, space: str, ipc: int, **changes: Any) -> Synthetic:
         """The synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say)."""
-        pixels, labels = self.initial(ipc)
-        shared = dict(normalization=self.dataset.normalization, seed=self.seed)
-        given = getattr(self.params.spaces, space).model_dump() | changes
-        if space == "pixel":
-            return start_pixels(pixels, labels, **shared, **given)
-        shared["threads"] = self.params.threads
-        if space == "glad":
-            return start_glad(labels, gan=self.gan, **shared, **given)
-        del given["prior"], given["precision"]  # of `self.prior`
-        if given.pop("normalization") == "shifted":
-            shared["normalization"] = shifted(self.dataset.normalization)
-        return start_ld3m(pixels, labels, prior=self.prior, **shared, **given)
-
-    def objective(self, name: str) -> Objective:
-        given = getattr(self.params.objectives, name)
-        new_network = self.new_network(self.params.distill.network)
-        shared = dict(strategy=self.params.data.augmentation, seed=derive(self.seed, name))
-        if name in DISTANCES:
-            together = class_chunk_size(name, real_batch=given.real_batch, size_px=self.params.data.size_px)
-            return ClassMatching(
-                distance=DISTANCES[name],
-                split=self.dataset.train,
-                normalization=self.dataset.normalization,
-                new_network=new_network,
-                real_batch=given.real_batch,
-                threads=self.params.threads,
-                class_chunk_size=together,
-                **shared,
-            )
-        return TrajectoryMatching(
-            experts=self.experts(),
-            network=new_network(seed=0),
-            student_lr=torch.tensor(given.student_lr, device=self.params.on_device, requires_grad=True),
-            student_steps=given.student_steps,
-            student_batch=given.student_batch,
-            expert_epochs=given.expert_epochs,
-            max_start_epoch=given.max_start_epoch,
-            first_order=given.first_order,
-            **shared,
+        x, labels = self.initial(ipc)
+        return SPACES[space](
+            x,
+            labels,
+            normalization=self.dataset.normalization,
+            prior=self.prior_of(space),
+            seed=self.seed,
+            threads=self.params.threads,
+            **getattr(self.params.spaces, space).model_copy(update=changes).options(),
         )
 
-    def experts(self) -> Experts:
-        given = self.params.objectives.mtt
+    def prior_of(self, space: str) -> Prior | Generator | None:
+        """What a space renders with."""
+        return getattr(self, PRIORS[space]) if space in PRIORS else None
+
+    def objective(self, name: str) -> Objective:
+        return OBJECTIVES[name](
+            self.dataset.train,
+            normalization=self.dataset.normalization,
+            new_network=self.new_network(self.params.distill.network),
+            experts=self.experts,
+            strategy=self.params.data.augmentation,
+            threads=self.params.threads,
+            seed=derive(self.seed, name),
+            **getattr(self.params.objectives, name).options(),
+        )
+
+    def experts(self, *, last_epoch: int) -> Experts:
         return open_experts(
             paths.trajectories_folder(self.params.dataset),
             count=self.params.trajectories.experts,
-            last_epoch=given.max_start_epoch - 1 + given.expert_epochs,
+            last_epoch=last_epoch,
             parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
         )
 
@@ -297,7 +284,7 @@ class Experiment:
     def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
         """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
         params, architecture = self.params, self.params.distill.network
-        prior = {"ld3m": "prior", "glad": "gan"}.get(space)
+        prior = self.prior_of(space)
         return {
             "objective": objective,
             "space": space,
@@ -318,5 +305,5 @@ class Experiment:
             "trajectories": params.trajectories.model_dump() if objective == "mtt" else None,
             "space_parameters": getattr(params.spaces, space).model_dump(),
             "data_sha256": self.dataset.fingerprint,
-            "prior_sha256": getattr(self, prior).fingerprint() if prior else None,
+            "prior_sha256": prior.fingerprint() if prior else None,
         }

@@ -60,6 +60,10 @@ Strategy = Annotated[str, AfterValidator(_strategy)]
 class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def options(self) -> dict[str, Any]:
+        """The options of the space or the objective that this is the block of."""
+        return self.model_dump()
+
 
 class NormalizationParams(Model):
     mean: tuple[float, ...]
@@ -211,7 +215,6 @@ class LD3MParams(Model):
     skip: Literal["x0", "mean", "none"]
     steps: Steps
     guidance: float
-    eta: Annotated[float, Field(ge=0, le=1)]
     clamp: Literal["none", "hard", "soft"]
     noise: Literal["stored", "redrawn"]
     encoder_input: Literal["pixels", "images"]
@@ -219,6 +222,11 @@ class LD3MParams(Model):
     precision: Precision
     render_batch: Count
     uncheckpointed_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
+
+    def options(self) -> dict[str, Any]:
+        """Those of `start_latents`: the others are of the prior."""
+        given = self.model_dump(exclude={"prior", "precision", "normalization"})
+        return given | {"shifted_normalization": self.normalization == "shifted"}
 
 
 class Spaces(Model):

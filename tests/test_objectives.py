@@ -1,5 +1,6 @@
 """DC, DM and MTT against plain computations of the formulas, plain autograd and finite differences, in float64."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +11,12 @@ from torch.func import functional_call, grad
 
 from ld3m.data.augment import augment, draw
 from ld3m.data.dataset import Split
-from ld3m.method import objectives as matching
-from ld3m.method.objectives import (
-    DISTANCES,
-    ClassMatching,
-    TrajectoryMatching,
-    class_chunk_size,
-    feature_distance,
-    gradient_distance,
-    match_trajectory,
-)
+from ld3m.method import objectives
+from ld3m.method.objectives import OBJECTIVES, feature_distance, gradient_distance, match_trajectory
 from ld3m.models.networks import build, flat_parameters, unflatten
 
 DSA = "color_crop_cutout_flip_scale_rotate"
+DISTANCES = {"dc": gradient_distance, "dm": feature_distance}
 
 
 def new_network(*, seed):
@@ -80,7 +74,7 @@ def test_real_images_go_through_the_network_a_few_at_once(network, randn, monkey
     real, synthetic = randn(5, 1, SIZE_PX, SIZE_PX), randn(1, 1, SIZE_PX, SIZE_PX)
     labels = torch.tensor([0, 0, 1, 2, 0])
     together = DISTANCES[name](network, real, labels, synthetic, labels[:1]).item()
-    monkeypatch.setattr(matching, "AT_ONCE_PX", count * SIZE_PX**2)
+    monkeypatch.setattr(objectives, "AT_ONCE_PX", count * SIZE_PX**2)
     batches = []
     network.body.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
     assert DISTANCES[name](network, real, labels, synthetic, labels[:1]).item() == pytest.approx(together, rel=1e-10)
@@ -104,32 +98,36 @@ def test_gradient_of_the_distance_equals_finite_differences(network, randn, name
     assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-5)
 
 
-def class_matching(split, distance=feature_distance, **changes):
-    settings = {
-        "distance": distance,
-        "split": split,
-        "normalization": NORMALIZATION,
-        "new_network": new_network,
-        "real_batch": 4,
-        "threads": 2,
-        "strategy": DSA,
-        "seed": 0,
-    }
-    return ClassMatching(**settings | changes)
+def class_matching(split, name="dm", *, distance=None, chunk=None, **options):
+    shared = dict(normalization=NORMALIZATION, new_network=new_network, experts=None, threads=2, strategy=DSA, seed=0)
+    objective = OBJECTIVES[name](split, **shared | {"real_batch": 4} | options)
+    objective = replace(objective, most_classes=chunk or 1)
+    return replace(objective, distance=distance) if distance else objective
+
+
+def test_threads_are_started_once_and_not_in_every_step(dataset, randn):
+    seen = set()
+
+    def spy(network, real, real_labels, synthetic, labels):
+        seen.add(threading.current_thread())
+        return synthetic.sum()
+
+    objective = class_matching(dataset.train, distance=spy, threads=1)
+    for step in range(3):
+        objective(randn(3, 1, SIZE_PX, SIZE_PX), torch.tensor([0, 1, 2]), step=step)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
 def test_the_number_of_threads_changes_no_bit(dataset, randn, name):
     images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1])
-    one, three = (
-        class_matching(dataset.train, DISTANCES[name], threads=threads)(images, labels, step=5) for threads in (1, 3)
-    )
+    one, three = (class_matching(dataset.train, name, threads=threads)(images, labels, step=5) for threads in (1, 3))
     assert one[0] == three[0] and torch.equal(one[1], three[1])
 
 
 def test_classes_in_one_pass_are_those_one_by_one(dataset, randn):
     images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1])
-    single, joint = (class_matching(dataset.train, class_chunk_size=count)(images, labels, step=5) for count in (1, 2))
+    single, joint = (class_matching(dataset.train, chunk=count)(images, labels, step=5) for count in (1, 2))
     assert joint[0] == pytest.approx(single[0], rel=1e-12)
     assert relative_difference(joint[1], single[1]) < 1e-12
 
@@ -139,12 +137,14 @@ def test_classes_in_one_pass_are_those_one_by_one(dataset, randn):
     [("dm", 64, 32, 5), ("dm", 256, 32, 4), ("dm", 64, 256, 1), ("dc", 64, 32, 1)],
 )
 def test_classes_at_once(name, real_batch, size_px, count):
-    assert class_chunk_size(name, real_batch=real_batch, size_px=size_px) == count
+    split = Split(torch.zeros(1, 1, size_px, size_px, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
+    shared = dict(normalization=NORMALIZATION, new_network=new_network, experts=None, threads=2, strategy=DSA, seed=0)
+    assert OBJECTIVES[name](split, real_batch=real_batch, **shared).class_chunk_size == count
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
 def test_class_matching_is_the_sum_over_classes(dataset, randn, name):
-    objective = class_matching(dataset.train, DISTANCES[name])
+    objective = class_matching(dataset.train, name)
     labels = torch.tensor([2, 0, 0, 1, 2, 1])
     images = randn(6, 1, SIZE_PX, SIZE_PX)
     loss, gradient = objective(images, labels, step=5)
@@ -161,7 +161,7 @@ def test_class_matching_is_the_sum_over_classes(dataset, randn, name):
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
 def test_class_matching_gradient_equals_finite_differences(dataset, randn, name):
-    objective = class_matching(dataset.train, DISTANCES[name])
+    objective = class_matching(dataset.train, name)
     labels, images, direction = torch.tensor([0, 1, 2]), randn(3, 1, SIZE_PX, SIZE_PX), randn(3, 1, SIZE_PX, SIZE_PX)
 
     def loss(images):
@@ -196,7 +196,7 @@ def test_what_the_distance_is_given(dataset, randn):
 
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     images = randn(6, 1, SIZE_PX, SIZE_PX)
-    objective = class_matching(dataset.train, spy, strategy="none", threads=1)
+    objective = class_matching(dataset.train, distance=spy, strategy="none", threads=1)
     for step in (0, 1):
         objective(images, labels, step=step)
     known = {image.numpy().tobytes(): k for k, image in enumerate(dataset.train.uint8)}
@@ -231,7 +231,7 @@ def test_real_and_synthetic_images_share_one_augmentation(randn):
         augmented.append(synthetic.detach().clone())
         return synthetic.sum()
 
-    objective = class_matching(split, spy, real_batch=3)
+    objective = class_matching(split, distance=spy, real_batch=3)
     for step in range(15):
         objective(images, labels, step=step)
     changed = [not torch.allclose(after[0], images[k % CLASSES]) for k, after in enumerate(augmented)]
@@ -337,19 +337,24 @@ class FakeExperts:
 
 
 def trajectory_matching(network, **changes):
-    settings = {
-        "experts": FakeExperts(network),
-        "network": network,
-        "student_lr": torch.tensor(0.05, requires_grad=True),
+    experts, asked = FakeExperts(network), []
+    options = {
+        "normalization": NORMALIZATION,
+        "new_network": lambda seed: network,
+        "experts": lambda last_epoch: asked.append(last_epoch) or experts,
+        "strategy": DSA,
+        "threads": 1,
+        "seed": 0,
         "student_steps": 2,
+        "student_batch": 4,
         "expert_epochs": 2,
         "max_start_epoch": 3,
-        "student_batch": 4,
-        "strategy": DSA,
+        "student_lr": 0.05,
         "first_order": False,
-        "seed": 0,
     }
-    return TrajectoryMatching(**settings | changes)
+    objective = OBJECTIVES["mtt"](None, **options | changes)
+    assert asked == [4]  # before the first step, and up to the last epoch that is read
+    return objective
 
 
 def test_trajectory_matching_reads_the_right_snapshots(network, randn, monkeypatch):
@@ -359,17 +364,17 @@ def test_trajectory_matching_reads_the_right_snapshots(network, randn, monkeypat
         calls.append((theta_start, theta_target, lr, plan, first_order))
         return 1.0, images, lr
 
-    monkeypatch.setattr(matching, "match_trajectory", spy)
+    monkeypatch.setattr(objectives, "match_trajectory", spy)
     objective = trajectory_matching(network)
     images, labels = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([0, 0, 1, 1, 2, 2])
     for step in range(60):
         objective(images, labels, step=step)
-    asked = objective.experts.asked
+    asked = objective.trajectories.asked
     assert {expert for expert, _, _ in asked} == {0, 1, 2} and {start for _, start, _ in asked} == {0, 1, 2}
     assert all(end == start + 2 for _, start, end in asked)
     for (expert, start, end), (theta_start, theta_target, lr, plan, first_order) in zip(asked, calls, strict=True):
-        assert torch.equal(theta_start, objective.experts.table[expert, start].double())
-        assert torch.equal(theta_target, objective.experts.table[expert, end].double())
+        assert torch.equal(theta_start, objective.trajectories.table[expert, start].double())
+        assert torch.equal(theta_target, objective.trajectories.table[expert, end].double())
         assert lr.item() == pytest.approx(0.05) and not lr.requires_grad and first_order is False
         assert [len(set(index.tolist())) for index, _ in plan] == [4, 4]  # distinct images
     assert {k for *_, plan, _ in calls for index, _ in plan for k in index.tolist()} == set(range(6))
@@ -379,7 +384,9 @@ def test_trajectory_matching_reads_the_right_snapshots(network, randn, monkeypat
 @pytest.mark.parametrize(("student_batch", "used"), [(None, 6), (100, 6), (1, 1)])
 def test_images_of_a_student_step(network, randn, monkeypatch, student_batch, used):
     plans = []
-    monkeypatch.setattr(matching, "match_trajectory", lambda *args, plan, **options: plans.append(plan) or (1, 1, None))
+    monkeypatch.setattr(
+        objectives, "match_trajectory", lambda *args, plan, **options: plans.append(plan) or (1, 1, None)
+    )
     objective = trajectory_matching(network, student_batch=student_batch)
     objective(randn(6, 1, SIZE_PX, SIZE_PX), torch.zeros(6, dtype=torch.long), step=0)
     assert [len(set(index.tolist())) for index, _ in plans[0]] == [used, used]
@@ -394,7 +401,7 @@ def test_trajectory_matching_sets_the_gradient_of_the_rate_and_can_be_repeated(n
         return loss, gradient, objective.learnables["student_lr"].grad.clone()
 
     loss, gradient, grad_lr = call(3)
-    assert list(objective.learnables) == ["student_lr"] and objective.student_lr.grad.shape == ()
+    assert list(objective.learnables) == ["student_lr"] and objective.learnables["student_lr"].grad.shape == ()
     state = torch.random.get_rng_state()
     other, _, _ = call(4)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -404,7 +411,7 @@ def test_trajectory_matching_sets_the_gradient_of_the_rate_and_can_be_repeated(n
 
     def at(lr):
         with torch.no_grad():
-            objective.student_lr.fill_(lr)
+            objective.learnables["student_lr"].fill_(lr)
         return call(3)[0]
 
     slope = (at(0.0505) - at(0.0495)) / 0.001

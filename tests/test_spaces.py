@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_difference, start_ld3m
 
 from benchmarks.memory import LiveBytes
 from ld3m.data.dataset import Normalization
-from ld3m.method import sampler
-from ld3m.method import spaces as synthetic
+from ld3m.method import sampler, spaces
+from ld3m.method.released import shifted_normalization
 from ld3m.method.sampler import noised, reverse, sample
-from ld3m.method.spaces import shifted, start_glad, start_ld3m, start_pixels
+from ld3m.method.spaces import start_generator, start_pixels
 from ld3m.models.gan import build_generator
 from ld3m.runtime.seeds import generator
 
@@ -27,20 +27,7 @@ def pixels():
 
 
 def codes(prior, pixels, labels=LABELS, **changes):
-    settings = {
-        "start": "real",
-        "learn": "auto",
-        "steps": 3,
-        "guidance": 3.0,
-        "skip": "x0",
-        "eta": 0.0,
-        "clamp": "none",
-        "noise": "stored",
-        "encoder_input": "pixels",
-        "render_batch": len(labels),
-        "seed": 0,
-    }
-    return start_ld3m(pixels, labels, prior=prior, normalization=NORMALIZATION, **settings | changes)
+    return start_ld3m(pixels, labels, prior, **changes)
 
 
 def images_and_gradients(made, weight):
@@ -51,19 +38,17 @@ def images_and_gradients(made, weight):
     return images.detach(), {name: tensor.grad.clone() for name, tensor in made.learnables.items()}
 
 
-def plain_chain(chain, kept, on_state, z_t, *arguments):
-    for step in chain:
-        z_t = step(z_t, *arguments)
-    return z_t
-
-
 def without_checkpoints(monkeypatch):
-    monkeypatch.setattr(synthetic, "recomputed", lambda function, x: function(x))
-    monkeypatch.setattr(sampler._Chain, "apply", plain_chain)
+    for module in (sampler, spaces):
+        monkeypatch.setattr(module, "recomputed", lambda function, *inputs, keep_graph=False: function(*inputs))
+
+
+def pixel_space(pixels, **options):
+    return start_pixels(pixels, LABELS, normalization=NORMALIZATION, prior=None, threads=1, **options)
 
 
 def test_pixels_from_real_images(pixels):
-    made = start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="real", seed=0)
+    made = pixel_space(pixels, start="real", seed=0)
     images = made.render()
     torch.testing.assert_close(images.detach(), ((pixels + 1) / 2 - 0.4) / 0.3)
     assert list(made.learnables) == list(made.tensors()) == ["images"] and torch.equal(made.labels, LABELS)
@@ -74,7 +59,7 @@ def test_pixels_from_real_images(pixels):
 
 def test_pixels_from_noise(pixels):
     def start(pixels, seed):
-        return start_pixels(pixels, LABELS, normalization=NORMALIZATION, start="noise", seed=seed).render()
+        return pixel_space(pixels, start="noise", seed=seed).render()
 
     noise = start(pixels, 0)
     assert noise.shape == pixels.shape and noise.requires_grad and noise.is_leaf
@@ -103,7 +88,7 @@ def test_what_is_learned_can_be_chosen_and_does_not_change_the_first_images(prio
 def test_start_from_real_images(prior, pixels):
     made = codes(prior, pixels, skip="mean", render_batch=4)
     torch.testing.assert_close(made.fixed["z"], prior.encode(pixels), rtol=0, atol=1e-12)
-    z_T = noised(prior, made.fixed["z"], made.fixed["eps"][:, 0], steps=3)
+    z_T = noised(prior, made.fixed["z"], made.fixed["eps"], steps=3)
     torch.testing.assert_close(made.learnables["z_T"].detach(), z_T, rtol=0, atol=1e-12)
     assert torch.equal(made.learnables["c"].detach(), prior.embed(LABELS))
 
@@ -115,7 +100,7 @@ def test_start_from_noise(prior, pixels):
     assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
     assert torch.equal(codes(prior, -pixels, start="noise").learnables["z"], z)
     assert not torch.equal(codes(prior, pixels, start="noise", seed=1).learnables["z"], z)
-    assert not torch.equal(made.fixed["eps"][:, 0], z)
+    assert not torch.equal(made.fixed["eps"], z)
 
 
 def test_learning_the_conditioning_leaves_the_prior_alone(prior, pixels):
@@ -125,28 +110,24 @@ def test_learning_the_conditioning_leaves_the_prior_alone(prior, pixels):
     assert torch.equal(prior.embedding.weight, before)
 
 
-@pytest.mark.parametrize(("eta", "count"), [(0.0, 1), (0.5, 4)])
-def test_noise_is_one_stream_an_image(prior, pixels, eta, count):
-    eps = codes(prior, pixels, eta=eta).fixed["eps"]
-    assert eps.shape == (len(LABELS), count, *prior.latent_shape(SIZE_PX))  # for z_T, and for every noisy step
-    assert len({tuple(row.tolist()) for row in eps.flatten(0, 1).flatten(1)}) == len(LABELS) * count
-    fewer = codes(prior, pixels[:4], LABELS[:4], eta=eta)
-    assert torch.equal(fewer.fixed["eps"], eps[:4])
-    assert not torch.equal(codes(prior, pixels, eta=eta, seed=1).fixed["eps"], eps)
+def test_noise_is_one_stream_an_image(prior, pixels):
+    eps = codes(prior, pixels).fixed["eps"]
+    assert eps.shape == (len(LABELS), *prior.latent_shape(SIZE_PX))
+    assert len({tuple(row.tolist()) for row in eps.flatten(1)}) == len(LABELS)
+    assert torch.equal(codes(prior, pixels[:4], LABELS[:4]).fixed["eps"], eps[:4])
+    assert not torch.equal(codes(prior, pixels, seed=1).fixed["eps"], eps)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("skip", ["x0", "mean", "none"])
-def test_images_and_gradient_equal_plain_autograd(prior, pixels, randn, monkeypatch, skip, eta):
-    made = codes(prior, pixels, skip=skip, eta=eta)
+def test_images_and_gradient_equal_plain_autograd(prior, pixels, randn, monkeypatch, skip):
+    made = codes(prior, pixels, skip=skip)
     weight = randn(*pixels.shape)
     images, gradients = images_and_gradients(made, weight)
     without_checkpoints(monkeypatch)
     c, eps = made.learnables["c"], made.fixed["eps"]
     z = made.tensors()["z"]
-    z_T = made.learnables["z_T"] if "z_T" in made.learnables else noised(prior, z, eps[:, 0], steps=3)
-    step_noise = [eps[:, 1 + k] for k in range(3)] if eta else None
-    z_0 = reverse(prior, z_T, c, z=z, steps=3, guidance=3.0, skip=skip, eta=eta, eps=step_noise)
+    z_T = made.learnables["z_T"] if "z_T" in made.learnables else noised(prior, z, eps, steps=3)
+    z_0 = reverse(prior, z_T, c, z=z, steps=3, guidance=3.0, skip=skip)
     plain = ((prior.decode(z_0) + 1) / 2 - 0.4) / 0.3
     assert relative_difference(images, plain.detach()) < 1e-12
     expected = torch.autograd.grad((plain * weight).sum(), list(made.learnables.values()))
@@ -157,7 +138,7 @@ def test_images_and_gradient_equal_plain_autograd(prior, pixels, randn, monkeypa
 
 @pytest.mark.parametrize("skip", ["x0", "mean"])
 def test_render_batch_changes_nothing(prior, pixels, randn, skip):
-    made = codes(prior, pixels, skip=skip, eta=0.3)
+    made = codes(prior, pixels, skip=skip)
     weight = randn(*pixels.shape)
     images, gradients = images_and_gradients(made, weight)
     for render_batch in (1, 4, 100):  # 4 leaves a smaller last part
@@ -169,7 +150,7 @@ def test_render_batch_changes_nothing(prior, pixels, randn, skip):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kept_steps_change_no_bit(prior, pixels, randn, threads):
-    made = codes(prior, pixels, eta=0.3, render_batch=4, threads=threads)
+    made = codes(prior, pixels, render_batch=4, threads=threads)
     weight = randn(*pixels.shape)
     images, gradients = images_and_gradients(made, weight)
     kept_images, kept_gradients = images_and_gradients(replace(made, uncheckpointed_steps=2), weight)
@@ -205,13 +186,13 @@ def test_memory_of_the_networks_is_that_of_one_render_batch(prior, pixels, monke
         return meter.peak
 
     assert peak(6) < 1.3 * peak(1)
-    monkeypatch.setattr(synthetic, "recomputed", lambda function, x: function(x))
+    without_checkpoints(monkeypatch)
     assert peak(6) > 1.5 * peak(1)  # the meter sees what the decoder would save
 
 
 @pytest.mark.parametrize("skip", ["x0", "none"])
 def test_the_set_is_a_fixed_set_of_images(prior, pixels, randn, skip):
-    made = codes(prior, pixels, skip=skip, eta=0.5)
+    made = codes(prior, pixels, skip=skip)
     weight = randn(*pixels.shape)
     images, gradients = images_and_gradients(made, weight)
     torch.manual_seed(99)  # the global generator has no say
@@ -220,7 +201,7 @@ def test_the_set_is_a_fixed_set_of_images(prior, pixels, randn, skip):
     with torch.no_grad():
         assert torch.equal(made.render(), images)
     state = torch.random.get_rng_state()
-    codes(prior, pixels, eta=0.5).render()
+    codes(prior, pixels).render()
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -241,7 +222,7 @@ def test_the_path_starts_at_z_T_and_ends_at_the_rendered_images(prior, pixels, s
     assert path.shape == (4, 2, 1, SIZE_PX, SIZE_PX) and not path.requires_grad
     torch.testing.assert_close(path[-1], made.render().detach()[index])
     tensors = made.tensors()
-    z_T = tensors["z_T"] if skip == "mean" else noised(prior, tensors["z"], tensors["eps"][:, 0], steps=3)
+    z_T = tensors["z_T"] if skip == "mean" else noised(prior, tensors["z"], tensors["eps"], steps=3)
     torch.testing.assert_close(path[0], NORMALIZATION.normalize(prior.decode(z_T[index])).detach())
 
 
@@ -281,7 +262,11 @@ def test_redrawn_noise_measures_one_image_and_follows_another(prior, pixels, ran
     made, weight = codes(prior, pixels, noise="redrawn"), randn(*pixels.shape)
     made.render(step=7).backward(weight)
     gradient = made.learnables["z"].grad.clone()
-    draws = {place: made._redrawn(7, place) for place in ("loss", "gradient")}
+    shape = made.fixed["eps"].shape
+    draws = {
+        place: torch.randn(shape, generator=generator(0, "redrawn", place, 7)).double()
+        for place in ("loss", "gradient")
+    }
     for place, eps in draws.items():
         images, gradients = images_and_gradients(replace(made, noise="stored", fixed={"eps": eps}), weight)
         assert torch.equal(made.render(step=7).detach(), images) == (place == "loss")
@@ -296,8 +281,13 @@ def test_the_encoder_can_be_fed_what_the_released_code_feeds_it(prior, pixels):
 
 
 def test_shifted_normalization():
-    three = Normalization((0.485, 0.456, 0.406), (0.2, 0.3, 0.4))
-    assert shifted(three).mean == pytest.approx((0.4377, 0.4438, 0.4728)) and shifted(three).std == three.std
+    shifted = shifted_normalization(Normalization((0.485, 0.456, 0.406), (0.2, 0.3, 0.4)))
+    assert shifted.mean == pytest.approx((0.4377, 0.4438, 0.4728)) and shifted.std == (0.2, 0.3, 0.4)
+
+
+def test_the_space_is_rendered_with_the_shifted_normalization(prior, pixels):
+    shifted, plain = codes(prior, pixels, shifted_normalization=True).render(), codes(prior, pixels).render()
+    torch.testing.assert_close(shifted, plain - (0.4377 - 0.485) / 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +297,8 @@ def gan():
 
 
 def glad(gan, labels=LABELS, **changes):
-    settings = dict(layer=2, mean_w=False, render_batch=len(labels), seed=0)
-    return start_glad(labels, gan=gan, normalization=NORMALIZATION, **settings | changes)
+    options = dict(layer=2, mean_w=False, render_batch=len(labels), seed=0, threads=1)
+    return start_generator(None, labels, normalization=NORMALIZATION, prior=gan, **options | changes)
 
 
 @pytest.mark.parametrize("layer", range(6))
@@ -323,14 +313,14 @@ def test_glad_starts_from_generated_images_of_the_classes_whatever_the_layer(gan
 
 
 def test_glad_from_the_mean_code_of_the_class(gan, monkeypatch):
-    monkeypatch.setattr(synthetic, "MEAN_W_DRAWS", 3)
+    monkeypatch.setattr(spaces, "MEAN_W_DRAWS", 3)
     labels = torch.arange(CLASSES)
     w = glad(gan, labels, mean_w=True).learnables["w"].detach()
     for label in labels.tolist():
         noise = torch.randn(3, 6, generator=generator(0, "glad", label)).double()
         mean = gan.mapping(noise, torch.full((3,), label)).mean(0)
         torch.testing.assert_close(w[label], mean.expand(4, -1), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="spaces.glad.mean_w starts all images of a class alike"):
+    with pytest.raises(ValueError, match="mean_w=True: starts all images of a class alike"):
         glad(gan, LABELS, mean_w=True)
     assert torch.equal(glad(gan, labels, mean_w="auto").learnables["w"], w)
     assert torch.equal(glad(gan, mean_w="auto").learnables["w"], glad(gan).learnables["w"])
@@ -338,7 +328,7 @@ def test_glad_from_the_mean_code_of_the_class(gan, monkeypatch):
 
 @pytest.mark.parametrize("layer", [-1, 6])
 def test_glad_refuses_a_layer_that_is_not_there(gan, layer):
-    with pytest.raises(ValueError, match=f"spaces.glad.layer = {layer}: .* the layers 0 to 5"):
+    with pytest.raises(ValueError, match=f"layer={layer}: .* the layers 0 to 5"):
         glad(gan, layer=layer)
 
 
@@ -376,5 +366,5 @@ def test_memory_of_the_gan_is_that_of_one_render_batch(gan, monkeypatch):
         return meter.peak
 
     assert peak(6) < 1.6 * peak(1)
-    monkeypatch.setattr(synthetic, "checkpoint", lambda function, *args, **options: function(*args))
+    without_checkpoints(monkeypatch)
     assert peak(6) > 3 * peak(1)

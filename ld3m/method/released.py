@@ -1,0 +1,44 @@
+"""Reproduce defects of the code that the authors released, each a switch of the space `ld3m` for the ablations.
+
+Its other defects are switches elsewhere: pixels start from noise (`start`), MTT is first-order (`first_order`), the ViT
+has no norms, the best iteration is chosen on test images.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ld3m.data.dataset import Normalization
+from ld3m.runtime.seeds import generator
+
+REAL_MEAN, SYNTHETIC_MEAN = (0.485, 0.456, 0.406), (0.4377, 0.4438, 0.4728)
+
+
+def shifted_normalization(normalization: Normalization) -> Normalization:
+    """Shift the mean as the released code does, which subtracts another one from synthetic images than from real."""
+    shift = [synthetic - real for synthetic, real in zip(SYNTHETIC_MEAN, REAL_MEAN, strict=True)]
+    return replace(normalization, mean=tuple(m + s for m, s in zip(normalization.mean, shift, strict=False)))
+
+
+def encoder_range(x: Tensor, normalization: Normalization) -> Tensor:
+    """Feed the encoder, which was trained on [-1, 1], normalized images."""
+    return normalization.normalize(x)
+
+
+def hard_clamp(x: Tensor) -> Tensor:
+    """Clamp to [-1, 1]: saturated pixels have no gradient."""
+    return x.clamp(-1, 1)
+
+
+def redrawn_noise(render: Callable[[Tensor], Tensor], eps: Tensor, *, seed: int, step: int) -> Tensor:
+    """Render with one new draw of `eps`, and take the gradient of another: that of no loss."""
+    measured, followed = (
+        torch.randn(eps.shape, generator=generator(seed, "redrawn", place, step)).to(eps)
+        for place in ("loss", "gradient")
+    )
+    with torch.no_grad():
+        images = render(measured)
+    images_followed = render(followed)
+    return images + (images_followed - images_followed.detach())
