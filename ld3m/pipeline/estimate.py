@@ -98,7 +98,7 @@ class StandIns(Experiment):
         given = self.params.gan_arguments()
         return build_generator(classes=len(self.dataset.train.classes), **given).to(self.params.on_device)
 
-    def experts(self) -> "RandomExperts":
+    def experts(self, *, last_epoch: int) -> "RandomExperts":
         return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
 
 
