@@ -170,7 +170,7 @@ def test_a_store_without_its_files_is_noticed_before_anything_is_pulled(tmp_path
 
 
 def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_path):
-    with pytest.raises(FileNotFoundError, match="dvc pull -f data.dvc"):
+    with pytest.raises(FileNotFoundError, match="source='data/nowhere': no folder .*: place train.parquet"):
         check(load_params({"datasets.mnist5k.source": "data/nowhere"}))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     lines = check(load_params())
@@ -196,5 +196,5 @@ def test_missing_data_and_a_missing_prior_say_how_to_get_them(monkeypatch, tmp_p
     ],
 )
 def test_more_images_a_class_than_there_are_is_known_before_any_work(changes, key):
-    with pytest.raises(ValueError, match=rf"{key} in params.yaml: ipc is 400, but class .* images: choose ipc in 1"):
+    with pytest.raises(ValueError, match=rf"{key} in params.yaml: ipc=400: class .* images, ipc must be in 1"):
         check(load_params(changes))

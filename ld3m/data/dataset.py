@@ -1,4 +1,4 @@
-"""Image datasets as tensors, the one Normalization, and the choice of real images."""
+"""Image datasets as tensors, their normalization, and the choice of real images."""
 
 import difflib
 import hashlib
@@ -8,58 +8,69 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ld3m.data import decoded, sources, subsets
+from ld3m.data import images, subsets
 from ld3m.runtime import seeds
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per-channel mean and std on [0, 1]; the only conversion between pixels ([-1, 1]) and images."""
+    """Converts between `x`, in [-1, 1], and normalized images; nothing else does.
+
+    Parameters
+    ----------
+    mean, std : tuple of float
+        One number a channel, of images in [0, 1]. ValueError unless each std is positive.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
-            raise ValueError(
-                f"normalization needs one mean and one positive std a channel, got mean {self.mean} and "
-                f"std {self.std}: change datasets.<name>.normalization in params.yaml"
-            )
+            raise ValueError(f"mean={self.mean}, std={self.std}: give one mean and one positive std a channel")
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim < 3 or x.shape[-3] != len(self.mean):
-            raise ValueError(f"normalization has {len(self.mean)} channels, the tensor is {tuple(x.shape)}")
-        return x.new_tensor(self.mean)[:, None, None], x.new_tensor(self.std)[:, None, None]  # (C,1,1)
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.ndim < 3 or images.shape[-3] != len(self.mean):
+            raise ValueError(f"normalization has {len(self.mean)} channels, the images are {tuple(images.shape)}")
+        return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]  # (C,1,1)
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Images (..., C, H, W) of pixels in [-1, 1] of the same shape."""
-        mean, std = self._statistics(pixels)
-        return ((pixels + 1) / 2 - mean) / std
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalizes images (..., C, H, W) in [-1, 1]."""
+        mean, std = self._statistics(x)
+        return ((x + 1) / 2 - mean) / std
 
     def normalize_uint8(self, uint8: Tensor) -> Tensor:
-        """Images, float32, of stored ones (..., C, H, W): those that `normalize` makes of their pixels, up to rounding,
-        in a third of the time."""
-        images = uint8.float()
-        mean, std = self._statistics(images)
-        return images.sub_(255 * mean).div_(255 * std)
+        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, in a third of the
+        time."""
+        normalized = uint8.float()
+        mean, std = self._statistics(normalized)
+        return normalized.sub_(255 * mean).div_(255 * std)
 
-    def denormalize(self, images: Tensor) -> Tensor:
-        """Pixels (..., C, H, W) of images of the same shape; the inverse of `normalize`, not clamped."""
-        mean, std = self._statistics(images)
-        return (images * std + mean) * 2 - 1
+    def denormalize(self, normalized: Tensor) -> Tensor:
+        """Inverts `normalize`; does not clamp."""
+        mean, std = self._statistics(normalized)
+        return (normalized * std + mean) * 2 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images: `stored` uint8 (M, C, H, W) in 0..255, of which those at `rows` (N,) are the split's, or all
-    (None); `labels` (N,) int64; and the name of each label.
+    """Holds labelled images.
 
-    Images may lie on any device; labels, rows and indices stay on the CPU, where choosing among them waits for nothing.
-    Where `stored` is mapped from a `file`, a pickled split holds its name instead: other processes share the pages.
+    Parameters
+    ----------
+    stored : Tensor
+        uint8 images (M, C, H, W) in 0..255, on any device.
+    labels : Tensor
+        int64 (N,), on the CPU, as are all indices into the split.
+    classes : tuple of str
+        The name of each label.
+    rows : Tensor, optional
+        (N,) which of the stored images are the split's; default: all.
+    file : Path, optional
+        The file from which `stored` is mapped. A pickled split then holds its name, so that processes share memory.
     """
 
     stored: Tensor
@@ -77,7 +88,7 @@ class Split:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.file is not None:
-            vars(self)["stored"] = decoded.open_images(self.file)
+            vars(self)["stored"] = images.open_images(self.file)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -86,31 +97,32 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """The device of the images."""
         return self.stored.device
 
     @property
     def uint8(self) -> Tensor:
-        """All images (N, C, H, W), copied where they are a choice of those stored."""
+        """All images (N, C, H, W); a copy if the split has `rows`."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
+    def _at(self, index: Tensor) -> Tensor:
+        return self.stored[index if self.rows is None else self.rows[index]]
+
     def chunks(self, count: int) -> Iterator[Tensor]:
-        """All images in order, uint8 (n, C, H, W) on the CPU, at most `count` at once."""
+        """Yields all images in order, uint8 (n, C, H, W) on the CPU, at most `count` at once."""
         for index in torch.arange(len(self)).split(count):
-            yield self.stored[index if self.rows is None else self.rows[index]].cpu()
+            yield self._at(index).cpu()
 
     def x(self, index: Tensor | None = None) -> Tensor:
-        """Float32 pixels (n, C, H, W) in [-1, 1] of the images at `index` (n,), or of all, where the images are."""
-        if index is None:
-            return self.uint8.float() / 127.5 - 1
-        return self.stored[index if self.rows is None else self.rows[index]].float() / 127.5 - 1
+        """Returns float32 images (n, C, H, W) in [-1, 1]: those at `index` (n,), default all, on the split's device."""
+        return (self.uint8 if index is None else self._at(index)).float() / 127.5 - 1
 
     def normalized(self, normalization: Normalization, index: Tensor) -> Tensor:
-        """Float32 images (n, C, H, W) of those at `index` (n,), where they are."""
-        return normalization.normalize_uint8(self.stored[index if self.rows is None else self.rows[index]])
+        """Returns the normalized float32 images (n, C, H, W) at `index` (n,), on the split's device."""
+        return normalization.normalize_uint8(self._at(index))
 
     def to(self, device: torch.device | str) -> "Split":
-        """The same split with its images on a device: this one, where they are there already."""
+        """Returns the split with its images on a device; itself if `device` is equal to its device."""
         if self.device == torch.device(device):
             return self
         return replace(self, stored=self.uint8.to(device), rows=None, file=None)
@@ -120,9 +132,9 @@ class Split:
         return tuple(torch.nonzero(self.labels == label).flatten() for label in range(len(self.classes)))
 
     def of_class(self, label: int) -> Tensor:
-        """Ascending indices (n,) of the images of one class."""
+        """Returns the ascending indices (n,) of the images of one class."""
         if not 0 <= label < len(self.classes):
-            raise ValueError(f"label is {label}, allowed are 0..{len(self.classes) - 1}")
+            raise ValueError(f"label={label}: must be in 0..{len(self.classes) - 1}")
         return self._members[label]
 
 
@@ -137,12 +149,12 @@ class Dataset:
     normalization: Normalization
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same dataset with its images on a device."""
+        """Returns the dataset with its images on a device."""
         return replace(self, **{part: getattr(self, part).to(device) for part in ("train", "validation", "test")})
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of every array, label and class name of the three splits, in order."""
+        """SHA-256 (hex) of every image, label and class name of the three splits, in order."""
         digest = hashlib.sha256(repr(self.train.classes).encode())
         for split in (self.train, self.validation, self.test):
             digest.update(repr((len(split), *split.shape)).encode())
@@ -153,7 +165,7 @@ class Dataset:
 
 
 def measure_normalization(split: Split) -> Normalization:
-    """Per-channel mean and population std on [0, 1], in float64 from the exact counts of the 256 values."""
+    """Measures the mean and population std of each channel on [0, 1], exactly, from the counts of the 256 values."""
     counts = torch.zeros(split.shape[0], 256, dtype=torch.int64)  # (C,256)
     for chunk in split.chunks(256):
         for channel in range(len(counts)):
@@ -166,26 +178,37 @@ def measure_normalization(split: Split) -> Normalization:
 
 
 def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
-    """Indices (classes * ipc,) of the distinct real images that every run and control starts from.
+    """Draws the distinct real images from which a run and its controls start.
 
-    Classes are contiguous. The choice for a smaller `ipc` begins, class by class, that for a larger one.
+    Parameters
+    ----------
+    ipc : int
+        Images per class. The choice for a smaller `ipc` begins, class by class, that for a larger one.
+
+    Returns
+    -------
+    Tensor
+        Indices (classes * ipc,), class by class.
+
+    Raises
+    ------
+    ValueError
+        If a class has fewer than `ipc` images.
     """
     chosen = []
     for label, name in enumerate(split.classes):
         members = split.of_class(label)
         if not 1 <= ipc <= len(members):
-            raise ValueError(
-                f"ipc is {ipc}, but class {name!r} has {len(members)} images: choose ipc in 1..{len(members)}"
-            )
+            raise ValueError(f"ipc={ipc}: class {name!r} has {len(members)} images, ipc must be in 1..{len(members)}")
         order = torch.randperm(len(members), generator=seeds.generator(seed, "initial", label))
         chosen.append(members[order[:ipc]])
     return torch.cat(chosen)
 
 
 def class_batch(split: Split, label: int, *, count: int, generator: torch.Generator) -> Tensor:
-    """Indices (min(count, n),) of images of one class, drawn without replacement."""
+    """Draws indices (min(count, n),) of images of one class without replacement."""
     if count < 1:
-        raise ValueError(f"count is {count}: a batch needs at least one image")
+        raise ValueError(f"count={count}: must be at least 1")
     members = split.of_class(label)
     return members[torch.randperm(len(members), generator=generator)[:count]]
 
@@ -204,111 +227,113 @@ def load_dataset(
     seed: int = 0,
     device: str = "cpu",
 ) -> Dataset:
-    """Reads a dataset as uint8 images of `channels` (1 or 3) and `size_px` x `size_px` on `device`.
+    """Reads a dataset as uint8 images; decodes them once and then maps them from files (see `images`).
 
-    What is decoded is kept in files, which on the CPU are mapped, not read: see `decoded`.
+    Parameters
+    ----------
+    source : str or Path
+        A folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there or one folder
+        down, or of `<split>/<class>/<image files>`; else the id of a dataset on the Hugging Face hub.
+    name : str
+        Names the dataset in errors and results; nothing else depends on it.
+    size_px, channels : int
+        Images become squares of this side, with 1 (grey) or 3 (RGB) channels: see `images.to_square`.
+    splits : mapping
+        The source's split for train, validation and test. Validation may be a share of train, in (0, 1), drawn by
+        `seed` from each class.
+    image_column, label_column : str
+        The columns of parquet files and hub datasets.
+    classes : str or sequence, optional
+        The names or indices of the classes to keep, in this order, or the name of a subset of ImageNet-1k (`subsets`);
+        default: all.
+    normalization : Normalization, optional
+        Default: measured on train.
+    device : str
+        Where the images are; on the CPU they stay in their files.
 
-    `source` is a folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there or one
-    folder down, or of `<split>/<class>/<image files>`, or else a Hugging Face hub id. `splits` names the
-    source's split for train, validation and test; validation may be a fraction, taken by `seed` from each
-    class of train. `classes` keeps these names or indices, relabelled in this order, or those of a subset of
-    ImageNet-1k by its name (`subsets`). Without `normalization` train is measured. Images are made square by
-    `sources.to_square`.
-    Raises FileNotFoundError for missing data, ValueError for data or settings that cannot be used.
+    Raises
+    ------
+    FileNotFoundError
+        If data are missing; the message says what to place where.
+    ValueError
+        If data are broken, or an argument does not fit them.
     """
-    key = f"datasets.{name}"
+    where = f"dataset {name!r}"
     if channels not in (1, 3) or size_px < 1:
-        raise ValueError(f"{key}: channels is {channels} (allowed: 1, 3), size_px {size_px} (allowed: from 1)")
-    if normalization and len(normalization.mean) != channels:
         raise ValueError(
-            f"{key}.normalization has {len(normalization.mean)} channels, but {key}.channels is {channels}: "
-            f"change one of them in params.yaml"
+            f"{where}: channels={channels}, size_px={size_px}: channels must be 1 or 3, size_px at least 1"
         )
-    _check_splits(splits, key)
-    parts = ("train", "validation", "test")
-    stored = {part: splits[part] for part in parts if isinstance(splits[part], str)}
-    opened = {part: decoded.StoredSplit(str(source), split, key) for part, split in stored.items()}
+    if normalization and len(normalization.mean) != channels:
+        raise ValueError(f"{where}: normalization has {len(normalization.mean)} channels, channels={channels}")
+    _check_splits(splits, where)
+    stored = {part: splits[part] for part in ("train", "validation", "test") if isinstance(splits[part], str)}
+    names = {part: f"{where}, split {split!r}" for part, split in stored.items()}
     columns = {"image_column": image_column, "label_column": label_column}
-    names = {part: split.names(**columns) for part, split in opened.items()}
-    known = dict.fromkeys(class_name for each in names.values() for class_name in each)  # train's first
-    kept = _kept(list(known), classes, key)
-    for part, there in names.items():
-        _require(kept, set(there), stored[part], key)
-    opened = {part: split.of_classes(kept) for part, split in opened.items()}
-    labels = {part: split.labels(**columns) for part, split in opened.items()}
-    relabel = {class_name: label for label, class_name in enumerate(kept)}
-    chosen = {}
-    for part, (there, values) in labels.items():
-        new = np.array([relabel.get(class_name, -1) for class_name in there])[values]
-        _require(kept, {kept[label] for label in np.unique(new) if label >= 0}, stored[part], key)
-        rows = np.flatnonzero(new >= 0)
-        chosen[part] = rows, torch.from_numpy(new[rows])
+    sources = {
+        part: images.open_split(str(source), split, where=names[part], **columns) for part, split in stored.items()
+    }
+    known = dict.fromkeys(class_name for each in sources.values() for class_name in each.classes)  # train's first
+    kept = _kept(list(known), classes, where)
+    selections = {part: each.select(kept) for part, each in sources.items()}
+    for part, selection in selections.items():
+        if empty := sorted(set(range(len(kept))) - set(selection.labels.tolist())):
+            without = images.some([kept[label] for label in empty])
+            raise ValueError(f"{names[part]} has no images of class {without}: add them, or leave it out of classes")
     divided = {}
-    if "validation" not in chosen:
-        divided = _divide(chosen["train"][1], kept, float(splits["validation"]), name=name, seed=seed)
+    if "validation" not in selections:
+        labels = torch.from_numpy(selections["train"].labels)
+        divided = _divide(labels, kept, float(splits["validation"]), seed=seed, where=where)
     loaded = {}
-    for part, (rows, new) in chosen.items():
-        images, file, index = opened[part].images(
-            rows, count=len(labels[part][1]), image_column=image_column, size_px=size_px, channels=channels
-        )
-        loaded[part] = Split(images, new, tuple(kept), rows=index, file=file)
+    for part, selection in selections.items():
+        file_name = f"{Path(source).name}-{stored[part]}"
+        uint8, file = images.decoded(selection, name=file_name, size_px=size_px, channels=channels, where=names[part])
+        loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
     whole = loaded["train"]
-    for part, index in divided.items():
-        rows = index if whole.rows is None else whole.rows[index]
-        loaded[part] = replace(whole, labels=whole.labels[index], rows=rows)
-    measured = normalization or measure_normalization(loaded["train"])
-    return Dataset(name=name, normalization=measured, **loaded).to(device)
+    loaded |= {part: replace(whole, labels=whole.labels[rows], rows=rows) for part, rows in divided.items()}
+    return Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded).to(
+        device
+    )
 
 
-def _check_splits(splits: Mapping[str, str | float], key: str) -> None:
+def _check_splits(splits: Mapping[str, str | float], where: str) -> None:
     if set(splits) != {"train", "validation", "test"}:
-        raise ValueError(f"{key}.splits has the keys {sorted(splits)}: set train, validation and test")
+        raise ValueError(f"{where}: splits has the keys {sorted(splits)}: give train, validation and test")
     names = [split for split in splits.values() if isinstance(split, str)]
+    share = splits["validation"]
     if len(set(names)) != len(names) or not {splits["train"], splits["test"]} <= set(names):
-        raise ValueError(f"{key}.splits is {dict(splits)}: name three different splits, or a fraction as validation")
-    fraction = splits["validation"]
-    if fraction not in names and not 0 < fraction < 1:
-        raise ValueError(f"{key}.splits.validation is {fraction}: a fraction must be between 0 and 1")
+        raise ValueError(f"{where}: splits={dict(splits)}: name three different splits, or a share as validation")
+    if share not in names and not 0 < share < 1:
+        raise ValueError(f"{where}: splits.validation={share}: a share must be between 0 and 1")
 
 
-def _kept(names: list[str], classes: str | Sequence[str | int] | None, key: str) -> list[str]:
+def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: str) -> list[str]:
     if classes is None:
         return names
     if isinstance(classes, str):
-        classes = subsets.of_imagenet(classes, classes_there=names, key=f"{key}.classes")
+        classes = subsets.of_imagenet(classes, names, where=where)
     kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
     for item in kept:
         if item not in names:
             near = [known for known in names if item.lower() in known.lower()]
-            near = near or difflib.get_close_matches(item, names) or names
+            near = images.some(near or difflib.get_close_matches(item, names) or names)
             raise ValueError(
-                f"{key}.classes: there is no class {item!r}; indices are 0..{len(names) - 1}, near or allowed names "
-                f"are {sources.some(near)}"
+                f"{where}: classes has {item!r}: allowed are 0..{len(names) - 1} and class names, such as {near}"
             )
     if not kept or len(set(kept)) != len(kept):
-        raise ValueError(f"{key}.classes is {list(classes)}: name each class to keep once")
+        raise ValueError(f"{where}: classes={list(classes)}: name each class to keep once")
     return kept
 
 
-def _require(kept: list[str], there: set[str], split: str, key: str) -> None:
-    """Every class has images."""
-    if empty := [class_name for class_name in kept if class_name not in there]:
-        raise ValueError(
-            f"{key}: split {split!r} has no images of class {sources.some(empty)}: add them, or name the classes to "
-            f"keep in {key}.classes in params.yaml"
-        )
-
-
-def _divide(labels: Tensor, classes: list[str], fraction: float, *, name: str, seed: int) -> dict[str, Tensor]:
-    """Ascending indices of the training images and of the share of each class that is held for validation."""
+def _divide(labels: Tensor, classes: list[str], share: float, *, seed: int, where: str) -> dict[str, Tensor]:
+    """Draws the share of each class that is held for validation; ascending indices for each split."""
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label, class_name in enumerate(classes):
         members = torch.nonzero(labels == label).flatten()
-        count = round(fraction * len(members))
+        count = round(share * len(members))
         if not 0 < count < len(members):
             raise ValueError(
-                f"datasets.{name}.splits.validation is {fraction}, {count} of the {len(members)} training "
-                f"images of class {class_name!r}: change it so that both sides have some"
+                f"{where}: splits.validation={share} is {count} of the {len(members)} training images of class "
+                f"{class_name!r}: train and validation both need some"
             )
         order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", class_name))
         held[members[order[:count]]] = True

@@ -24,34 +24,29 @@ IMAGENET_CLASSES = 1000
 
 
 def check_name(name: str) -> str:
-    """The name of a subset as it is; ValueError for one that is not there."""
+    """Returns the name of a subset; ValueError if there is none of that name."""
     if name not in IMAGENET:
-        raise ValueError(
-            f"there is no subset {name!r} of ImageNet-1k; there are {', '.join(IMAGENET)}; class names go into a list: "
-            f"[{name}]"
-        )
+        known = ", ".join(IMAGENET)
+        raise ValueError(f"no subset of ImageNet-1k is named {name!r}; there are {known}; write a class as [{name}]")
     return name
 
 
-def of_imagenet(name: str, *, classes_there: Sequence[str], key: str) -> tuple[int, ...]:
-    """Class indices of a subset, for a source with the classes `classes_there`; `key` is the setting that errors name.
+def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> tuple[int, ...]:
+    """Returns the class indices of a subset for a source with the names `classes`; `where` is named in errors.
 
-    ValueError for an unknown name, and for a source that has not the 1000 classes of ImageNet-1k in their order: under
-    ImageNet's names of folders, sorted, as numbers, or from "tench" on, as the hub's are called.
+    ValueError for an unknown name, and unless the source has the 1000 classes of ImageNet-1k in their order: named as
+    ImageNet's folders are (n01440764, sorted), by numbers, or from "tench" on, as on the hub.
     """
     try:
         indices = IMAGENET[check_name(name)]
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    if len(classes_there) != IMAGENET_CLASSES or not _are_in_order(classes_there):
+        raise ValueError(f"{where}: classes={name!r}: {error}") from None
+    folders = all(re.fullmatch(r"n\d{8}", known) for known in classes)  # which readers sort
+    ordered = folders or classes[0].startswith("tench") or list(classes) == list(map(str, range(len(classes))))
+    if len(classes) != IMAGENET_CLASSES or not ordered:
         raise ValueError(
-            f"{key} is {name!r}, ten of the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, but the source "
-            f"has {len(classes_there)}, from {classes_there[0]!r} on: name their folders n01440764 and so on, as "
-            f"ImageNet does, or set {key} in params.yaml to null for all of them or to a list of names"
+            f"{where}: classes={name!r} needs the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, but the "
+            f"source has {len(classes)}, from {classes[0]!r} on: name their folders n01440764 ... as ImageNet does or "
+            f"give a list of class names"
         )
     return indices
-
-
-def _are_in_order(names: Sequence[str]) -> bool:
-    folders = all(re.fullmatch(r"n\d{8}", name) for name in names)  # which readers sort
-    return folders or names[0].startswith("tench") or list(names) == list(map(str, range(len(names))))

@@ -1,36 +1,32 @@
-"""Anybody's distilled set, read for judging: nothing in it is executed, resized, clamped or guessed.
+"""Reads distilled sets that were made elsewhere; executes, resizes, clamps and guesses nothing of them.
 
-- a folder with `distilled.safetensors`: our artefact
-- a folder with `images_best.pt` and `labels_best.pt` (MTT) or `images.pt` and `labels.pt` (DD-Ranking), or such a file
-  of images beside its file of labels: tensors (N, C, H, W) and (N,)
+- a folder with `distilled.safetensors`: an artefact of ours
+- `images_best.pt` with `labels_best.pt` (MTT), `images.pt` with `labels.pt` (DD-Ranking): tensors (N, C, H, W), (N,)
 - a `.pt` file of a dict whose `data` is [[images, labels], ...], one pair an experiment (DC, DSA, DM)
-- a folder with `train.parquet` or `train-*.parquet`, there or under `data/`: a Hugging Face dataset
-- a folder `<class>/<files>`, its folders named by class, by index, or by both ("003 truck")
+- a folder of `train.parquet` or `train-*.parquet`, there or one folder down: a Hugging Face dataset
+- a folder `<class>/<image files>`, its folders named by class, by index, or by both ("003 truck")
 
-Sets in ZCA space are no images and cannot be judged.
+Sets in ZCA space are no images and are refused.
 """
 
-import io
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
+from ld3m.data import images as files
 from ld3m.data.dataset import Dataset, Normalization
-from ld3m.data.sources import FORMATS, read_split
 from ld3m.evaluation.artefact import class_folder, read_artefact
 from ld3m.runtime.paths import ROOT
 
-Form = Literal["unit", "normalised"]
+Form = Literal["uint8", "unit", "signed", "normalized"]
+RANGES = {"uint8": (0, 255), "unit": (0, 1), "signed": (-1, 1), "normalized": (-torch.inf, torch.inf)}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # 8 bit a channel or fewer
-ROUNDING = 1e-3  # by which values in [0, 1] may leave it
-FAR = 0.5  # by which values leave [0, 1] that can hardly be an image's
 
 
 def read_set(
@@ -42,82 +38,114 @@ def read_set(
     std: Sequence[float] | None = None,
     experiment: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W), normalised as those of `dataset`, on their device, and labels (N,), ascending, on the CPU.
+    """Reads a distilled set for evaluation on a dataset.
 
-    `path` is relative to the repository root. A `.pt` file does not say what its values are, so `form` must:
-    "unit" for [0, 1], "normalised" for (unit - mean) / std with `mean` and `std`, one a channel. `experiment` picks the
-    pair of a DC file. FileNotFoundError for what is not there; ValueError, with the reason, for what does not fit
-    `dataset` or cannot be read safely.
+    Parameters
+    ----------
+    path : str or Path
+        The set, relative to the repository root.
+    form : str, optional
+        The values of a `.pt` file, which does not say it: "uint8" for [0, 255], "unit" for [0, 1], "signed" for
+        [-1, 1], or "normalized" for (unit - mean) / std.
+    mean, std : sequence of float, optional
+        Of the form "normalized": one number a channel.
+    experiment : int
+        The pair to take from a DC file.
+
+    Returns
+    -------
+    Tensor
+        Images (N, C, H, W), normalized as those of `dataset` and on their device.
+    Tensor
+        Labels (N,), ascending, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the set is missing.
+    ValueError
+        If the set does not fit `dataset` or cannot be read safely.
     """
     path = ROOT / Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give an image folder, a .pt file or the folder of a distilled set")
-    if files := _tensor_files(path):
-        tensors = _load_pair(*files, experiment=experiment)
-        _check_shapes(path, *tensors, dataset)
-        pixels, labels = _to_pixels(path, tensors[0], form, mean, std), tensors[1].long()
-    elif not path.is_dir():
-        raise ValueError(f"{path} is neither a folder nor a .pt file: see ld3m/evaluation/foreign.py")
-    elif (form, mean, std) != (None, None, None):
+    pair = _tensor_files(path)
+    if not pair and (form, mean, std) != (None, None, None):
         raise ValueError(f"form, mean and std are for .pt files, {path} says what its values are: leave them out")
+    if pair:
+        values, labels = _load_pair(*pair, experiment=experiment)
+        _check(path, values, labels, dataset)
+        x = _to_x(path, values, form, mean, std)
     elif (path / "distilled.safetensors").is_file():
-        pixels, labels = _read_artefact(path, dataset)
+        tensors, metadata = read_artefact(path)
+        label_of = _labels_of(path, metadata["classes"], dataset.train.classes)
+        labels = torch.tensor(label_of)[tensors["labels"].long()]
+        x = Normalization(**metadata["normalization"]).denormalize(tensors["images"])
+    elif path.is_dir():
+        x, labels = _read_images(path, dataset)
     else:
-        pixels, labels = _read_files(path, dataset)
-    _check_shapes(path, pixels, labels, dataset)
-    if (given := set(labels.tolist())) != set(range(len(dataset.train.classes))):
-        raise ValueError(
-            f"{path}: the labels are {sorted(given)[:20]}, but {dataset.name} has the classes "
-            f"0..{len(dataset.train.classes) - 1}, and each needs an image"
-        )
-    if not pixels.isfinite().all():
-        raise ValueError(f"{path}: the images have values that are not finite")
-    images = dataset.normalization.normalize(_channels(path, pixels, dataset.train.shape[0]))
+        raise ValueError(f"{path} is neither a folder nor a .pt file: see ld3m/evaluation/foreign.py")
+    _check(path, x, labels, dataset)
+    channels = dataset.train.shape[0]
+    if channels == 1 and not torch.equal(x, x[:, :1].expand_as(x)):
+        raise ValueError(f"{path}: the images are coloured, {dataset.name} is not: convert them first")
+    normalized = dataset.normalization.normalize(x[:, :1] if channels == 1 else x.expand(-1, 3, -1, -1))
     order = labels.argsort(stable=True)
-    return images[order].to(dataset.train.device), labels[order]
+    return normalized[order].to(dataset.train.device), labels[order].long()
 
 
-def _read_artefact(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    tensors, metadata = read_artefact(folder)
-    known = {name: label for label, name in enumerate(dataset.train.classes)}
-    if set(metadata["classes"]) != set(known):
-        raise ValueError(f"{folder} has the classes {metadata['classes']}, {dataset.name} has {list(known)}")
-    relabel = torch.tensor([known[name] for name in metadata["classes"]])
-    return Normalization(**metadata["normalization"]).denormalize(tensors["images"]), relabel[tensors["labels"].long()]
-
-
-# tensors
+def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
+    """Checks shapes and labels before anything is computed: a small file can claim a tensor that no memory holds."""
+    for name, tensor in {"images": images, "labels": labels}.items():
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.is_complex()
+        ):
+            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a dense tensor of real numbers")
+    size_px, classes, most = dataset.train.shape[-1], len(dataset.train.classes), len(dataset.train)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (size_px, size_px):
+        raise ValueError(
+            f"{path}: the images have the shape {tuple(images.shape)}, {dataset.name} needs (N, 1 or 3, {size_px}, "
+            f"{size_px}): resize them first"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: {len(images)} images need one class each, the labels are {tuple(labels.shape)}")
+    if not classes <= len(images) <= most:
+        raise ValueError(
+            f"{path} has {len(images)} images: allowed are {classes} (one a class) to {most} (real images)"
+        )
+    if set(labels.tolist()) != set(range(classes)):
+        raise ValueError(f"{path}: the labels are {files.some(labels.unique().tolist())}, not all of 0..{classes - 1}")
+    if not images.isfinite().all():
+        raise ValueError(f"{path}: the images have values that are not finite")
 
 
 def _tensor_files(path: Path) -> list[Path]:
     """[images, labels], [a DC file], or nothing where `path` holds no .pt files."""
     if path.is_dir():
-        found = [path / name for name in ("images_best.pt", "images.pt") if (path / name).is_file()]
-        if not found:
-            return []
-        path = found[0]
-    if path.suffix not in (".pt", ".pth"):
+        path = next((path / name for name in ("images_best.pt", "images.pt") if (path / name).is_file()), path)
+    if path.suffix not in (".pt", ".pth") or path.is_dir():
         return []
     labels = path.with_name(path.name.replace("images", "labels"))
-    if labels == path:
-        return [path]
     if not labels.is_file():
         raise FileNotFoundError(f"{labels} is missing: place the labels of {path.name} there")
-    return [path, labels]
+    return [path] if labels == path else [path, labels]
 
 
-def _load_pair(images_file: Path, labels_file: Path | None = None, *, experiment: int) -> tuple[Any, Any]:
+def _load_pair(images_file: Path, labels_file: Path | None = None, *, experiment: int) -> Sequence[Any]:
     loaded = _load(images_file)
     if labels_file is not None:
         return loaded, _load(labels_file)
     pairs = loaded.get("data") if isinstance(loaded, dict) else None
     if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise ValueError(
-            f"{images_file} has no 'data' of [images, labels] pairs; tensors are images*.pt with labels*.pt"
+            f"{images_file} has no 'data' of [images, labels] pairs; others are images*.pt with labels*.pt"
         )
     if not 0 <= experiment < len(pairs):
-        raise ValueError(f"{images_file} has {len(pairs)} experiments, experiment is {experiment}: count from 0")
-    return tuple(pairs[experiment])
+        raise ValueError(f"experiment={experiment}: {images_file} has {len(pairs)}, counted from 0")
+    return pairs[experiment]
 
 
 def _load(file: Path) -> Any:
@@ -135,159 +163,77 @@ def _load(file: Path) -> Any:
         ) from None
 
 
-def _check_shapes(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
-    """Before anything is computed: a small file can claim a tensor that no memory holds."""
-    for name, tensor in {"images": images, "labels": labels}.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a dense tensor")
-    size_px, most = dataset.train.shape[-1], len(dataset.train)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (size_px, size_px):
-        raise ValueError(
-            f"{path}: images have the shape {tuple(images.shape)}, {dataset.name} needs (N, 1 or 3, {size_px}, "
-            f"{size_px}): sets are not resized"
-        )
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{path}: {len(images)} images need as many labels, one class each, but the labels have the shape "
-            f"{tuple(labels.shape)} (soft labels are not judged)"
-        )
-    if not len(dataset.train.classes) <= len(images) <= most:
-        raise ValueError(
-            f"{path} has {len(images)} images; allowed are {len(dataset.train.classes)} (one a class) to {most} (the "
-            f"training images of {dataset.name})"
-        )
-    if labels.is_complex() or not torch.equal(labels, labels.long().to(labels.dtype)):
-        raise ValueError(f"{path}: labels must be whole numbers, these are {labels.dtype}, such as {labels[0].item()}")
-
-
-def _to_pixels(
-    path: Path, images: Tensor, form: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Tensor:
-    """Pixels, about [-1, 1], of images in a stated form; ValueError where the values cannot be in that form."""
-    if not images.is_floating_point():
-        raise ValueError(f"{path}: images are {images.dtype}: save them as floating point in [0, 1]")
+def _to_x(path: Path, images: Tensor, form: str | None, mean: Any, std: Any) -> Tensor:
+    """Converts images of a stated form to [-1, 1]; ValueError where their values cannot have that form."""
     images = images.detach().float()
     low, high = images.min().item(), images.max().item()
-    values = f"{path}: the values are {low:.3g} to {high:.3g}"
-    if form == "unit":
+    fitting = [name for name, (least, most) in RANGES.items() if least - 1e-3 <= low and high <= most + 1e-3]
+    likely = "unit" if "unit" in fitting else next(iter(fitting), "normalized")
+    if form not in fitting or (likely == "unit" and form != "unit"):
+        raise ValueError(
+            f"form={form!r}: the values of {path} are {low:.3g} to {high:.3g}, which looks like form={likely!r}; forms "
+            f"are {', '.join(RANGES)}"
+        )
+    if form != "normalized":
         if (mean, std) != (None, None):
-            raise ValueError("mean and std are for form='normalised': leave them out, or change form")
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            raise ValueError(f"{values}, which is not form='unit', [0, 1]: see form='normalised'")
-        return images * 2 - 1
-    if form != "normalised":
+            raise ValueError(f"form={form!r}: mean and std are for form='normalized', leave them out")
+        return images * 2 - 1 if form == "unit" else images / 127.5 - 1 if form == "uint8" else images
+    if mean is None or std is None or not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(f"form='normalized' needs mean and std of {images.shape[1]} channels, not {mean} and {std}")
+    x = Normalization(tuple(mean), tuple(std)).denormalize(images)
+    if (x.abs() > 2).float().mean() > 0.5:
         raise ValueError(
-            f"form is {form!r}: say what the values of {path} are, 'unit' for [0, 1] or 'normalised' for "
-            f"(unit - mean) / std; they are {low:.3g} to {high:.3g}"
+            f"{path}: with mean={list(mean)} and std={list(std)} most values are far outside of [-1, 1]: they have "
+            f"another mean and std, or are no images (ZCA)"
         )
-    if mean is None or std is None or len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise ValueError(f"form='normalised' needs mean and std of {images.shape[1]} channels, got {mean} and {std}")
-    pixels = Normalization(tuple(mean), tuple(std)).denormalize(images)
-    if low >= 0 and high <= 1 + ROUNDING and max(mean) > 0:
-        raise ValueError(f"{values}, no pixel is below the mean: this looks like form='unit'")
-    if (outside := (pixels.abs() > 1 + 2 * FAR).float().mean().item()) > 0.5:
-        raise ValueError(
-            f"{values}; with mean {list(mean)} and std {list(std)} {outside:.0%} of the pixels are far outside of "
-            f"[0, 1]: another mean and std, or no images (ZCA)"
-        )
-    return pixels
+    return x
 
 
-def _channels(path: Path, pixels: Tensor, channels: int) -> Tensor:
-    if channels == 3:
-        return pixels.expand(-1, 3, -1, -1)
-    if not torch.equal(pixels, pixels[:, :1].expand_as(pixels)):
-        raise ValueError(f"{path}: the images are coloured, the data set is not: convert them first")
-    return pixels[:, :1]
-
-
-# files
-
-
-def _read_files(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 3, H, W) and labels of an image folder or a parquet folder."""
-    parquet = [*folder.glob("train*.parquet"), *folder.glob("data/train*.parquet")]
-    entries = _parquet_entries(folder) if parquet else _folder_entries(folder)
-    if not entries:
-        raise ValueError(f"{folder} has no images: it needs <class>/<image files>")
-    if len(entries) > len(dataset.train):
-        raise ValueError(f"{folder} has {len(entries)} images, {dataset.name} no more than {len(dataset.train)}")
-    label_of = _label_of(folder, {name for name, _, _ in entries}, dataset.train.classes)
-    size = (dataset.train.shape[-1],) * 2
-    sizes = {_open(where, source, lambda image: image.size) for _, where, source in entries}
-    if sizes != {size}:
-        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:10])
-        raise ValueError(
-            f"{folder} has images of {found} px, {dataset.name} of {size[0]} x {size[0]}: sets are not resized"
-        )
-    uint8 = np.stack([_open(where, source, _rgb) for _, where, source in entries])
-    labels = torch.tensor([label_of[name] for name, _, _ in entries])
-    return torch.from_numpy(uint8).movedim(-1, 1).float() / 127.5 - 1, labels
-
-
-def _folder_entries(folder: Path) -> list[tuple[str, str, Any]]:
-    """(class, name for errors, file) of every file of an image folder; "10.png" comes after "9.png"."""
-    inside = sorted(folder.glob("[!.]*"))
-    if beside := [file.name for file in inside if file.suffix.lower() in Image.registered_extensions()]:
-        raise ValueError(f"{folder}: {beside[0]} is in no class: place it in <class>/")
-    return [
-        (place.name, str(file), file)
-        for place in inside
-        if place.is_dir()
-        for file in sorted(place.glob("[!.]*"), key=lambda file: (len(file.stem), file.name))
-    ]
-
-
-def _parquet_entries(folder: Path) -> list[tuple[str, str, Any]]:
-    import datasets
-
-    table = read_split(str(folder), "train", key="the set")
-    names = getattr(table.features.get("label"), "names", None)
-    if names is None or "image" not in table.features:
-        raise ValueError(f"{folder}: the columns are {table.features}; needed are image, and label with class names")
-    if any(label is None or not 0 <= label < len(names) for label in table["label"]):
-        raise ValueError(f"{folder}: labels must be in 0..{len(names) - 1}")
-    encoded = table.cast_column("image", datasets.Image(decode=False))
-    return [
-        (names[row["label"]], f"{folder}, row {k}", io.BytesIO((row["image"] or {}).get("bytes") or b""))
-        for k, row in enumerate(encoded)
-    ]
-
-
-def _label_of(folder: Path, names: set[str], classes: tuple[str, ...]) -> dict[str, int]:
-    """The label of every class folder, all read in one way: as names, as "<index> <class>", or as indices."""
-    readings = (
-        {name: label for label, name in enumerate(classes)},
-        {class_folder(label, name): label for label, name in enumerate(classes)},
-        {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name)},
-    )
-    for reading in readings:
-        if sorted(reading.get(name, -1) for name in names) == list(range(len(classes))):
-            return reading
+def _labels_of(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """The label of each class of a set, all read in one way: as names, as "<index> <name>", or as indices."""
+    indices = {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name)}
+    folders = {class_folder(label, name): label for label, name in enumerate(classes)}
+    for reading in ({name: label for label, name in enumerate(classes)}, folders, indices):
+        labels = [reading.get(name, -1) for name in names]
+        if sorted(labels) == list(range(len(classes))):
+            return labels
     raise ValueError(
-        f"{folder} has the classes {sorted(names)[:20]}; needed are all of {list(classes)[:20]}, by name, by index "
-        f"from 0, or both as in {class_folder(0, classes[0])!r}, and no other"
+        f"{path} has the classes {files.some(sorted(names))}; needed are {files.some(classes)}, by name, by index from "
+        f"0, or by both as in {class_folder(0, classes[0])!r}, and no other"
     )
 
 
-def _open(where: str, source: Path | io.BytesIO, read: Any) -> Any:
-    if isinstance(source, Path) and not source.is_file():
-        raise ValueError(f"{where} is no file: images are <class>/<file>")
-    try:
-        with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return read(image)
-    except Exception as error:  # broken files raise about anything
-        raise ValueError(f"{where} cannot be used as an image ({type(error).__name__}: {error})") from error
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8, where that loses nothing."""
-    if image.mode not in MODES or getattr(image, "n_frames", 1) > 1:
+def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) in [-1, 1] and labels of a folder of parquet files or an image folder."""
+    if [*folder.glob("train*.parquet"), *folder.glob("*/train*.parquet")]:
+        source = files.open_split(str(folder), "train", image_column="image", label_column="label", where=str(folder))
+    else:
+        source = files.open_image_folder(folder, where=str(folder))
+    selection = source.select(source.classes)
+    if len(selection.labels) > len(dataset.train):
         raise ValueError(
-            f"mode {image.mode}, {getattr(image, 'n_frames', 1)} frames: save it as 8 bit RGB or greyscale"
+            f"{folder} has {len(selection.labels)} images, {dataset.name} no more than {len(dataset.train)}"
         )
-    rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+    labels = np.array(_labels_of(folder, source.classes, dataset.train.classes))[selection.labels]
+    named = list(zip(labels.tolist(), selection.read(), strict=True))
+    named.sort(key=lambda entry: (entry[0], len(entry[1][0]), entry[1][0]))  # "10.png" comes after "9.png"
+    uint8 = np.stack([_rgb(f"{folder}, {name}", content, dataset.train.shape[-1]) for _, (name, content) in named])
+    return torch.from_numpy(uint8).movedim(-1, 1).float() / 127.5 - 1, torch.tensor([label for label, _ in named])
+
+
+def _rgb(name: str, content: files.Encoded, size_px: int) -> np.ndarray:
+    """(H, W, 3) uint8; ValueError where that loses something."""
+    try:
+        with files.open_image(content) as image:
+            if image.size != (size_px, size_px):
+                raise ValueError(
+                    f"it has {image.width} x {image.height} px, not {size_px} x {size_px}: resize it first"
+                )
+            if image.mode not in MODES or getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"it has mode {image.mode}: save it as one 8 bit RGB or greyscale image")
+            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+    except Exception as error:  # broken files raise about anything
+        raise ValueError(f"{name} cannot be used as an image ({type(error).__name__}: {error})") from error
     if (rgba[..., 3] < 255).any():
-        raise ValueError("it is partly transparent: put it onto a background first")
+        raise ValueError(f"{name} is partly transparent: put it onto a background first")
     return rgba[..., :3]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ld3m.data.sources import is_path, some
+from ld3m.data.images import is_path, some
 from ld3m.data.subsets import IMAGENET, IMAGENET_CLASSES
 from ld3m.models.compvis import load_checkpoint
 from ld3m.models.diffusion_prior import (
