@@ -1,6 +1,6 @@
 """DSA, differentiable Siamese augmentation: one operation a call, replayable on any batch.
 
-Works on normalised images (N, C, H, W). The random parameters are fractions, factors and angles, not pixels:
+Works on normalized images (N, C, H, W). The random parameters are fractions, factors and angles, not pixels:
 one `Augmentation` means the same for real and synthetic images of any size.
 """
 
