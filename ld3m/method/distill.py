@@ -29,18 +29,12 @@ class Objective(Protocol):
 
 @dataclass
 class Distilled:
-    """What a run has learned so far.
+    """What a run has learned so far."""
 
-    `best` holds the tensors of the iteration with the highest validation accuracy: images, everything needed to
-    render them again, and the objective's learnables. `history` has one record a step (loss, gradient norms),
-    `validation` one a check (iteration, accuracies in [0, 1], and accuracy, their mean). `seconds` is the time that the
-    iterations took, without the checks.
-    """
-
-    best: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)  # images and all tensors of the best iteration
+    history: list[dict[str, float]] = field(default_factory=list)  # of every step: loss, gradient norms
+    validation: list[dict[str, Any]] = field(default_factory=list)  # of every check: iteration, accuracies, their mean
+    seconds: float = 0.0  # that the iterations took, without the checks
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -59,12 +53,20 @@ def distill(
     checkpoint: Checkpoint,
     callback: Callable[[int], None] = lambda step: None,
 ) -> Distilled:
-    """Learns `synthetic` with SGD for some iterations.
+    """Learn a synthetic set with SGD; the iteration with the best validation accuracy is kept.
 
-    `validate(images)` gives accuracies in [0, 1], whose mean decides. It is called at iteration 0 and
-    `validation_checks` times after it, evenly spaced, the last time at the end; with 0 at the end alone.
-    The run goes on from `checkpoint` where an interrupted one left its state there, and ends with the same bits. The
-    caller removes it once the result is safe.
+    Parameters
+    ----------
+    learning_rates, momentum
+        One rate for every learnable of `synthetic` and of `objective`.
+    validate
+        Called with normalized images (N, C, H, W), gives accuracies in [0, 1], whose mean decides.
+    validation_checks
+        Calls of it after the one at iteration 0, evenly spaced, the last at the end; with 0 at the end alone.
+    checkpoint
+        An interrupted run is resumed from it, with the same bits. The caller removes it once the result is safe.
+    callback
+        Called with the iteration when it is done.
     """
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
@@ -72,8 +74,7 @@ def distill(
             f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}"
         )
     optimizer = torch.optim.SGD(
-        [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()],
-        momentum=momentum,
+        [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()], momentum=momentum
     )
     run = Distilled()
 
@@ -81,7 +82,7 @@ def distill(
         return {"run": vars(run), "learnables": learnables, "optimizer": optimizer.state_dict()}
 
     def restore(former: State) -> None:
-        vars(run).update(vars(Distilled(**former["run"])))
+        vars(run).update(former["run"])
         with torch.no_grad():
             for name, tensor in learnables.items():
                 tensor.copy_(former["learnables"][name])
@@ -113,11 +114,12 @@ def distill(
                 }
                 if not all(map(math.isfinite, record.values())):
                     raise ValueError(
-                        f"step {step}: {record} is not finite; lower learning_rates and start over. "
-                        f"{checkpoint.status()}"
+                        f"step {step}: {record} is not finite; lower learning_rates. {checkpoint.status()}"
                     )
                 optimizer.step()
-                _check_positive(objective, step)
+                for name, tensor in objective.learnables.items():
+                    if tensor.item() <= 0:
+                        raise ValueError(f"step {step}: {name}={tensor.item():.2g}; lower learning_rates[{name!r}]")
                 run.history.append(record)
                 run.seconds += time.perf_counter() - began
             callback(step)
@@ -131,14 +133,6 @@ def _record(run: Distilled, tensors: dict[str, Tensor], accuracies: list[float],
     run.validation.append({"iteration": iteration, "accuracy": mean, "accuracies": accuracies})
     if mean > former:
         run.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _check_positive(objective: Objective, step: int) -> None:
-    for name, tensor in objective.learnables.items():
-        if tensor.item() <= 0:
-            raise ValueError(
-                f"step {step}: {name} has become {tensor.item():.2g}, must be above 0; lower learning_rates[{name!r}]"
-            )
 
 
 def _status(run: Distilled) -> str:

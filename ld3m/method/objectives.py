@@ -1,9 +1,8 @@
 """What is matched: weight gradients (DC), feature means (DM) or training trajectories (MTT).
 
-`OBJECTIVES` names the functions that make an objective. It is called as `objective(images, labels, step=step)` with
-normalized images (N, C, H, W) and labels (N,), and returns the loss and its gradient for the images. Its own
-`learnables`, if any, have their `.grad` set by the call. Every random draw is named by (seed, purpose, step), so any
-step can be repeated.
+`OBJECTIVES` names the classes. An objective is called as `objective(images, labels, step=step)` with normalized images
+(N, C, H, W) and labels (N,), and returns the loss and its gradient for the images; the call sets the `.grad` of its own
+`learnables`, if any. Every random draw is named by (seed, purpose, step), so any step can be repeated.
 
 DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialised
 in every step. They differ in that distance alone: `gradient_distance` or `feature_distance`.
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +93,7 @@ class ClassMatching:
     classes at a time: the number of threads changes no bit.
     """
 
+    learnables: ClassVar[dict[str, Tensor]] = {}
     distance: Distance
     most_classes: int  # that go through the network together, as far as memory allows
     split: Split  # the real images
@@ -105,10 +105,6 @@ class ClassMatching:
     threads: int
     seed: int
     real_batch: int  # real images of a class in a step
-
-    @property
-    def learnables(self) -> dict[str, Tensor]:
-        return {}
 
     @property
     def class_chunk_size(self) -> int:

@@ -1,8 +1,4 @@
-"""Reproduce defects of the code that the authors released, each a switch of the space `ld3m` for the ablations.
-
-Its other defects are switches elsewhere: pixels start from noise (`start`), MTT is first-order (`first_order`), the ViT
-has no norms, the best iteration is chosen on test images.
-"""
+"""Reproduce defects of the code that the authors released, each a switch of the space `ld3m` for the ablations."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -142,13 +142,12 @@ def _step(
 def sample(
     prior: Prior, labels: Tensor, *, size_px: int, steps: int, guidance: float, render_batch: int, seed: int
 ) -> Tensor:
-    """Draw guided samples of the prior by plain DDIM from Gaussian noise.
+    """Draw guided samples of the prior by plain DDIM from Gaussian noise, `render_batch` at once.
 
     Returns
     -------
     Tensor
-        One image for each of `labels` (N,): (N, C, size_px, size_px) in [-1, 1]. `render_batch` of them go through the
-        U-Net at once.
+        One image for each of `labels` (N,): (N, C, size_px, size_px) in [-1, 1].
     """
     z_T = torch.randn(len(labels), *prior.latent_shape(size_px), generator=generator(seed, "prior samples"))
     z_T = z_T.to(prior.embedding.weight.device)

@@ -1,8 +1,7 @@
 """The spaces: what is learned, and how it becomes images. `SPACES` names the functions that start a synthetic set.
 
-A synthetic set has `labels` (N,) and `learnables`, and `render()` gives its normalized images (N, C, H, W),
-differentiable in the learnables: `images.backward(grad_images)` fills their gradients. The iteration `step` matters to
-the released code's redrawn noise alone. Image i has class i // ipc.
+A synthetic set has `labels` (N,) and `learnables`; `render()` gives its normalized images (N, C, H, W), differentiable
+in the learnables, and `tensors()` all that is needed to render them again. `step` matters to redrawn noise alone.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,6 @@ class Pixels:
         return self.learnables["images"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is needed to render the set again."""
         return dict(self.learnables)
 
 
@@ -74,13 +72,7 @@ class LatentCodes:
 
     @torch.no_grad()
     def path(self, index: Tensor) -> Tensor:
-        """Decode z_T and the state after every reverse step of the images at `index` (n,).
-
-        Returns
-        -------
-        Tensor
-            (T + 1, n, C, H, W), normalized; the last are those that `render` gives.
-        """
+        """Decode z_T and the state after every reverse step, of the images at `index` (n,): (T + 1, n, C, H, W)."""
         states: list[Tensor] = []
         self._reverse({name: tensor[index] for name, tensor in self.tensors().items()}, on_state=states.append)
         return torch.stack([self._decode(z_t) for z_t in states])
@@ -179,27 +171,23 @@ def start_latents(
     x, labels
         Real images (N, C, H, W) in [-1, 1] and their classes (N,).
     start
-        Encode `x`, or samples of the prior, or draw standard normal latents ("noise"). The conditioning always starts
-        from the class embeddings.
+        Encode `x`, or samples of the prior, or draw standard normal latents ("noise"); `c` starts from the classes.
     learn
         `z` or `z_T`, beside `c`; "auto" learns `z` with the skip "x0" and `z_T` with the others.
-    steps, guidance, skip
-        Of `sampler.reverse`.
     clamp
         Of the decoded images to [-1, 1]; "soft" passes all of the gradient.
     noise, encoder_input, shifted_normalization
         "redrawn", "images", True and `clamp="hard"` are defects of the released code, see `released`.
     render_batch, threads
         Images that go through the U-Net at once, and such batches at once: lower them where memory is short.
-    uncheckpointed_steps
-        Number of last reverse steps whose graphs, and the decoder's, are kept for the backward pass.
+    steps, guidance, skip, uncheckpointed_steps
+        Of `sampler.reverse`; the graph of the decoder is kept where that of any step is.
     """
     learn = DEFAULT_LEARNED[skip] if learn == "auto" else learn
     normalization = released.shifted_normalization(normalization) if shifted_normalization else normalization
     size_px = x.shape[-1]
     if start == "prior":
-        drawing = {"steps": steps, "guidance": guidance, "render_batch": render_batch, "seed": seed}
-        x = sample(prior, labels, size_px=size_px, **drawing)
+        x = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=render_batch, seed=seed)
     encoded = x if encoder_input == "pixels" else released.encoder_range(x, normalization)
     z = torch.cat([prior.encode(part) for part in encoded.split(render_batch)])
     if start == "noise":
@@ -244,10 +232,8 @@ def start_generator(
     layer
         Learned are the features that enter it, and the codes of the layers from it on; 0 is the first.
     mean_w
-        Start from the mean code of the class instead of one of random noise. The images of a class would then start,
-        and stay, alike: it takes one image a class. "auto" takes it there.
-    render_batch, threads
-        Images that go through the generator at once, and such batches at once.
+        Start from the mean code of the class, not from one of random noise; with several images a class they would
+        start, and stay, alike. "auto" does so with one.
     """
     if not 0 <= layer < prior.layers:
         raise ValueError(f"layer={layer}: this GAN has the layers 0 to {prior.layers - 1}")
@@ -261,10 +247,7 @@ def start_generator(
         codes.append(prior.mapping(noise, labels[i].expand(draws)).mean(0))
     w = torch.stack(codes)[:, None].expand(-1, prior.layers, -1)  # (N, layers, w_width)
     parts = [prior.features(part, layer) for part in w[:, :layer].split(render_batch)]
-    learnables = {
-        "f": torch.cat(parts).clone().requires_grad_(),
-        "w": w[:, layer:].clone().requires_grad_(),
-    }
+    learnables = {"f": torch.cat(parts).requires_grad_(), "w": w[:, layer:].clone().requires_grad_()}
     return GeneratorCodes(labels, learnables, prior, normalization, layer, render_batch, threads)
 
 
