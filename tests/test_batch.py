@@ -1,143 +1,114 @@
-"""Jobs wait for what they need, several run at once, what fails is named, and time that is up ends the rest."""
+"""The stages of dvc.yaml, several at a time: the result of `dvc repro`, failures, time limit and signals."""
 
-import json
-import multiprocessing
 import os
-import shutil
 import signal
+import subprocess
+import sys
 import time
-from functools import partial
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
-import torch
+from ruamel.yaml import YAML
 
 from ld3m.pipeline import batch
-from ld3m.pipeline.batch import Job, jobs, run, run_notebook
-from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
 from ld3m.runtime import paths
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
 
-def write_after(file: Path, seconds: float = 0.0) -> None:
-    print(f"writing {file.name}")
-    time.sleep(seconds)
-    file.write_text(str(time.time()))
-
-
-def fail() -> None:
-    raise ValueError("no such thing")
-
-
-def job(folder: Path, name: str, *needs: str, work=write_after, **arguments) -> Job:
-    call = partial(work, folder / name, **arguments) if work is write_after else work
-    return Job(name, (folder / name,), tuple(folder / need for need in needs), call)
-
-
-def test_a_job_waits_for_what_it_needs_and_is_not_run_twice(tmp_path, capsys):
-    todo = [job(tmp_path, "last", "middle"), job(tmp_path, "middle", "first"), job(tmp_path, "first")]
-    assert run(todo, at_once=2, minutes=1, log_folder=tmp_path / "logs") == []
-    written = [float((tmp_path / name).read_text()) for name in ("first", "middle", "last")]
-    assert written == sorted(written) and "writing first" in (tmp_path / "logs/first.log").read_text()
-    assert capsys.readouterr().out.count("done") == 3
-    assert run(todo, at_once=2, minutes=1, log_folder=tmp_path / "logs") == []
-    assert capsys.readouterr().out == "" and float((tmp_path / "first").read_text()) == written[0]
+# b and c wait for one another, which works only if they run at the same time
+PIPELINE = """
+stages:
+  a: {cmd: echo a >> ran && echo 1 > a, outs: [a]}
+  b: {cmd: "echo b >> ran && touch b.runs && until test -f c.runs; do sleep 0.1; done && cp a b", deps: [a], outs: [b]}
+  c: {cmd: "echo c >> ran && touch c.runs && until test -f b.runs; do sleep 0.1; done && cp a c", deps: [a], outs: [c]}
+  last:
+    matrix: {word: [x, y]}
+    cmd: echo last >> ran && cat b c word > last-${item.word}
+    deps: [b, c, word]
+    outs: ["last-${item.word}"]
+  alone: {cmd: echo alone >> ran && echo 2 > alone, outs: [alone]}
+"""
 
 
-def test_what_fails_is_named_and_what_needs_it_is_left(tmp_path, capsys):
-    todo = [job(tmp_path, "broken", work=fail), job(tmp_path, "after", "broken"), job(tmp_path, "fine")]
-    assert run(todo, at_once=3, minutes=1, log_folder=tmp_path / "logs") == ["broken", "after"]
-    assert "broken: failed, see" in capsys.readouterr().out and (tmp_path / "fine").exists()
-    assert "ValueError: no such thing" in (tmp_path / "logs/broken.log").read_text()
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    def dvc(*arguments):
+        return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def start(pipeline):
+        (tmp_path / "dvc.yaml").write_text(pipeline)
+        (tmp_path / "word").write_text("word\n")
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+        dvc("init", "-q")
+        return tmp_path, dvc
+
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return start
 
 
-def test_time_that_is_up_ends_what_runs(tmp_path):
-    began = time.monotonic()
-    todo = [job(tmp_path, "slow", seconds=60), job(tmp_path, "later", "slow")]
-    assert run(todo, at_once=2, minutes=4 / 60, log_folder=tmp_path / "logs") == ["slow", "later"]
-    assert time.monotonic() - began < 30 and not (tmp_path / "slow").exists()
+def test_the_result_is_that_of_dvc_repro_and_only_what_changed_runs_again(repository):
+    folder, dvc = repository(PIPELINE)
+    batch.main(["--jobs", "3"])
+    assert sorted((folder / "ran").read_text().split()) == ["a", "alone", "b", "c", "last", "last"]
+    dvc("repro")  # has nothing to do
+    assert dvc("status").stdout.decode().startswith("Data and pipelines are up to date")
+    assert len((folder / "ran").read_text().split()) == 6
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())
+    (folder / "dvc.lock").unlink()
+    dvc("repro", "--force", "a", "alone", "--downstream", "--no-run-cache")
+    assert YAML(typ="safe").load((folder / "dvc.lock").read_text()) == lock
+    (folder / "ran").unlink()
+    (folder / "word").write_text("other\n")
+    batch.main(["last@x"])
+    assert (folder / "ran").read_text() == "last\n" and (folder / "last-x").read_text() == "1\n1\nother\n"
 
 
-def ended(folder: Path) -> None:
-    todo = [job(folder, "slow", seconds=60), job(folder, "quick")]
-    (folder / "left").write_text(" ".join(run(todo, at_once=2, minutes=5, log_folder=folder / "logs")))
+def test_after_a_failure_the_others_finish_and_those_that_need_it_do_not_run(repository, capsys):
+    folder, _ = repository(PIPELINE.replace("cp a b", "echo no such thing && false"))
+    with pytest.raises(SystemExit) as end:
+        batch.main(["--jobs", "2"])
+    printed = capsys.readouterr()
+    log = folder / "runs/logs/b.log"
+    assert end.value.code == 1 and f"b: failed, see {log}\n" in printed.out and "no such thing" in log.read_text()
+    assert printed.err == "not done: b, last@x, last@y\n"
+    assert (folder / "c").exists() and (folder / "alone").exists() and "last" not in (folder / "ran").read_text()
 
 
-def test_a_signal_ends_what_runs(tmp_path):
-    process = multiprocessing.get_context("forkserver").Process(target=ended, args=(tmp_path,))
-    process.start()
-    while not (tmp_path / "quick").exists():
+def test_a_stage_that_is_not_in_dvc_yaml_is_named(repository):
+    repository(PIPELINE)
+    with pytest.raises(SystemExit, match="nowhere"):
+        batch.main(["nowhere"])
+
+
+SLOW = """
+stages:
+  slow: {cmd: "python -c 'open(\\"begun\\", \\"w\\"); import time; time.sleep(60)'", outs: [never]}
+"""
+
+
+def test_time_that_is_up_stops_what_runs(repository, capsys):
+    folder, _ = repository(SLOW)
+    with pytest.raises(SystemExit) as end:
+        batch.main(["--minutes", "0.4"])
+    assert end.value.code == 1 and capsys.readouterr().err == "not done: slow\n"
+    assert (folder / "begun").exists() and "KeyboardInterrupt" in (folder / "runs/logs/slow.log").read_text()
+
+
+def test_a_signal_stops_what_runs(repository):
+    folder, _ = repository(SLOW)
+    code = (
+        f"from ld3m.runtime import paths; paths.ROOT = paths.Path({str(folder)!r})\nfrom ld3m.pipeline import batch\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", f"{code}batch.main([])"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (folder / "begun").exists():
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
-    assert (tmp_path / "left").read_text() == "slow" and not (tmp_path / "slow").exists()
+    assert process.communicate(timeout=60)[1] == "not done: slow\n" and process.returncode == 1
+    assert "KeyboardInterrupt" in (folder / "runs/logs/slow.log").read_text()
 
 
-def test_a_cell_is_done_when_every_run_is():
-    made = {each.name: each for each in jobs(load_params())}
-    cell = made["distill-more-dm-glad-1"]
-    assert [folder.name for folder in cell.outputs] == ["run-0", "run-1", "run-2"]
-    assert made["evaluate-more-dm-glad-1"].needs == cell.outputs
-
-
-def test_a_notebook_runs_with_its_parameters(tmp_path):
-    cells = [
-        {"cell_type": "markdown", "metadata": {}, "source": ["# not code"]},
-        {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["a = 1\n", "b = 2"]},
-        {
-            "cell_type": "code",
-            "metadata": {},
-            "source": [f"open({str(tmp_path / 'out')!r}, 'w').write(f'{{a}} {{b}}')"],
-        },
-    ]
-    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
-    run_notebook(tmp_path / "n.ipynb", {"b": 5})
-    assert (tmp_path / "out").read_text() == "1 5"
-
-
-def test_there_is_a_job_for_every_stage_before_the_tables():
-    params = load_params()
-    names = {each.name for each in jobs(params)}
-    assert {"prior", "gan", "trajectories", "gradient-norms", "evaluate-none-full_data-0"} <= names
-    for objective in params.grid.objective:
-        for space in params.grid.space:
-            assert {f"distill-{objective}-{space}-1", f"evaluate-{objective}-{space}-1"} <= names
-    for key in params.more.cells:
-        assert {f"distill-more-{key}", f"evaluate-more-{key}"} <= names
-    for control in params.grid.control:
-        assert f"evaluate-none-{control}-1" in names
-    assert {f"evaluate-more-none-{key}" for key in params.more.controls} <= names
-    assert "distill-dc-glad-1" not in names  # the grid has none
-    assert {f"ablation-{name}" for name in params.ablations.settings} <= names
-
-
-def count_threads(file: Path) -> None:
-    file.write_text(str(torch.get_num_threads()))
-
-
-def test_a_job_has_one_thread_as_its_stage_has_but_the_training_of_a_prior(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    forkserver._forkserver._stop()  # another test's, with the threads of that time
-    todo = [Job(name, (tmp_path / name,), (), partial(count_threads, tmp_path / name)) for name in ("prior", "cell")]
-    assert run(todo, at_once=2, minutes=1, log_folder=tmp_path / "logs") == []
-    assert [(tmp_path / name).read_text() for name in ("prior", "cell")] == ["2", "1"]
-    forkserver._forkserver._stop()
-
-
-def test_ablations_alone_ask_for_a_gan_and_for_experts(tmp_path, monkeypatch):
-    file, profile = Path(shutil.copy(paths.PARAMS, tmp_path)), tmp_path / "profile.yaml"
-    settings = {"spaces": {"ld3m": {}, "glad": {"space": "glad"}, "mtt": {"objective": "mtt"}}}
-    changes = {"ablations": {"settings": settings}, "more": {"cells": {}}, "grid": {"objective": ["dm"]}}
-    profile.write_text(json.dumps(changes))
-    apply_profile(profile, path=file)
-    monkeypatch.setattr(batch, "ablation_settings", partial(ablation_settings, path=file))
-    made = {each.name: each for each in jobs(load_params(path=file))}
-    assert {"gan", "trajectories"} <= made.keys()
-    needed = [{need.name for need in made[f"ablation-spaces-{k}"].needs} for k in range(3)]
-    assert needed == [{"prior"}, {"prior", "gan"}, {"prior", "trajectories"}]
-
-
-@pytest.mark.parametrize("space, needed", [("pixel", set()), ("ld3m", {"prior"}), ("glad", {"gan"})])
-def test_a_cell_needs_the_prior_of_its_space_alone(space, needed):
-    (made,) = [each for each in jobs(load_params()) if each.name == f"distill-more-dm-{space}-10"]
-    assert {need.name for need in made.needs} == needed
+def test_the_stages_of_this_repository_come_from_dvc_yaml(monkeypatch):
+    monkeypatch.chdir(paths.ROOT)
+    found = batch.stages(["tables"])
+    assert found["evaluate@dm-ld3m-1"] == {"distill@dm-ld3m-1"} and "report" not in found
+    assert {"prior", "trajectories", "gradient_norms"} < found.keys() < batch.stages([]).keys()
