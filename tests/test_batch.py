@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import nbformat
 import pytest
 from ruamel.yaml import YAML
 
@@ -112,3 +114,30 @@ def test_the_stages_of_this_repository_come_from_dvc_yaml(monkeypatch):
     found = batch.stages(["tables"])
     assert found["evaluate@dm-ld3m-1"] == {"distill@dm-ld3m-1"} and "report" not in found
     assert {"prior", "trajectories", "gradient_norms"} < found.keys() < batch.stages([]).keys()
+
+
+SAVES = """
+import time
+open("begun", "w")
+try:
+    print("a line", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(8)
+    open("saved", "w")
+    raise
+"""
+
+
+def test_an_interrupted_notebook_has_time_to_write_its_checkpoint(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SAVES)])
+    nbformat.write(notebook, tmp_path / "given.ipynb")
+    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", "--log-output", "given.ipynb"]
+    environment = os.environ | {"PYTHONPATH": str(Path(paths.__file__).parents[2])}
+    pipes = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "executed.ipynb"], **pipes)
+    while process.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.1)
+    process.terminate()
+    assert "a line" in process.communicate(timeout=60)[1] and process.returncode
+    assert (tmp_path / "saved").exists()

@@ -1,37 +1,44 @@
-"""papermill as the stages of dvc.yaml run it: ended, it lets the notebook's step finish and its state be written.
+"""Runs papermill with an engine that lets an interrupted notebook write its checkpoint, as dvc.yaml does.
 
     python -m ld3m.pipeline.papermill_engine NOTEBOOK OUTPUT ...    as python -m papermill
 
-SIGTERM ends it as Ctrl-C does: papermill interrupts the kernel. Otherwise the kernel, whose parent is gone, would end
-at once. And where papermill waits for five seconds until it kills the kernel, this waits for minutes; a second Ctrl-C
-does not. After the last cell there is nothing to wait for, and this kills the kernel: asked to end, one that has had
-worker processes would first signal the two that look after their shared memory, which ignore it, for half a minute.
+SIGTERM acts as Ctrl-C: papermill interrupts the kernel, which finishes its step, and waits for up to ten minutes. After
+the last cell the kernel is killed: asked to exit, one that has had worker processes takes half a minute.
 """
 
 import signal
 import sys
+from typing import Any
 
-sys.modules["rfc3987_syntax"] = None  # of jsonschema, for IRIs, which no notebook has: a grammar that takes two seconds
-sys.modules["pyarrow"] = None  # for notebooks in Hadoop's file system
+sys.modules["rfc3987_syntax"] = None  # an optional grammar of jsonschema: loading it takes two seconds
+sys.modules["pyarrow"] = None  # for notebooks on Hadoop
 
-from jupyter_client.provisioning import LocalProvisioner  # noqa: E402
 from papermill.cli import papermill  # noqa: E402
 from papermill.clientwrap import PapermillNotebookClient  # noqa: E402
+from papermill.engines import NBClientEngine, papermill_engines  # noqa: E402
+from papermill.log import logger  # noqa: E402
+from traitlets.config import Config  # noqa: E402
 
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 600.0
 
 
-def _patience(self: LocalProvisioner, recommended: float = 5.0) -> float:
-    return PATIENCE_SECONDS
+class Client(PapermillNotebookClient):
+    def papermill_execute_cells(self) -> None:
+        super().papermill_execute_cells()
+        self.shutdown_kernel = "immediate"
 
 
-def _execute_cells(self: PapermillNotebookClient, execute=PapermillNotebookClient.papermill_execute_cells) -> None:
-    execute(self)
-    self.shutdown_kernel = "immediate"
+class PatientEngine(NBClientEngine):
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: Any, kernel_name: str, *, log_output: bool, start_timeout: int, **_: Any
+    ) -> Any:
+        patience = Config({"KernelManager": {"shutdown_wait_time": PATIENCE_SECONDS}})
+        options = {"log": logger, "log_output": log_output, "startup_timeout": start_timeout, "timeout": None}
+        return Client(nb_man, kernel_name=kernel_name, config=patience, **options).execute()
 
 
 if __name__ == "__main__":
-    PapermillNotebookClient.papermill_execute_cells = _execute_cells
-    LocalProvisioner.get_shutdown_wait_time = _patience
+    papermill_engines.register(None, PatientEngine)  # None: the default of --engine
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     papermill()
