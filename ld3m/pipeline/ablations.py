@@ -48,17 +48,18 @@ def ablate(
 
 
 def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
-    """Writes what `ablate` gives; seconds and memory, which never repeat, to a file of their own."""
+    """Writes what `ablate` gives but the images; seconds and memory, which never repeat, to a file of their own."""
     measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
     write_json(paths.ablation_cost_file(dataset, ablation), measured)
-    repeating = [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+    left_out = (*MEASURED, "images")
+    repeating = [{key: value for key, value in record.items() if key not in left_out} for record in records]
     write_json(paths.ablation_file(dataset, ablation), repeating)
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
-    """Distils one image per class and evaluates it: `accuracy` (architecture to one number a seed, on test images, in
-    [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`, and `peak_mib` of the process
-    (None where the system cannot tell a setting from those before it).
+    """Distils one image per class and evaluates it: `images` (N, C, H, W) in [-1, 1], `accuracy` (architecture to one
+    number a seed, on test images, in [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`,
+    and `peak_mib` of the process (None where the system cannot tell a setting from those before it).
 
     The set of the last iteration is evaluated. `ablations.select_on_test` of the parameters, the released code's
     selection, evaluates the set at every check instead and keeps each architecture's best mean on the test images.
@@ -88,6 +89,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
     return {
         "objective": objective,
         "space": space,
+        "images": experiment.dataset.normalization.denormalize(candidates[-1]).cpu(),
         "accuracy": {name: max((score[name] for score in scores), key=sum) for name in scores[0]},
         **{name: sum(values) / len(values) for name, values in norms.items()},
         "seconds_per_iteration": run.seconds / budget.iterations,
