@@ -37,7 +37,7 @@ from ld3m.data.dataset import Normalization, Split
 from ld3m.evaluation.experts import Experts
 from ld3m.method.objectives import OBJECTIVES, ClassMatching, TrajectoryMatching
 from ld3m.method.spaces import LatentCodes, start_latents
-from ld3m.models.compvis import KINDS, Kind, build
+from ld3m.models.compvis import CIN256, Kind, build
 from ld3m.models.diffusion_prior import Prior
 from ld3m.models.networks import build as build_network
 from ld3m.models.networks import flat_parameters
@@ -80,9 +80,9 @@ class Scale:
     network_width: int
 
 
-PAPER = Scale(KINDS["cin256-v2"], (128, 256), (20, 10), (1, 10), classes=10, real_batch=256, network_width=128)
+PAPER = Scale(CIN256, (128, 256), (20, 10), (1, 10), classes=10, real_batch=256, network_width=128)
 SMOKE = Scale(
-    replace(KINDS["cin256-v2"], unet_widths=(64, 64, 96, 128), autoencoder_widths=(32, 32, 32), codebook=16, classes=4),
+    replace(CIN256, unet_widths=(64, 64, 96, 128), autoencoder_widths=(32, 32, 32), codebook=16, classes=4),
     *((32, 64), (3, 2), (1, 2)),
     classes=3,
     real_batch=4,

@@ -36,26 +36,6 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class AttentionBlock(nn.Module):
-    """Heads first, then queries, keys and values inside each (the 'legacy' order)."""
-
-    def __init__(self, channels, head_width):
-        super().__init__()
-        self.head_width = head_width
-        self.norm = norm(channels, 1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x, time, context):
-        b, c, h, w = x.shape
-        flat = x.reshape(b, c, h * w)
-        qkv = self.qkv(self.norm(flat)).reshape(b * c // self.head_width, 3 * self.head_width, h * w)
-        q, k, v = qkv.split(self.head_width, dim=1)
-        weight = torch.einsum("bct,bcs->bts", q, k).div(math.sqrt(self.head_width)).softmax(-1)
-        out = torch.einsum("bts,bcs->bct", weight, v).reshape(b, c, h * w)
-        return (flat + self.proj_out(out)).reshape(b, c, h, w)
-
-
 class CrossAttention(nn.Module):
     def __init__(self, width, context_width):
         super().__init__()
@@ -138,13 +118,13 @@ class Plain(nn.Conv2d):
 
 
 class UNet(nn.Module):
-    def __init__(self, *, channels, width, multipliers, context_width, head_width, blocks=2):
+    def __init__(self, *, channels, width, multipliers, context_width, blocks=2):
         super().__init__()
         time_width = 4 * width
         self.width = width
 
         def attention(inputs):
-            return SpatialTransformer(inputs, context_width) if context_width else AttentionBlock(inputs, head_width)
+            return SpatialTransformer(inputs, context_width)
 
         self.time_embed = nn.Sequential(nn.Linear(width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         self.input_blocks = nn.ModuleList([nn.ModuleList([Plain(channels, width, 3, padding=1)])])
@@ -313,21 +293,17 @@ class Wrapper(nn.Module):
 
 
 class LatentDiffusion(nn.Module):
-    """`classes` 0 is a model without conditioning, whose attention has heads of `head_width` channels."""
-
-    def __init__(self, *, width, multipliers, classes, context_width, head_width, first_stage_widths, codebook):
+    def __init__(self, *, width, multipliers, classes, context_width, first_stage_widths, codebook):
         super().__init__()
         unet = UNet(
             channels=3,
             width=width,
             multipliers=multipliers,
-            context_width=context_width if classes else None,
-            head_width=head_width,
+            context_width=context_width,
         )
         self.model = Wrapper(unet)
         self.first_stage_model = FirstStage(channels=3, z_channels=3, widths=first_stage_widths, codebook=codebook)
-        if classes:
-            self.cond_stage_model = ClassEmbedder(classes, context_width)
+        self.cond_stage_model = ClassEmbedder(classes, context_width)
 
     def unet(self, x, t, context=None):
         return self.model.diffusion_model(x, t, context)

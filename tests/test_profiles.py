@@ -36,7 +36,7 @@ def test_the_imagenet_profiles_have_the_published_sizes(applied, size_px, depth,
     assert "flip" in params.data.augmentation and len(params.data.augmentation.split("_")) == 6
     assert params.spaces.ld3m.steps == steps
     assert params.prior.source == "../cin256-v2/model.ckpt" and params.prior_source_arguments()["subset"] == "a"
-    assert compvis.build(SMALL["cin256-v2"], seed=0).latent_shape(size_px) == (3, side, side)
+    assert compvis.build(SMALL, seed=0).latent_shape(size_px) == (3, side, side)
     sizes = {name: params.networks[name].width for name in params.networks}
     assert sizes == {"convnet": 128, "alexnet": 128, "vgg11": 64, "resnet18": 64, "vit": 512}
     assert (params.networks["convnet"].depth, params.networks["vit"].depth) == (depth, 10)

@@ -1,11 +1,7 @@
-"""The generative prior: a frozen latent diffusion model behind encode, embed, null, denoise, quantize and decode.
-
-`priors` reads it from disk and writes it there.
-"""
+"""The diffusion prior: a frozen latent diffusion model behind encode, embed, null, denoise, quantize and decode."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -31,12 +27,12 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v 
 
 
 class IncompatiblePrior(ValueError):
-    """A prior that is whole, but not the one that the parameters or the data ask for."""
+    """The prior can be read, but does not fit the data set or the settings."""
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """Which timesteps of training the sampler takes, in the words of diffusers; by default CompVis's.
+    """The timesteps of training that the sampler takes, in the words of diffusers; the default is CompVis's.
 
     `leading` counts up from `offset`, `trailing` down from the last timestep, `linspace` takes both ends.
     """
@@ -48,10 +44,10 @@ class Spacing:
 
 COMPVIS = Spacing()
 
-# How each kind of denoiser is asked: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
+# How each kind of denoiser is called: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
 DENOISERS = {
     "UNet2DConditionModel": lambda unet, z_t, t, c: unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0],
-    # takes no conditioning: times zero, so that the gradient for `c` is zero and not absent
+    # takes no conditioning: times zero, so that the gradient of `c` is zero and not missing
     "UNet2DModel": lambda unet, z_t, t, c: unet(z_t, t, return_dict=False)[0] + 0 * c[..., None],
     # adds c to the embedding of t in every block, see `take_label_table`
     "DiTTransformer2DModel": lambda dit, z_t, t, c: dit(z_t, t.expand(len(z_t)), c[:, 0], return_dict=False)[0],
@@ -62,18 +58,30 @@ DENOISERS = {
 class Prior:
     """A latent diffusion model, class-conditional or not.
 
-    Shapes: pixels (B, C, H, W) in [-1, 1]; latents z (B, c, h, w), scaled to about unit variance;
-    conditioning (B, 1, D); labels (B,) int64.
+    Images x are (B, C, H, W) in [-1, 1]; latents z (B, c, h, w) with about unit variance; the conditioning c is
+    (B, 1, D); labels are (B,) int64. `to` and `freeze_` change the modules in place, as in torch; all other methods
+    that return a Prior return a new one with the same modules.
+
+    Parameters
+    ----------
+    unet : the denoiser, a U-Net or a transformer (DiT)
+    autoencoder : with a codebook (VQModel) or a posterior (AutoencoderKL)
+    embedding : (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
+    alpha_bar : (T,) float64 on the CPU, the products of 1 - beta of eq. 1
+    prediction : what the denoiser was trained to predict
+    spacing : the timesteps that the sampler takes
+    precision : in which `denoise` and `decode` compute, see `in_precision`
+    recordings : see `with_cuda_graphs`
     """
 
-    unet: "UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel"  # the denoiser, a transformer too
+    unet: "UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel"
     autoencoder: "VQModel | AutoencoderKL"
-    embedding: nn.Embedding  # (classes + 1, D), the last row the null class; without classes that is one number
-    alpha_bar: Tensor  # (T,) float64 on the CPU: the products of 1 - beta, eq. 1
-    prediction: Prediction = "epsilon"  # what the denoiser was trained to predict
+    embedding: nn.Embedding
+    alpha_bar: Tensor
+    prediction: Prediction = "epsilon"
     spacing: Spacing = COMPVIS
-    precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute
-    recordings: dict[str, GraphedFunction] = field(default_factory=dict)  # of `with_cuda_graphs`
+    precision: torch.dtype = torch.float32
+    recordings: dict[str, GraphedFunction] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -81,12 +89,12 @@ class Prior:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the denoiser takes a conditioning; where it does not, that is one number (B, 1, 1) without effect."""
+        """Whether the denoiser takes a conditioning; without, c is (B, 1, 1) and has no effect."""
         return self.classes > 0
 
     @property
     def has_quantizer(self) -> bool:
-        """Whether latents are those of a codebook (VQModel) or the modes of a posterior (AutoencoderKL)."""
+        """Whether latents are quantised to a codebook."""
         return hasattr(self.autoencoder, "quantize")
 
     @property
@@ -104,34 +112,26 @@ class Prior:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of square images, or an `IncompatiblePrior` where the prior cannot take the size."""
+        """(c, h, w) of the latents of square images; IncompatiblePrior for a size that the prior cannot take."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
         unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
-            raise IncompatiblePrior(
-                f"size_px = {size_px} does not fit this prior, which takes {'' if is_fixed else 'multiples of '}{unit} "
-                "px; set datasets.<name>.size_px in params.yaml, or choose another prior"
-            )
+            raise IncompatiblePrior(f"size_px={size_px}: this prior takes {'' if is_fixed else 'multiples of '}{unit}")
         side = size_px // self.downsampling
         return self.latent_channels, side, side
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
-        """Raises `IncompatiblePrior` where the prior and the data set do not fit each other."""
+        """Raise IncompatiblePrior where the prior does not fit the images and the number of classes of a data set."""
         self.latent_shape(size_px)
         if channels != self.channels:
-            raise IncompatiblePrior(
-                f"the data set has {channels} channels, the prior {self.channels}; "
-                "set datasets.<name>.channels in params.yaml to the prior's"
-            )
+            raise IncompatiblePrior(f"channels={channels}: this prior has {self.channels}")
         if self.is_conditional and classes != self.classes:
-            raise IncompatiblePrior(
-                f"the data set has {classes} classes, the prior was trained on {self.classes}; "
-                "restore datasets.<name>.classes in params.yaml, or train a prior on these with `dvc repro prior`"
-            )
+            raise IncompatiblePrior(f"classes={classes}: this prior has {self.classes}")
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        encoded = self.autoencoder.encode(pixels)
+    def encode(self, x: Tensor) -> Tensor:
+        """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantiser."""
+        encoded = self.autoencoder.encode(x)
         z = encoded.latents if self.has_quantizer else encoded.latent_dist.mode()
         return (z - self._shift) * self.autoencoder.config.scaling_factor
 
@@ -143,7 +143,7 @@ class Prior:
         return self.autoencoder.quantize(z / scale)[0] * scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to pixels, through the quantiser where there is one; not clamped."""
+        """Latents z to images x, through the quantiser if there is one; not clamped."""
         return self.recordings.get("decode", self._decode)(z)
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -152,14 +152,16 @@ class Prior:
             return self.autoencoder.decode(unscaled).sample.to(z.dtype)
 
     def embed(self, labels: Tensor) -> Tensor:
+        """Labels (B,) to the conditioning c (B, 1, D)."""
         rows = labels if self.is_conditional else torch.zeros_like(labels)
         return self.embedding(rows.to(self.embedding.weight.device))[:, None, :]  # (B, 1, D)
 
     def null(self, count: int) -> Tensor:
+        """The conditioning (count, 1, D) of the null class, for classifier-free guidance."""
         return self.embedding.weight[-1].expand(count, 1, -1)  # (B, 1, D)
 
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
-        """The noise eps in z_t, (B, c, h, w); t is one timestep or one per sample."""
+        """The noise eps in z_t (B, c, h, w); t is one timestep, or one per image."""
         on_device = torch.as_tensor(t, device=z_t.device)
         predicted = self.recordings.get("predict", self._predict)(z_t, on_device, c)
         if self.prediction == "epsilon":
@@ -183,7 +185,7 @@ class Prior:
         return torch.autocast(z.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def to(self, *args, **kwargs) -> "Prior":
-        """The same prior on another device or with weights of another type (the modules are moved in place)."""
+        """Move the modules to another device or type, in place."""
         for module in (self.unet, self.autoencoder, self.embedding):
             module.to(*args, **kwargs)
         if self.embedding.weight.is_cuda:  # the order of the memory in which tensor cores convolve
@@ -192,26 +194,26 @@ class Prior:
         return self
 
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
-        """The same prior whose denoiser and decoder compute in that type, where its device has it; what goes in and
-        comes out keeps its own."""
+        """A prior whose denoiser and decoder compute in that type, if its device supports it; inputs and outputs keep
+        their own."""
         usable = usable_precision(precision, self.embedding.weight.device)
         return replace(self, precision=getattr(torch, usable), recordings={})
 
     def with_cuda_graphs(self) -> "Prior":
-        """The same prior, frozen, whose denoiser and decoder are each one launch on CUDA, see `GraphedFunction`: for
-        callers that take the gradient of a call before the next. On a CPU it is the same."""
+        """A prior whose denoiser and decoder are CUDA graphs, see `GraphedFunction`: the gradient of a call must be
+        taken before the next call. On a CPU nothing changes."""
         return replace(
             self, recordings={"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
         )
 
     def freeze_(self) -> "Prior":
-        """In evaluation mode and without parameter gradients."""
+        """Set evaluation mode and switch gradients of the weights off, in place."""
         for module in (self.unet, self.autoencoder, self.embedding):
             module.eval().requires_grad_(False)
         return self
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and the configuration: what the prior computes follows from it."""
+        """sha256 of all weights and the configuration."""
         digest = hashlib.sha256()
         for module in (self.unet, self.autoencoder):
             public = {key: value for key, value in module.config.items() if not key.startswith("_")}
@@ -241,9 +243,19 @@ def build_prior(
     conditioning_width: int,
     seed: int,
 ) -> Prior:
-    """A prior with random weights, of the kind of `cin256-v2`: a VQ autoencoder that halves the resolution between
-    its widths, and a U-Net with `unet_blocks` residual blocks a level that attends to one class-embedding token below
-    its first level."""
+    """Build a prior with random weights, a smaller `cin256-v2`.
+
+    Parameters
+    ----------
+    channels, classes : of the data set
+    latent_size, latent_channels : side and channels of the latents
+    codebook : entries of the VQ autoencoder
+    autoencoder_widths : channels of its levels, each at half the resolution of the one before
+    unet_widths : channels of the U-Net's levels; all but the first attend to the class token
+    unet_blocks : residual blocks of a level
+    conditioning_width : D, the width of the class token
+    seed : of the weights; the global generator is untouched
+    """
     from diffusers import UNet2DConditionModel, VQModel
 
     down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
@@ -277,79 +289,13 @@ def build_prior(
     return Prior(unet, autoencoder, embedding, cin256_alpha_bar())
 
 
-def take_label_table(dit: "DiTTransformer2DModel") -> nn.Embedding:
-    """Takes the label table (classes + 1, D) out of a DiT, which then wants rows of it as `class_labels`, (B, D).
-
-    In diffusers every block has a table of its own. In a released model they are copies of one; ValueError for tables
-    that differ, where no one vector stands for a class.
-    """
-    table, *others = [block.norm1.emb.class_embedder.embedding_table for block in dit.transformer_blocks]
-    if any(not torch.equal(other.weight, table.weight) for other in others):
-        raise ValueError("the label tables of the DiT's blocks differ: only models whose blocks share one can be used")
-    _remove_label_tables(dit)
-    return table
-
-
-def _remove_label_tables(dit: "DiTTransformer2DModel") -> None:
-    for block in dit.transformer_blocks:
-        block.norm1.emb.class_embedder = nn.Identity()
-
-
-def unconditional(prior: Prior) -> Prior:
-    """The prior with the null class in the place of every class."""
-    null = prior.embedding.weight[-1:].expand_as(prior.embedding.weight)
-    return replace(prior, embedding=nn.Embedding.from_pretrained(null.clone())).freeze_()
-
-
-def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
-    """The prior with these of its classes, label k being `classes[k]`, and the null class: of ImageNet's 1000, those of
-    a subset. One without classes is given back as it is."""
-    if not prior.is_conditional:
-        return prior
-    if outside := [index for index in classes if not 0 <= index < prior.classes]:
-        raise ValueError(
-            f"prior.classes: {outside} are not of the prior, which has 0 to {prior.classes - 1}; null takes those of "
-            "the subset, or all"
-        )
-    rows = prior.embedding.weight[[*classes, prior.classes]]
-    return replace(prior, embedding=nn.Embedding.from_pretrained(rows.clone())).freeze_()
-
-
-def with_random_unet(prior: Prior, *, seed: int) -> Prior:
-    """The prior with a denoiser of random weights, as in the paper's ablation; autoencoder and embeddings stay."""
-    with forked(seed, "random unet"):
-        unet = type(prior.unet).from_config(prior.unet.config)
-    if hasattr(unet, "transformer_blocks"):
-        _remove_label_tables(unet)
-    return replace(prior, unet=unet.to(prior.embedding.weight), recordings={}).freeze_()
-
-
-def with_random_weights(prior: Prior, *, seed: int) -> Prior:
-    """`with_random_unet` with autoencoder and embeddings of random weights too."""
-    weight = prior.embedding.weight
-    with forked(seed, "random autoencoder"):
-        autoencoder = type(prior.autoencoder).from_config(prior.autoencoder.config)
-        embedding = nn.Embedding(*weight.shape)
-        if prior.has_quantizer:
-            spread_codes(autoencoder)
-    made = replace(prior, autoencoder=autoencoder.to(weight), embedding=embedding.to(weight))
-    return with_random_unet(made, seed=seed)
-
-
-@torch.no_grad()
-def spread_codes(autoencoder: "VQModel") -> None:
-    """Draws the codes of an untrained quantiser so that scaled latents have unit variance. Its own are next to zero,
-    and the gradient through many steps from there leaves the range of float32."""
-    autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)
-
-
 def prior_chunk_size(size_px: int, *, count: int = 250) -> int:
-    """How many images go through a prior at once where no gradient is kept: `count` of 32 px, fewer of larger ones."""
+    """How many images pass through a prior at once without gradient: `count` of 32 px, fewer of larger ones."""
     return max(1, count * 32**2 // size_px**2)
 
 
 def cin256_schedule() -> "DDIMScheduler":
-    """The noise schedule of `cin256-v2`, which CompVis's other VQ-f4 models share."""
+    """The noise schedule of `cin256-v2`."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

@@ -66,15 +66,12 @@ class Generator(nn.Module):
         return len(self.synthesis)
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
-        """Raises ValueError where the generator and the data set do not fit each other."""
+        """Raise ValueError where the generator does not fit the images and the number of classes of a data set."""
         given = {"size_px": size_px, "channels": channels, "classes": classes}
         own = {"size_px": self.size_px, "channels": self.config["channels"], "classes": self.classes}
         for key, value in given.items():
             if value != own[key]:
-                raise ValueError(
-                    f"the data set has {key} = {value}, the GAN was trained with {own[key]}; restore "
-                    f"datasets.<name>.{key} in params.yaml, or train a GAN on this data with `dvc repro gan`"
-                )
+                raise ValueError(f"{key}={value}: this GAN has {own[key]}")
 
     def mapping(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One code w (B, w_width) for standard normal noise (B, noise_width) and labels (B,)."""

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation.training import accuracy, train
-from ld3m.models.compvis import build_full_size
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior, with_classes
+from ld3m.models.compvis import build as build_cin256
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
 from ld3m.models.gan import Generator, build_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import load_prior
+from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.pipeline.cells import cells
@@ -47,7 +48,6 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}  # as in dvc
 ITERATIONS = 3
 SLOW_S = 10.0
 IMAGES_PER_CLASS = {"train": 1170, "validation": 130, "test": 50}  # of ImageNet, where the data are missing
-FULL_SIZE = "cin256-v2"  # the paper's prior, where that of `prior.source` is missing
 Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params, objective, space)}
 Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Callable[[], tuple[float, float]]]]]
 # name, part, keys that lower its memory, and how often it does which kinds of work
@@ -84,8 +84,8 @@ class StandIns(Experiment):
             return build_prior(classes=classes, **self.params.prior_arguments()).to(self.params.on_device)
         try:
             return with_classes(load_prior(source), range(classes))
-        except FileNotFoundError:
-            return with_classes(build_full_size(FULL_SIZE, seed=0), range(classes))
+        except FileNotFoundError:  # random weights of the size of the paper's prior
+            return with_classes(build_cin256(seed=0), range(classes))
 
     @cached_property
     def gan(self) -> Generator:

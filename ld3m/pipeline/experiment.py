@@ -18,16 +18,11 @@ from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import SPACES
-from ld3m.models.diffusion_prior import (
-    IncompatiblePrior,
-    Prior,
-    unconditional,
-    with_random_unet,
-    with_random_weights,
-)
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
 from ld3m.models.gan import Generator, load_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
+from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
 from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
@@ -67,7 +62,11 @@ class Experiment:
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
             )
         given, changes = self.params.data, self.params.spaces.ld3m
-        prior = load_prior(folder)
+        try:
+            prior = load_prior(folder)
+        except FileNotFoundError as error:
+            again = "`dvc pull prior` brings the embedded prior, `dvc repro -f prior` trains one"
+            raise FileNotFoundError(f"{error}; {again}") from error
         prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         if changes.prior == "unconditional":
             prior = unconditional(prior)

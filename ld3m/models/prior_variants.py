@@ -1,0 +1,78 @@
+"""Priors made of others: some of the classes, no classes, random weights; and the label table of a DiT."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ld3m.models.diffusion_prior import Prior
+from ld3m.runtime.seeds import forked
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel, VQModel
+
+
+def take_label_table(dit: "DiTTransformer2DModel") -> nn.Embedding:
+    """Remove the label table (classes + 1, D) from a DiT and return it; the DiT then takes rows of it, (B, D).
+
+    In diffusers each block has a table. In a released model they are copies of one; ValueError if they differ.
+    """
+    table, *others = [block.norm1.emb.class_embedder.embedding_table for block in dit.transformer_blocks]
+    if any(not torch.equal(other.weight, table.weight) for other in others):
+        raise ValueError("the label tables of the DiT's blocks differ: only models whose blocks share one can be used")
+    _remove_label_tables(dit)
+    return table
+
+
+def _remove_label_tables(dit: "DiTTransformer2DModel") -> None:
+    for block in dit.transformer_blocks:
+        block.norm1.emb.class_embedder = nn.Identity()
+
+
+def unconditional(prior: Prior) -> Prior:
+    """A prior with the null class in the place of every class."""
+    null = prior.embedding.weight[-1:].expand_as(prior.embedding.weight)
+    return replace(prior, embedding=nn.Embedding.from_pretrained(null.clone())).freeze_()
+
+
+def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
+    """A prior whose label k is class `classes[k]` of the given one; a prior without classes is returned unchanged."""
+    if not prior.is_conditional:
+        return prior
+    if outside := [index for index in classes if not 0 <= index < prior.classes]:
+        raise ValueError(
+            f"classes={outside}: the prior has no such classes, only 0 to {prior.classes - 1}; None takes those of the "
+            "subset, or all"
+        )
+    rows = prior.embedding.weight[[*classes, prior.classes]]
+    return replace(prior, embedding=nn.Embedding.from_pretrained(rows.clone())).freeze_()
+
+
+def with_random_unet(prior: Prior, *, seed: int) -> Prior:
+    """A prior with a denoiser of random weights, as in the paper's ablation."""
+    with forked(seed, "random unet"):
+        unet = type(prior.unet).from_config(prior.unet.config)
+    if hasattr(unet, "transformer_blocks"):
+        _remove_label_tables(unet)
+    return replace(prior, unet=unet.to(prior.embedding.weight), recordings={}).freeze_()
+
+
+def with_random_weights(prior: Prior, *, seed: int) -> Prior:
+    """A prior with random weights in all three parts."""
+    weight = prior.embedding.weight
+    with forked(seed, "random autoencoder"):
+        autoencoder = type(prior.autoencoder).from_config(prior.autoencoder.config)
+        embedding = nn.Embedding(*weight.shape)
+        if prior.has_quantizer:
+            spread_codes(autoencoder)
+    made = replace(prior, autoencoder=autoencoder.to(weight), embedding=embedding.to(weight))
+    return with_random_unet(made, seed=seed)
+
+
+@torch.no_grad()
+def spread_codes(autoencoder: "VQModel") -> None:
+    """Draw the codes of an untrained quantiser so that latents have unit variance: from codes near zero, the gradient
+    through many steps leaves the range of float32."""
+    autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)
