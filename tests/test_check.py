@@ -54,7 +54,7 @@ def test_a_profile_that_is_missing_is_answered_with_those_that_exist(tmp_path):
         apply_profile(tmp_path / "smok.yaml")
 
 
-@pytest.mark.parametrize("stage, words", [("prior", "channels=1: this prior has 3"), ("gan", "channels=1: this GAN has 3")])
+@pytest.mark.parametrize("stage, words", [("prior", "channels=1: this prior"), ("gan", "channels=1: this GAN")])
 def test_a_prior_of_other_parameters_is_trained_again(stage, words):
     (line,) = [line for line in check({"datasets.mnist5k.channels": 1}) if line.startswith(stage)]
     assert words in line and f"the stage `{stage}` trains it again" in line and f"allow-missing {stage}" in line
