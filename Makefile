@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+DATASET = $(shell sed -n 's/^dataset: *\([^ ]*\).*/\1/p' params.yaml)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 # The stages of dvc.yaml call `python`: this environment's.
@@ -40,16 +41,16 @@ embedded: $(INSTALLED)
 reproduce: embedded ## run what the main table needs (only what changed) and print it
 	@$(PY) -m ld3m.pipeline.check
 	@$(PY) -m dvc repro tables
-	@echo && cat reports/tables/main.md && echo
-	@echo 'tables    reports/tables/'
-	@echo 'figures   reports/figures/'
-	@echo 'notebooks reports/notebooks/ (executed)'
+	@echo && cat reports/$(DATASET)/tables/main/main.md && echo
+	@echo 'tables    reports/$(DATASET)/tables/main/'
+	@echo 'figures   reports/$(DATASET)/figures/main/'
+	@echo 'notebooks reports/$(DATASET)/notebooks/ (executed)'
 
-report: embedded ## run the whole pipeline: more spaces and controls, ablations, reports/index.html
+report: embedded ## run the whole pipeline: more spaces, controls and runs, ablations, an HTML report
 	@$(PY) -m ld3m.pipeline.check
 	@$(PY) -m dvc repro
-	@echo && cat reports/full/tables/main.md && echo
-	@echo 'report    reports/index.html'
+	@echo && cat reports/$(DATASET)/tables/report/main.md && echo
+	@echo 'report    reports/$(DATASET)/index.html'
 
 test: embedded ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

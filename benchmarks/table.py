@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from ld3m.pipeline.estimate import clock
-from ld3m.runtime import paths
 from ld3m.runtime.devices import describe
 from ld3m.runtime.progress import silent
 from ld3m.runtime.storage import write_bytes
 
-FILE = paths.TABLES / "benchmarks.csv"
+FILE = Path(__file__).with_name("benchmarks.csv")
 FIELDS = ("benchmark", "compared_with", "ratio", "ours", "other", "unit", "device")
 
 

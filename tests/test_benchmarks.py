@@ -107,7 +107,7 @@ def test_the_nearest_images_are_least_squares_and_what_they_miss_is_a_share_of_t
 
 def test_what_ld3m_can_draw_of_a_set_lies_between_its_start_and_the_set(monkeypatch):
     few = {name: 1 for name in ("convnet", "alexnet", "vgg11", "resnet18", "vit")}
-    given = {"grid.architecture": ["convnet", "alexnet"], "evaluate.recipe.epochs": few, "spaces.ld3m.steps": 2}
+    given = {"architectures": ["convnet", "alexnet"], "evaluate.recipe.epochs": few, "spaces.ld3m.steps": 2}
     experiment = Experiment(load_params(given))
     pixels, labels = experiment.initial(1)
     target = experiment.dataset.normalization.normalize(pixels)

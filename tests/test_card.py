@@ -8,6 +8,7 @@ import torch
 
 from ld3m.method.distill import Distilled
 from ld3m.pipeline import profiles as config
+from ld3m.pipeline.cells import Cell
 from ld3m.pipeline.experiment import Experiment
 from ld3m.runtime import paths
 
@@ -18,8 +19,8 @@ EPOCHS = {"evaluate.recipe.epochs": {"convnet": 30, "vit": 2}, "distill.validati
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     file = tmp_path_factory.mktemp("smoke") / "params.yaml"
-    shutil.copy(paths.PARAMS, file)
-    config.apply_profile(paths.PROFILES / "smoke.yaml", path=file)
+    shutil.copy(config.PARAMS, file)
+    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
     return config.load_params(EPOCHS, path=file)
 
 
@@ -30,10 +31,9 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(params, t
     accuracies = experiment.validate(images, synthetic.labels)
     validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
     run = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
-    for place in ("distilled_folder", "cost_file"):
-        monkeypatch.setattr(paths, place, lambda dataset, cell, run, place=place: tmp_path / place / cell)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda: params)
-    monkeypatch.chdir(experiment._write(run, synthetic, "dm", "pixel", 1))
+    monkeypatch.chdir(experiment._write(run, synthetic, Cell("mnist5k", "dm-pixel-1", "main", "dm", "pixel", 1)))
     card = open("card.md").read()
     (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     lines = [line for line in recipe.splitlines() if line.strip() and not line.startswith(("import", "from"))]

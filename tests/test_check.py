@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ld3m.pipeline import check as check_module
+from ld3m.pipeline.cells import gan_check_folder, gan_folder, prior_check_folder, prior_folder
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profile, load_params
 from ld3m.runtime import paths
@@ -24,19 +25,18 @@ def test_the_committed_profile_is_in_order():
     assert "3500 + 500 + 1000 images of 10 classes" in lines[0] and "trained on 10 classes" in lines[2]
 
 
-TOO_MANY = {"ipc": 400, "runs": 1}
+TOO_MANY = {"ipc": 400, "runs": [0], "table": "main", "prior": "data"}
 
 
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ({"grid.ipc": [1, 351]}, r"grid.ipc in params.yaml: .*1\.\.350"),
         ({"gradient_norms.images_per_class": 400}, r"gradient_norms.images_per_class in params.yaml: .*1\.\."),
         (
-            {"more.cells": {"dm-pixel-400": {"objective": "dm", "space": "pixel"} | TOO_MANY}},
-            "more.cells.dm-pixel-400",
+            {"cells": {"many": {"objective": "dm", "space": "pixel", "experts": "data"} | TOO_MANY}},
+            r"cells.many.ipc in params.yaml: .*1\.\.350",
         ),
-        ({"more.controls": {"herding-400": {"control": "herding"} | TOO_MANY}}, "more.controls.herding-400"),
+        ({"controls": {"many": {"control": "random_real"} | TOO_MANY}}, "controls.many.ipc"),
         ({"datasets.mnist5k.size_px": 36}, "size_px = 36.*multiple of 8"),
         ({"datasets.mnist5k.classes": ["0", "eleven"]}, "eleven"),
         ({"datasets.mnist5k.source": "data/nowhere"}, "change datasets.mnist5k.source, .*`dvc pull -f data.dvc`"),
@@ -72,7 +72,7 @@ def test_without_data_and_priors_it_says_how_to_get_them(monkeypatch, tmp_path):
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """Copies the embedded prior and GAN, to be broken."""
-    folders = {"prior": paths.prior_folder("mnist5k"), "gan": paths.gan_folder("mnist5k")}
+    folders = {"prior": prior_folder("mnist5k"), "gan": gan_folder("mnist5k")}
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.relative_to(paths.ROOT))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
@@ -91,7 +91,7 @@ def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, 
 
 def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch):
     """The embedded prior in the place of a released one, for two of its classes."""
-    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "more.cells": {}}
+    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
     assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {trained['prior']}, classes 7, 3"
     for changes, words in [
         ({}, "the data set has 2 classes, .* 10; list for each class"),
@@ -114,8 +114,8 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
 
 
 def test_the_embedded_priors_are_good_enough():
-    prior = json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())
-    gan = json.loads((paths.gan_check_folder("mnist5k") / "check.json").read_text())
+    prior = json.loads((prior_check_folder("mnist5k") / "check.json").read_text())
+    gan = json.loads((gan_check_folder("mnist5k") / "check.json").read_text())
     assert min(prior["samples"], gan["samples"]) >= 500 and min(prior["recognised"], gan["recognised"]) >= 0.95
     assert prior["psnr_db"] > 25 and gan["spread"] > 0.5
 

@@ -160,7 +160,7 @@ def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(skip, monkeypatch):
     """The embedded prior, on the first device there is; CPUs without bfloat16 compute it slowly."""
     monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
     device = choose_device("auto")
-    prior = load_prior(paths.prior_folder("mnist5k")).to(device)
+    prior = load_prior(paths.ROOT / "runs/mnist5k/prior").to(device)
     draw = torch.Generator().manual_seed(0)
     pixels, weight = (torch.rand(4, 3, 32, 32, generator=draw).to(device) * 2 - 1 for _ in range(2))
     given = dict(steps=5, skip=skip, normalization=Normalization((0.4,) * 3, (0.3,) * 3))

@@ -7,7 +7,7 @@ import torch
 
 from ld3m.pipeline import estimate
 from ld3m.pipeline.estimate import StandIns, show, stages
-from ld3m.pipeline.profiles import ablation_settings, load_params
+from ld3m.pipeline.profiles import PARAMS, ablation_settings, load_params
 from ld3m.runtime import paths
 
 
@@ -28,8 +28,8 @@ def test_every_stage_is_counted_as_often_as_it_works():
     iterations, networks = counts(work["distill dm-ld3m-1", "main"])
     checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
     assert (iterations, networks) == (params.budget("dm", "ld3m", 1).iterations, checks)
-    assert counts(work["distill dm-ld3m-1", "report"]) == [2 * iterations, 2 * networks]  # runs 1 and 2
-    assert counts(work["evaluate none-full_data-0", "main"]) == [params.evaluate.seeds] * len(params.grid.architecture)
+    assert counts(work["distill dm-ld3m-1-runs", "report"]) == [2 * iterations, 2 * networks]  # runs 1 and 2
+    assert counts(work["evaluate full_data", "main"]) == [params.evaluate.seeds] * len(params.architectures)
     assert counts(work["trajectories", "main"]) == [params.trajectories.experts]
     assert counts(work["gradient norms", "main"]) == [6] * len(params.gradient_norms.steps)
     tests = [4 * params.ablations.seeds] * len(params.ablations.architecture)
@@ -97,8 +97,8 @@ def test_no_stage_waits_for_an_estimate_nor_can_be_refused_by_one():
 def test_the_command_applies_a_profile_and_leaves_params_yaml_as_it_is(monkeypatch):
     shown = []
     monkeypatch.setattr(estimate, "show", lambda experiment, ablations: shown.append((experiment.params, ablations)))
-    before = paths.PARAMS.read_bytes()
+    before = PARAMS.read_bytes()
     estimate.main(["smoke"])
     params, ablations = shown[0]
-    assert paths.PARAMS.read_bytes() == before and ablations.keys() == params.ablations.settings.keys()
+    assert PARAMS.read_bytes() == before and ablations.keys() == params.ablations.settings.keys()
     assert params.distill.dm.ld3m.iterations < load_params().distill.dm.ld3m.iterations

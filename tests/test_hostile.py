@@ -23,7 +23,6 @@ from ld3m.models import compvis
 from ld3m.models.gan import build_generator, load_generator, save_generator
 from ld3m.models.prior_io import load_prior, save_prior
 from ld3m.pipeline import profiles
-from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.storage import read_tensors, tensors_hash, write_tensors
 
@@ -116,7 +115,7 @@ def decoded(folder, dataset):
 
 def parameters(folder, dataset):
     file, profile = folder / "params.yaml", folder / "profile.yaml"
-    file.write_bytes(paths.PARAMS.read_bytes())
+    file.write_bytes(profiles.PARAMS.read_bytes())
     profile.write_text("seed: 1\n")
     return [file, profile], [
         lambda: profiles.load_params(path=file),

@@ -11,6 +11,7 @@ import torch
 from ld3m.evaluation.artefact import write_images
 from ld3m.pipeline import profiles as config
 from ld3m.pipeline import runs
+from ld3m.pipeline.cells import Cell, cell_of
 from ld3m.pipeline.experiment import Experiment
 from ld3m.runtime import paths
 from ld3m.runtime.paths import ROOT
@@ -22,8 +23,8 @@ NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_
 def experiment(tmp_path, monkeypatch):
     """That of the smoke profile, which writes under `tmp_path`."""
     file = tmp_path / "params.yaml"
-    shutil.copy(paths.PARAMS, file)
-    config.apply_profile(paths.PROFILES / "smoke.yaml", path=file)
+    shutil.copy(config.PARAMS, file)
+    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
     params = config.load_params(path=file)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda overrides: params)
@@ -41,16 +42,16 @@ def run(**parameters):
 
 
 def control_folder(root):
-    return root / "runs" / "mnist5k" / "scores" / "none-random_real-1"
+    return root / "runs/mnist5k/main/scores/random_real-1"
 
 
-def score(experiment, control, ipc):
-    runs.evaluate_runs(experiment, "none", control, ipc, runs=range(1))
+def score(experiment, key):
+    return runs.evaluate_runs(experiment, cell_of(experiment.params, key))
 
 
 def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_path):
-    score(experiment, "random_real", 1)
-    score(experiment, "full_data", 0)
+    score(experiment, "random_real-1")
+    score(experiment, "full_data")
     pixels, labels = experiment.initial(1)
     write_images(tmp_path / "set", pixels, labels, experiment.dataset.train.classes)
     scope = run(path=str(tmp_path / "set"), name="theirs")
@@ -58,7 +59,7 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
     table = scope["metrics"].compare(scope["accuracies"], **beside)
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
-    folder = tmp_path / "runs" / "mnist5k" / "judged" / "theirs"
+    folder = tmp_path / "runs" / "mnist5k" / "evaluated" / "theirs"
     assert {file.name for file in folder.iterdir()} == {"scores.json", "images.safetensors"}
     record, control = (json.loads((place / "scores.json").read_text()) for place in (folder, control_folder(tmp_path)))
     assert record == control | {"cell": "theirs"}
@@ -68,8 +69,8 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     labels = torch.tensor([0, 1])
     assert runs.comparable(experiment, labels) == {}
     said = capsys.readouterr().out
-    assert all(f"none-{name}/scores.json is missing" in said for name in ("random_real-1", "full_data-0"))
-    scores = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(1))
+    assert all(f"{name}/scores.json is missing" in said for name in ("random_real-1", "full_data"))
+    scores = score(experiment, "random_real-1")
     assert runs.comparable(experiment, labels) == {"random_real": scores[0]}
     assert "random_real" not in runs.comparable(experiment, torch.tensor([0, 0, 1]))  # as many a class, or nothing
     file = control_folder(tmp_path) / "scores.json"
@@ -83,8 +84,9 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
 def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(experiment):
     first, second = (replace(experiment, run=run).initial(1)[0] for run in (0, 1))
     assert not torch.equal(first, second)
-    together = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(2))
-    alone = runs.evaluate_runs(experiment, "none", "random_real", 1, runs=range(1, 2))
+    cell = cell_of(experiment.params, "random_real-1")
+    together = runs.evaluate_runs(experiment, replace(cell, runs=(0, 1)))
+    alone = runs.evaluate_runs(experiment, replace(cell, runs=(1,)))
     assert together[1] == alone[1]
     assert {name: len(scores) for name, scores in together[0].items()} == {"convnet": 2, "vit": 2}
     assert {name: len(scores) for name, scores in alone[1].items()} == {"convnet": 1, "vit": 1}
@@ -94,12 +96,12 @@ def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_p
     fan_out = runs.fan_out  # in this process: another would write into the repository's own folders
     monkeypatch.setattr(runs, "fan_out", lambda *work, **given: fan_out(*work, **given | {"processes": 1}))
     params = experiment.params.model_copy(update={"processes": 2})
-    cell = dict(objective="dm", space="pixel", ipc=1)
-    folders = runs.distil_runs(params, **cell, runs=range(1, 3))
-    assert [folder.name for folder in folders] == ["run-1", "run-2"] and "more" in folders[0].parts
+    cell = Cell("mnist5k", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
+    folders = runs.distil_runs(params, cell)
+    assert [folder.name for folder in folders] == ["run-1", "run-2"] and "report" in folders[0].parts
     assert all(folder.is_relative_to(tmp_path) for folder in folders)
     together = [(folder / "distilled.safetensors").read_bytes() for folder in folders]
-    alone = runs.distil_runs(experiment.params, **cell, runs=range(2, 3))[0]
+    alone = runs.distil_runs(experiment.params, replace(cell, runs=(2,)))[0]
     assert (alone / "distilled.safetensors").read_bytes() == together[1] != together[0]
 
 

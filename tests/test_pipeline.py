@@ -17,12 +17,13 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from ld3m.evaluation.scores import read_scores
-from ld3m.pipeline.profiles import apply_profile, load_params
-from ld3m.runtime.paths import PROFILES, ROOT
+from ld3m.pipeline.profiles import PROFILES, apply_profile, load_params
+from ld3m.runtime.paths import ROOT
 from ld3m.runtime.storage import read_tensors
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 USER = "somebody-special"
+DM = "{objective: dm, space: ld3m, ipc: 1, runs: [0], table: main, prior: prior, experts: data}"
 
 
 PACKAGES = ("runtime", "data", "models", "method", "evaluation", "pipeline", "reporting")
@@ -39,35 +40,37 @@ def test_a_stage_depends_on_its_notebook_and_on_the_packages_that_it_uses(name):
     stage = STAGES[name].get("do", STAGES[name])
     notebook = next(word for word in stage["cmd"].split() if word.startswith("notebooks/"))
     used = {PACKAGES.index(package) for package in re.findall(r"from ld3m\.(\w+)", (ROOT / notebook).read_text())}
-    if name not in ("tables", "report"):
-        used -= {PACKAGES.index("reporting")}  # figures that are shown in the notebook and read by no other stage
-    last = max(used)
-    assert [dep for dep in stage["deps"] if dep.startswith(("notebooks", "ld3m"))] == [
-        notebook,
-        *(f"ld3m/{package}" for package in PACKAGES[: last + 1]),
-    ]
+    if name in ("tables", "report"):
+        packages = ["ld3m"]
+    else:  # figures that are shown in the notebook are read by no other stage
+        packages = [f"ld3m/{package}" for package in PACKAGES[: max(used - {PACKAGES.index("reporting")}) + 1]]
+    assert [dep for dep in stage["deps"] if dep.startswith(("notebooks", "ld3m"))] == [notebook, *packages]
 
 
-def value(values, key):
-    for part in key.partition(".${")[0].split("."):
-        values = values[part]
-    return values
+def depends_on(index, stage, output):
+    """Whether DVC would run the stage of an output before another stage."""
+    import networkx
+
+    (target,) = [one for one in index.stages if one.addressing == stage]
+    (source,) = [one for one in index.stages if one.addressing == output]
+    return source in networkx.descendants(index.graph, target)
 
 
-def test_a_stage_depends_on_the_switch_of_the_released_protocol_where_that_changes_a_value_it_uses():
-    """DVC reads params.yaml itself, where `paper: true` changes no other value."""
-    ours, released = (load_params({"paper": paper}).model_dump() for paper in (False, True))
-    for key in ("dataset", "datasets", "grid", "more", "ablations.settings"):  # what stages are made for
-        assert value(ours, key) == value(released, key)
-    for name, stage in STAGES.items():
-        keys = set(stage.get("do", stage).get("params", ()))
-        changed = {key for key in keys - {"paper"} if value(ours, key) != value(released, key)}
-        assert ("paper" in keys) == bool(changed), name
+def test_a_stage_depends_on_what_it_reads_and_on_nothing_more():
+    from dvc.repo import Repo
 
-
-def test_the_main_table_needs_no_gan():
-    needing = {name for name, stage in STAGES.items() if any("}/gan" in dep for dep in stage.get("do", stage)["deps"])}
-    assert needing == {"distill_more", "ablation", "report"}
+    with Repo(ROOT) as repo:
+        index = repo.index
+        for key, cell in load_params().cells.items():
+            for stage, is_read in {
+                "prior": cell.space == "ld3m",
+                "gan": cell.space == "glad",
+                "trajectories": cell.objective == "mtt",
+            }.items():
+                assert depends_on(index, f"distill@{key}", stage) == is_read, key
+        assert not depends_on(index, "tables", "gan") and not depends_on(index, "ablation@steps", "gan")
+        assert depends_on(index, "report", "gan") and depends_on(index, "tables", "evaluate@dc-pixel-1")
+        assert not depends_on(index, "control@random_real-1", "prior") and depends_on(index, "report", "ablation@prior")
 
 
 def new_clone(folder: Path, *profiles: str) -> Path:
@@ -111,44 +114,33 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
-    for kept in (clone / "reports/tables").glob("cifar10.*"):
-        kept.unlink()
-    benchmarks = clone / "reports/tables/benchmarks.csv"  # of no stage
-    benchmarks.write_text("measured elsewhere\n")
     dvc(clone, "repro")
-    assert benchmarks.read_text() == "measured elsewhere\n"
-    benchmarks.unlink()
-    tables, figures = written(clone / "reports/tables"), written(clone / "reports/figures")
-    assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(tables)
+    reports = clone / "reports/mnist5k"
+    main, report = written(reports / "tables/main"), written(reports / "tables/report")
+    assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(main)
+    figures, page = written(reports / "figures/main"), (reports / "index.html").read_bytes()
     assert {"prior.png", "distilled-ipc1.png", "accuracy-ipc1.png", "curves-ipc1.png", "gradient-norms.png"} < set(
         figures
     )
-    assert {"set-none-random_real-1.png", "set-mtt-ld3m-1.png"} < set(figures)
-    report, full = (clone / "reports/index.html").read_bytes(), written(clone / "reports/full/tables")
-    assert full.keys() >= tables.keys() | {"ablations.csv"}
-    read = {f"{name}.{kind}" for name in ("costs", "ablation-steps") for kind in ("md", "tex")}
-    assert {"costs.csv", "ablation_costs.csv"} | read == written(clone / "reports/full/costs").keys()
-    lines = tables["scores.csv"].decode().splitlines()
+    lines = main["scores.csv"].decode().splitlines()
     assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
     assert len(lines) == 1 + 2 * (1 + 1 + 1)  # architectures x (cells, control, full data)
-    assert len(full["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
-    assert len(full["runs.csv"].decode().splitlines()) == 1 + 3 * (2 + 1)  # LD3M, GLaD and random real images
-    assert {"runs.md", "runs_differences.csv", "spread.csv", "metrics.csv"} < set(full)
-    assert len(full["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x (networks and their unseen mean)
+    assert len(report["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
+    assert len(report["runs.csv"].decode().splitlines()) == 1 + 3 * (2 + 1)  # LD3M, GLaD and random real images
+    assert {"runs.md", "runs_differences.csv", "spread.csv", "metrics.csv"} < set(report)
+    assert len(report["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x architectures and unseen mean
     assert "up to date" in dvc(clone, "repro")
     dvc(clone, "repro", "--single-item", "--force", "tables")
     dvc(clone, "repro", "--single-item", "--force", "report")
-    assert written(clone / "reports/tables") == tables
-    assert written(clone / "reports/figures") == figures
-    assert (clone / "reports/index.html").read_bytes() == report
-    assert written(clone / "reports/full/tables") == full
+    assert (written(reports / "tables/main"), written(reports / "tables/report")) == (main, report)
+    assert written(reports / "figures/main") == figures and (reports / "index.html").read_bytes() == page
     assert not list((clone / "checkpoints").rglob("*.*"))
 
 
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(clone):
     """After the test above; every step writes its state under the smoke profile."""
     again = ("repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
-    artefact = clone / "runs/mnist5k/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
+    artefact = clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
     before, checkpoint = artefact.read_bytes(), clone / "checkpoints/mnist5k/mtt-ld3m-1-run-0.safetensors"
     process = start_dvc(clone, *again)
     while not checkpoint.exists():
@@ -180,7 +172,7 @@ def test_from_scratch_twice_gives_the_same_bytes(tmp_path):
     clones = [new_clone(tmp_path / name, "smoke.yaml") for name in "ab"]
     for each in clones:
         dvc(each, "repro")
-    for place in ("runs", "reports/tables", "reports/full/tables"):
+    for place in ("runs", "reports/mnist5k/tables/main", "reports/mnist5k/tables/report"):
         one, other = (
             {str(file.relative_to(each)): file.read_bytes() for file in (each / place).rglob("*") if file.is_file()}
             for each in clones
@@ -215,7 +207,7 @@ def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
     """Photographs as people have them: of any size and mode, in folders that bear the names of their classes."""
     clone = new_clone(tmp_path / "clone", "folder.yaml", "smoke.yaml")
     overlay = tmp_path / "dm.yaml"  # experts of so few images hardly move, which MTT refuses
-    overlay.write_text("grid: {objective: [dm]}\n")
+    overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\n")
     apply_profile(overlay, path=clone / "params.yaml")
     rng = np.random.default_rng(0)
     for split, count in {"train": 20, "test": 5}.items():
@@ -226,9 +218,9 @@ def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
                 picture = Image.effect_noise(size, 60).convert(mode)
                 picture.save(tmp_path / "images" / split / name / f"{k}.{'jpg' if mode == 'RGB' else 'png'}")
     dvc(clone, "repro", "evaluate@dm-ld3m-1")
-    pictures = clone / "runs/folder/distilled/dm-ld3m-1/run-0/images"
+    pictures = clone / "runs/folder/main/distilled/dm-ld3m-1/run-0/images"
     assert len(list(pictures.rglob("*.png"))) == 3
-    scores = read_scores(clone / "runs/folder/scores/dm-ld3m-1/scores.json").runs[0]
+    scores = read_scores(clone / "runs/folder/main/scores/dm-ld3m-1/scores.json").runs[0]
     assert list(scores) == ["convnet", "vit"] and all(0 <= value <= 1 for values in scores.values() for value in values)
     assert len(list((clone / "cache/decoded").glob("images-*.npy"))) == 2  # made by the first stage, read by the others
 
@@ -240,7 +232,7 @@ def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_
 
     clone, source = new_clone(tmp_path / "clone", "cifar10.yaml", "smoke.yaml"), tmp_path / "cifar10"
     overlay = tmp_path / "here.yaml"
-    overlay.write_text(f"grid: {{objective: [dm], ipc: [1]}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
+    overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
     apply_profile(overlay, path=clone / "params.yaml")
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))
@@ -250,8 +242,8 @@ def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_
         columns = {"img": pictures, "label": [k % 10 for k in range(count)]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(source / f"{split}.parquet")
     dvc(clone, "repro", "evaluate@dm-ld3m-1")
-    assert len(list((clone / "runs/cifar10/distilled/dm-ld3m-1/run-0/images").rglob("*.png"))) == 10
-    assert len(list((clone / "runs/cifar10/scores/dm-ld3m-1").iterdir())) == 3
+    assert len(list((clone / "runs/cifar10/main/distilled/dm-ld3m-1/run-0/images").rglob("*.png"))) == 10
+    assert len(list((clone / "runs/cifar10/main/scores/dm-ld3m-1").iterdir())) == 3
 
 
 @pytest.mark.slow
@@ -262,5 +254,5 @@ def test_an_experiment_has_the_parameters_that_it_is_given(tmp_path):
     for command in (("add", "-A"), (*author, "commit", "-q", "-m", "start")):
         subprocess.run(["git", *command], cwd=clone, check=True)
     dvc(clone, "exp", "run", "-S", "distill.mtt.ld3m.iterations=3", "distill@mtt-ld3m-1")
-    _, metadata = read_tensors(clone / "runs/mnist5k/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
+    _, metadata = read_tensors(clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
     assert len(metadata["history"]) == 3

@@ -21,6 +21,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from executing import run_notebook
 from safetensors.torch import load_file, save_file
 from test_compvis import SMALL, original
 
@@ -32,11 +33,10 @@ from ld3m.models import prior_io as priors
 from ld3m.models.diffusion_prior import COMPVIS, Spacing
 from ld3m.models.prior_io import EMBEDDER, fitted, link_prior, linked_source, load_prior, save_prior
 from ld3m.models.prior_variants import with_classes, with_random_unet, with_random_weights
-from ld3m.pipeline.batch import run_notebook
+from ld3m.pipeline.cells import cell_of, prior_check_folder, prior_folder
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.profiles import PROFILES, load_params
 from ld3m.runtime import paths
-from ld3m.runtime.paths import PROFILES
 
 SCALE = 0.7  # of make_prior
 WEIGHTS = (
@@ -364,9 +364,9 @@ def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing)
 
 
 def test_the_embedded_prior_and_checkpoints_are_sampled_as_compvis_does(saved):
-    embedded = DDIMScheduler.from_pretrained(paths.prior_folder("mnist5k") / "scheduler")
+    embedded = DDIMScheduler.from_pretrained(prior_folder("mnist5k") / "scheduler")
     embedded.set_timesteps(5)
-    for prior in (load_prior(paths.prior_folder("mnist5k")), load_prior(saved[0]), saved[1]):
+    for prior in (load_prior(prior_folder("mnist5k")), load_prior(saved[0]), saved[1]):
         assert prior.spacing == Spacing("leading", 1, ends_clean=False) == COMPVIS
         assert embedded.timesteps.tolist() == timesteps(5, total=1000, spacing=prior.spacing)[::-1]
     assert not embedded.config.set_alpha_to_one
@@ -643,13 +643,13 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, mon
         _ = Experiment(load_params(overrides)).prior
     for name in ("00_prior", "02_distill"):
         run_notebook(PROFILES.parent / f"notebooks/{name}.ipynb", {"overrides": overrides})
-    tensors, record = read_artefact(paths.distilled_folder("mnist5k", "dm-ld3m-1", 0))
+    tensors, record = read_artefact(cell_of(load_params(), "dm-ld3m-1").artefact(0))
     whole = load_prior(source)
     assert record["configuration"]["prior_sha256"] == with_classes(whole, [7, 2]).fingerprint()
     started = whole.embed(torch.tensor([7, 2]))
     assert relative_difference(tensors["c"], started) < 0.1
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
-    assert json.loads((paths.prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
+    assert json.loads((prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
     for kept, is_replayed in ((0, True), (1, False)):
         used = Experiment(load_params(overrides | {"spaces.ld3m.uncheckpointed_steps": kept})).prior
         assert bool(used.recordings) == is_replayed

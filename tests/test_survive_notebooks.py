@@ -10,24 +10,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from executing import run_notebook
 from test_survive import INTERRUPTED, KILLS, NEVER, content, server, signalled  # noqa: F401
 
 from ld3m.pipeline import profiles as config
-from ld3m.pipeline.batch import run_notebook
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Interrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-CELL = {"objective": "mtt", "space": "ld3m", "ipc": 1}
-FULL_DATA = {"objective": "none", "space": "full_data", "ipc": 0}
 STAGES = {  # notebook, parameters, outputs under runs/mnist5k; in an order in which they can run
     "prior": ("00_prior", {}, ["prior", "prior-check"]),
     "gan": ("00_gan", {}, ["gan", "gan-check"]),
     "trajectories": ("01_trajectories", {}, ["trajectories"]),
-    "distill": ("02_distill", CELL, ["distilled/mtt-ld3m-1"]),
-    "distill_more": ("02_distill", CELL | {"space": "glad", "more": True}, ["more/distilled/mtt-glad-1"]),
-    "evaluate": ("03_evaluate", CELL, ["scores/mtt-ld3m-1"]),
-    "full_data": ("03_evaluate", FULL_DATA, ["scores/none-full_data-0"]),
+    "distill": ("02_distill", {"cell": "mtt-ld3m-1"}, ["main/distilled/mtt-ld3m-1"]),
+    "distill_runs": ("02_distill", {"cell": "mtt-glad-1"}, ["report/distilled/mtt-glad-1"]),
+    "evaluate": ("03_evaluate", {"cell": "mtt-ld3m-1"}, ["main/scores/mtt-ld3m-1"]),
+    "full_data": ("03_evaluate", {"cell": "full_data"}, ["main/scores/full_data"]),
     "gradient_norms": ("04_gradient_norms", {}, ["gradient_norms.json"]),
     "ablation": ("04_ablations", {"ablation": "steps"}, ["ablations/steps.json"]),
 }
@@ -63,8 +61,8 @@ def run(server, root: Path, stage: str, *, after: int = NEVER, number: int = sig
 def whole(server, tmp_path_factory):  # noqa: F811
     """What all stages write when nothing happens."""
     root = tmp_path_factory.mktemp("whole")
-    shutil.copy(paths.PARAMS, root / "params.yaml")
-    config.apply_profile(paths.PROFILES / "smoke.yaml", path=root / "params.yaml")
+    shutil.copy(config.PARAMS, root / "params.yaml")
+    config.apply_profile(config.PROFILES / "smoke.yaml", path=root / "params.yaml")
     for stage in STAGES:
         assert run(server, root, stage) == 0, (root / "log").read_text()
     assert content(root / "checkpoints") == {}

@@ -3,17 +3,16 @@ import statistics
 
 import pandas as pd
 import pytest
-from ruamel.yaml import YAML
 
 from ld3m.evaluation.scores import Scores, write_scores
+from ld3m.pipeline import cells as layout
 from ld3m.pipeline.ablations import write_records
+from ld3m.pipeline.cells import UNSEEN, cell_of, cells, first_runs
 from ld3m.pipeline.profiles import load_params
 from ld3m.reporting import published, report
 from ld3m.reporting.tables import (
     CHANGES,
     COLUMNS,
-    UNSEEN,
-    cells,
     differences,
     paper_style,
     read_ablations,
@@ -32,23 +31,45 @@ TABLES = {f"{name}.csv" for name in ("scores", "main", "differences", "prior", "
 TABLES |= {"comparison.csv", "settings.csv", "main.md", "main.tex", "comparison.md", "comparison.tex"}
 T_975_DF_2 = 4.302653  # from a printed table of Student's t
 SPACES = ("pixel", "glad", "ld3m")
-GRID = {
-    "grid.objective": ["dm", "mtt"],
-    "grid.space": ["pixel", "ld3m"],
-    "grid.ipc": [1, 10],
-    "grid.control": ["random_real"],
-    "grid.architecture": ["vit", "convnet", "alexnet"],
-    "distill.network": "convnet",
-    "evaluate.seeds": 3,
-}
-DATASET = load_params(GRID).dataset
-CELLS = [
+EXPERTS, PRIORS = {"mtt": "trajectories"}, {"pixel": "data", "glad": "gan", "ld3m": "prior"}
+
+
+def entries(*rows, table="main", runs=(0,)):
+    """`cells` or `controls` of params.yaml for rows (objective, space, ipc)."""
+    shared = {"table": table, "runs": runs}
+    return {
+        f"{objective}-{space}-{ipc}{'' if 0 in runs else '-runs'}": (
+            {"control": space, "ipc": ipc, "prior": "data"}
+            if objective == "none"
+            else {
+                "objective": objective,
+                "space": space,
+                "ipc": ipc,
+                "prior": PRIORS[space],
+                "experts": EXPERTS.get(objective, "data"),
+            }
+        )
+        | shared
+        for objective, space, ipc in rows
+    }
+
+
+ROWS = [
     ("none", "random_real", 1),
     ("none", "random_real", 10),
     *(("dm", "pixel", 1), ("dm", "ld3m", 1), ("mtt", "pixel", 1), ("mtt", "ld3m", 1)),
     *(("dm", "pixel", 10), ("dm", "ld3m", 10), ("mtt", "pixel", 10), ("mtt", "ld3m", 10)),
     ("none", "full_data", 0),
 ]
+GRID = {
+    "cells": entries(*(row for row in ROWS if row[0] != "none")),
+    "controls": entries(*(row for row in ROWS if row[0] == "none")),
+    "architectures": ["vit", "convnet", "alexnet"],
+    "distill.network": "convnet",
+    "evaluate.seeds": 3,
+}
+DATASET = load_params(GRID).dataset
+CELLS = cells(load_params(GRID))
 
 
 def accuracies(objective, space, ipc, architecture):
@@ -61,13 +82,12 @@ def accuracies(objective, space, ipc, architecture):
     return [base + change + step for step in steps]
 
 
-def file_of(cell, place=DATASET):
-    return paths.scores_folder(place, "{}-{}-{}".format(*cell)) / "scores.json"
+def file_of(cell):
+    return cell.scores / "scores.json"
 
 
-def write(cell, runs, place=DATASET):
+def write(file, runs):
     """The scores of a cell: {run: {architecture: accuracies}}."""
-    file = file_of(cell, place)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_scores(file, Scores("cell", runs, dict.fromkeys(runs[min(runs)], {})))
 
@@ -77,20 +97,22 @@ def params(tmp_path, monkeypatch):
     """Parameters of a small grid, and its scores under `tmp_path`."""
     params = load_params(GRID)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "TABLES", tmp_path / "reports" / "tables")
     for cell in CELLS:
-        write(cell, {0: {name: accuracies(*cell, name) for name in params.grid.architecture}})
-    write(("dc", "pixel", 1), {0: {"vit": [0.99, 0.99, 0.99]}})  # of a former grid: never read
-    check = paths.prior_check_folder(params.dataset) / "check.json"
+        write(file_of(cell), {0: {name: accuracies(*cell.row, name) for name in params.architectures}})
+    write(CELLS[0].scores.with_name("dc-pixel-1") / "scores.json", {0: {"vit": [0.99] * 3}})  # never read
+    check = layout.prior_check_folder(params.dataset) / "check.json"
     check.parent.mkdir(parents=True)
     check.write_text(json.dumps({"recognised": 0.95, "mean_absolute_error": 0.05}))
-    for objective, space, ipc in CELLS:
-        if objective != "none":
-            cost = {"iterations": 20, "seconds": 5.0 + ipc, "peak_mib": 700.0}
-            write_json(paths.cost_file(DATASET, f"{objective}-{space}-{ipc}", 0), cost)
+    for cell in CELLS:
+        if cell.objective != "none":
+            write_json(cell.cost_file(0), {"iterations": 20, "seconds": 5.0 + cell.ipc, "peak_mib": 700.0})
     norms = [{"skip": "x0", "learned": "z", "steps": 5, "image": k, "norm": 2.0 + k} for k in range(2)]
-    write_json(paths.gradient_norms_file(DATASET), norms)
+    write_json(layout.gradient_norms_file(DATASET), norms)
     return params
+
+
+def tables(table):
+    return layout.tables_folder(DATASET, table)
 
 
 def p_of(t):
@@ -103,17 +125,17 @@ def scores(params):
     return with_unseen_mean(scores_of_run_0(params, CELLS), "convnet")
 
 
-def test_cells_are_the_controls_the_grid_and_the_full_data(params):
-    assert cells(params) == CELLS
+def test_cells_are_the_controls_the_sets_and_the_full_data(params):
+    assert [cell.row for cell in cells(params)] == ROWS
 
 
 def test_scores_are_read_for_every_cell_and_for_no_other(params):
     read = scores_of_run_0(params, cells(params))
     expected = [
-        (params.dataset, cell[2], cell[0], cell[1], 0, architecture, seed, value)
+        (params.dataset, cell.ipc, cell.objective, cell.space, 0, architecture, seed, value)
         for cell in CELLS
         for architecture in ("vit", "convnet", "alexnet")
-        for seed, value in enumerate(accuracies(*cell, architecture))
+        for seed, value in enumerate(accuracies(*cell.row, architecture))
     ]
     assert list(read.itertuples(index=False, name=None)) == expected
 
@@ -146,7 +168,7 @@ def test_the_summary_has_its_columns_and_one_row_a_cell_and_architecture(params,
     assert len(summary) == 4 * len(CELLS)
     keys = ["dataset", "ipc", "objective", "space", "architecture"]
     by_key = {row[:5]: row[5:] for row in summary[[*keys, "n", "mean", "ci_low", "ci_high"]].itertuples(index=False)}
-    for objective, space, ipc in CELLS:
+    for objective, space, ipc in ROWS:
         for architecture in ("vit", "convnet", "alexnet"):
             values = accuracies(objective, space, ipc, architecture)
             mean, half = statistics.mean(values), T_975_DF_2 * statistics.stdev(values) / 3**0.5
@@ -236,25 +258,21 @@ def test_a_cell_with_another_number_of_networks_is_refused(params):
 
 
 def test_tables_are_written_with_the_same_bytes(params):
-    report.write_tables(params, folder=paths.TABLES)
-    first = {file.name: file.read_bytes() for file in paths.TABLES.iterdir()}
+    report.write_tables(params, table="main")
+    first = {file.name: file.read_bytes() for file in tables("main").iterdir()}
     assert set(first) == TABLES
-    assert [file.name for file in (paths.TABLES.parent / "costs").iterdir()] == ["costs.csv"]
-    report.write_tables(params, folder=paths.TABLES)
-    assert {file.name: file.read_bytes() for file in paths.TABLES.iterdir()} == first
+    assert [file.name for file in layout.costs_folder(DATASET, "main").iterdir()] == ["costs.csv"]
+    report.write_tables(params, table="main")
+    assert {file.name: file.read_bytes() for file in tables("main").iterdir()} == first
 
 
-# What `more` adds: runs of a cell of the grid and of a control, and a cell that the grid has not.
+# What the report adds: further runs of a cell and of a control, and a cell that the main table lacks.
 VALIDATION = [{"iteration": 0, "accuracy": 0.5}, {"iteration": 9, "accuracy": 0.6}]
+FURTHER = entries(("dm", "pixel", 1), ("dm", "ld3m", 1), table="report", runs=(1, 2))
 MORE = GRID | {
     "ablations.settings": {"steps": {"T = 2": {"spaces.ld3m.steps": 2}, "T = 5": {}}},
-    "more.seeds": 1,
-    "more.cells": {
-        "dm-pixel-1": {"objective": "dm", "space": "pixel", "ipc": 1, "runs": 3},
-        "dm-ld3m-1": {"objective": "dm", "space": "ld3m", "ipc": 1, "runs": 3},
-        "dm-glad-1": {"objective": "dm", "space": "glad", "ipc": 1, "runs": 3},
-    },
-    "more.controls": {"random_real-1": {"control": "random_real", "ipc": 1, "runs": 3}},
+    "cells": GRID["cells"] | FURTHER | entries(("dm", "glad", 1), table="report", runs=(0, 1, 2)),
+    "controls": GRID["controls"] | entries(("none", "random_real", 1), table="report", runs=(1, 2)),
 }
 RUN_GAPS = {"pixel": 0.0, "ld3m": 0.2, "glad": 0.15, "random_real": -0.3}
 
@@ -268,12 +286,13 @@ def of_run(space, run):
 def with_more(params, monkeypatch):
     """Parameters with `MORE`, and the scores of what it adds."""
     more = load_params(MORE)
-    for objective, space in (("dm", "pixel"), ("dm", "ld3m"), ("dm", "glad"), ("none", "random_real")):
-        runs = more.runs(objective, space, 1, more=True)
-        values = {run: [of_run(space, run)] + [0.1, 0.9] * (run == 0) for run in runs}
-        found = {run: dict.fromkeys(("vit", "convnet", "alexnet"), given) for run, given in values.items()}
-        write((objective, space, 1), found, more.place(objective, space, 1, runs[0]))
-    write_json(paths.cost_file(f"{DATASET}/more", "dm-glad-1", 0), {"iterations": 9, "seconds": 5.0, "peak_mib": 700.0})
+    for cell in cells(more):
+        if cell.table == "report":
+            values = {run: [of_run(cell.space, run)] + [0.1, 0.9] * (run == 0) for run in cell.runs}
+            found = {run: dict.fromkeys(("vit", "convnet", "alexnet"), given) for run, given in values.items()}
+            write(file_of(cell), found)
+            if cell.space == "glad":
+                write_json(cell.cost_file(0), {"iterations": 9, "seconds": 5.0, "peak_mib": 700.0})
     monkeypatch.setattr(report, "read_artefact", lambda folder: ({}, {"validation": VALIDATION}))
     record = {"objective": "dm", "space": "ld3m", "accuracy": {"convnet": [0.8, 0.9], "vit": [0.2, 0.3]}}
     record |= {"grad_norm_z": 1.0, "grad_norm_c": 1.0, "seconds_per_iteration": 1.0, "peak_mib": None}
@@ -281,12 +300,12 @@ def with_more(params, monkeypatch):
     return more
 
 
-def test_the_report_has_the_cells_of_more_in_the_order_of_the_spaces(with_more):
-    assert cells(with_more) == CELLS
-    both = cells(with_more, more=True)
-    assert set(both) - set(CELLS) == {("dm", "glad", 1)}
+def test_the_report_has_what_it_adds_in_the_order_of_the_spaces(with_more):
+    assert [cell.row for cell in cells(with_more, "main")] == ROWS
+    both = [cell.row for cell in first_runs(with_more)]
     at = both.index(("dm", "glad", 1))
     assert both[at - 1 : at + 2] == [("dm", "pixel", 1), ("dm", "glad", 1), ("dm", "ld3m", 1)]
+    assert [*both[:at], *both[at + 1 :]] == ROWS
 
 
 def test_runs_of_the_grid_and_of_more_are_read_together(with_more):
@@ -316,17 +335,6 @@ def test_differences_of_several_runs_are_paired_by_run(with_more):
     assert [row.n, row["mean"], row.ci_high - row["mean"]] == pytest.approx([3, statistics.mean(gaps), half], rel=1e-6)
 
 
-def test_dvc_knows_the_tables_one_by_one():
-    """It removes outputs before it makes them again: the folder holds tables of no stage too."""
-    stages = YAML(typ="safe").load((paths.ROOT / "dvc.yaml").read_text())["stages"]
-    for name, stage in stages.items():
-        outs = {next(iter(out)): next(iter(out.values())) for out in stage.get("outs", []) if isinstance(out, dict)}
-        listed = {out: options for out, options in outs.items() if out.startswith("reports/tables")}
-        wanted = {f"reports/tables/{table}" for table in TABLES} if name == "tables" else set()
-        assert set(listed) == wanted
-        assert all(options == {"cache": False} for options in listed.values())
-
-
 def test_the_spread_of_networks_is_kept_from_that_of_runs(with_more):
     table = spread(scores_of_runs(with_more)).set_index(["objective", "space", "architecture"])
     row = table.loc[("dm", "ld3m", "vit")]
@@ -344,29 +352,29 @@ def test_the_spread_of_networks_is_kept_from_that_of_runs(with_more):
 
 def test_the_report_has_tables_of_its_own(with_more):
     with pytest.raises(FileNotFoundError, match="gan-check"):
-        report.write_tables(with_more, folder=paths.TABLES, more=True)
-    write_json(paths.gan_check_folder(DATASET) / "check.json", {"recognised": 0.966, "samples": 500})
-    report.write_tables(with_more, folder=paths.TABLES, more=True)
+        report.write_tables(with_more, table="report")
+    write_json(layout.gan_check_folder(DATASET) / "check.json", {"recognised": 0.966, "samples": 500})
+    report.write_tables(with_more, table="report")
     added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
     added |= {"validation.csv", "ablations.csv", "ablation_changes.csv"}
-    assert {file.name for file in paths.TABLES.iterdir()} == TABLES | added | {"gan.csv"}
-    assert pd.read_csv(paths.TABLES / "gan.csv").to_dict("records") == [{"recognised": 0.966, "samples": 500}]
-    words = (paths.TABLES / "runs.md").read_text()
+    assert {file.name for file in tables("report").iterdir()} == TABLES | added | {"gan.csv"}
+    assert pd.read_csv(tables("report") / "gan.csv").to_dict("records") == [{"recognised": 0.966, "samples": 500}]
+    words = (tables("report") / "runs.md").read_text()
     assert "over n = 3 distillation runs" in words and "paired over 3 runs" in words
-    metrics = pd.read_csv(paths.TABLES / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
+    metrics = pd.read_csv(tables("report") / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
     row = metrics.loc[(1, "dm", "ld3m", "convnet")]
     assert row.accuracy == pytest.approx(0.62) and row.IOR == pytest.approx(0.62 - row.random_real)
     assert row.HLR == pytest.approx(row.full_data - 0.62) and 0 < row.LRS < 1
 
 
 def test_the_tables_hold_the_numbers(params):
-    report.write_tables(params, folder=paths.TABLES)
-    markdown = (paths.TABLES / "main.md").read_text()
-    scores = pd.read_csv(paths.TABLES / "scores.csv")
+    report.write_tables(params, table="main")
+    markdown = (tables("main") / "main.md").read_text()
+    scores = pd.read_csv(tables("main") / "scores.csv")
     assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
-    assert len(pd.read_csv(paths.TABLES / "differences.csv")) == 48
-    assert pd.read_csv(paths.TABLES / "prior.csv").recognised.tolist() == [0.95]
+    assert len(pd.read_csv(tables("main") / "differences.csv")) == 48
+    assert pd.read_csv(tables("main") / "prior.csv").recognised.tolist() == [0.95]
     for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distil"):
         assert part in markdown
     assert (
@@ -375,24 +383,24 @@ def test_the_tables_hold_the_numbers(params):
     )
     assert "- MTT, IPC 1: **LD3M is significantly worse than pixel**" in markdown
     assert "- MTT, IPC 10: **no significant difference between LD3M and pixel**" in markdown
-    latex = (paths.TABLES / "main.tex").read_text()
+    latex = (tables("main") / "main.tex").read_text()
     assert r"62.0 $\pm$ 2.5" in latex and "±" not in latex and r"95 \% t interval" in latex
 
 
 def test_costs_are_read_for_every_cell_that_is_distilled(params):
     costs = read_costs(params, CELLS)
     assert list(costs.itertuples(index=False, name=None)) == [
-        (DATASET, ipc, objective, space, 20, 5.0 + ipc, 700.0) for objective, space, ipc in CELLS if objective != "none"
+        (DATASET, ipc, objective, space, 20, 5.0 + ipc, 700.0) for objective, space, ipc in ROWS if objective != "none"
     ]
-    file = paths.cost_file(DATASET, "mtt-ld3m-10", 0)
+    file = cell_of(params, "mtt-ld3m-10").cost_file(0)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
         read_costs(params, CELLS)
 
 
 def test_ours_stand_beside_the_papers(params):
-    report.write_tables(params, folder=paths.TABLES)
-    frame = pd.read_csv(paths.TABLES / "comparison.csv", keep_default_na=False, na_values={"half": [""]})
+    report.write_tables(params, table="main")
+    frame = pd.read_csv(tables("main") / "comparison.csv", keep_default_na=False, na_values={"half": [""]})
     rows = {tuple(row[:6]): tuple(row[6:]) for row in frame.itertuples(index=False)}
     assert rows["dc", "glad", "", "paper", "All", 10] == (0.459, 0.01)
     assert rows["dm", "ld3m", "pixel", "paper", "E", 10] == (
@@ -402,20 +410,20 @@ def test_ours_stand_beside_the_papers(params):
     # dm, ld3m, IPC 1: ViT 0.51 .. 0.53 and AlexNet 0.71 .. 0.73; 20 points above pixel with every seed
     assert rows["dm", "ld3m", "", "ours", DATASET, 1] == pytest.approx((0.62, T_975_DF_2 / 3**0.5 / 100), abs=1e-5)
     assert rows["dm", "ld3m", "pixel", "ours", DATASET, 1] == pytest.approx((0.2, 0.0), abs=1e-5)
-    markdown, latex = ((paths.TABLES / f"comparison.{kind}").read_text() for kind in ("md", "tex"))
+    markdown, latex = ((tables("main") / f"comparison.{kind}").read_text() for kind in ("md", "tex"))
     for line in ("| DC GLaD ", "| 45.9 ± 1.0 ", "| DM LD3M - Pixel ", "| +20.0 ± 0.0 ", f"Ours: {DATASET}, IPC 10"):
         assert line in markdown
     assert r"45.9 $\pm$ 1.0" in latex
-    settings = pd.read_csv(paths.TABLES / "settings.csv", index_col="setting").ours
+    settings = pd.read_csv(tables("main") / "settings.csv", index_col="setting").ours
     assert settings["Iteration reported"].startswith("the start or the end, whichever is better on validation data")
     assert (
-        published.settings(load_params({"distill.validation_checks": 5}), spaces=["ld3m"], ipcs=[1])
+        published.settings(load_params({"distill.validation_checks": 5}), CELLS)
         .set_index("setting")
         .ours["Iteration reported"]
         .startswith("best of 6 on validation data")
     )
     assert settings["Noise of the reverse process"] == "drawn once, stored with the set"
-    released = published.settings(load_params({"paper": True}), spaces=["ld3m"], ipcs=[1]).set_index("setting")
+    released = published.settings(load_params({"spaces.ld3m.noise": "redrawn"}), CELLS).set_index("setting")
     assert list(released.loc["Noise of the reverse process"]) == ["redrawn in every pass"] * 2
     assert settings["Images per class"] == "1, 10" and settings["Networks an architecture (n)"] == "3"
 
@@ -429,9 +437,9 @@ def test_the_papers_means_over_subsets_are_those_of_its_subsets():
 
 
 def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
-    alone = load_params(GRID | {"grid.architecture": ["convnet"]})
-    report.write_tables(alone, folder=paths.TABLES)
-    markdown = (paths.TABLES / "main.md").read_text()
+    alone = load_params(GRID | {"architectures": ["convnet"]})
+    report.write_tables(alone, table="main")
+    markdown = (tables("main") / "main.md").read_text()
     assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "no significant" not in markdown
 
 
@@ -453,7 +461,7 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
     write_records(DATASET, "steps", [record("T = 2", "dm", 0.0, 1.0), record("T = 5", "dm", 0.0, 2.0)])
     found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
     write_records(DATASET, "defects", found)
-    assert "seconds" not in paths.ablation_file(DATASET, "defects").read_text()
+    assert "seconds" not in layout.ablation_file(DATASET, "defects").read_text()
     scores, changes, costs = read_ablations(given)
     by_key = scores.set_index(["setting", "architecture"])["mean"]
     assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
@@ -465,7 +473,7 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
     assert rows.loc[("first", "vit"), "mean"] == pytest.approx(0.1)
     assert costs.grad_norm_z.tolist() == [1.0, 2.0, 2.0, 3.0, 4.0, 5.0]
     assert costs.seconds_per_iteration.tolist() == [0.25, 0.5, 0.5, 0.75, 1.0, 1.25]
-    for place in (paths.ablation_cost_file, paths.ablation_file):
+    for place in (layout.ablation_cost_file, layout.ablation_file):
         place(DATASET, "defects").unlink()
         with pytest.raises(FileNotFoundError, match=f"{place(DATASET, 'defects')} is missing: `dvc repro ablation`"):
             read_ablations(given)

@@ -24,7 +24,7 @@ from ld3m.runtime.devices import network_chunk_size
 from ld3m.runtime.memory import explain_out_of_memory
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.seeds import derive
-from ld3m.runtime.storage import new_folder, require_space, write_tensors
+from ld3m.runtime.storage import new_folder, require_space, tensors_hash, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def train_experts(
         records = []
         for k, (snapshots, validation_accuracy) in zip(range(group * together, count), trained):  # noqa: B905
             write_tensors(checkpoint.folder / _name(k), {"snapshots": torch.tensor(snapshots)}, {"expert": k})
-            records.append({"expert": k, "validation_accuracy": validation_accuracy})
+            sha256 = tensors_hash({"snapshots": torch.tensor(snapshots)})
+            records.append({"expert": k, "validation_accuracy": validation_accuracy, "sha256": sha256})
         return records
 
     # The last group is filled up with experts that nobody asked for: how a group computes depends on its size.
@@ -102,11 +103,13 @@ def train_experts(
             checkpoint=checkpoint,
             receive=receive,
         )
+    records = [record for group in records for record in group]
     with new_folder(folder) as partial:
         for k in range(count):
             _place(checkpoint.folder / _name(k), partial)
+        write_json(partial / "summary.json", {"experts": records})  # what MTT's stages depend on
     end_workers()
-    return [record for group in records for record in group]
+    return records
 
 
 def _train_group(

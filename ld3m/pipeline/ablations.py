@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from ld3m.method.distill import distill
+from ld3m.pipeline.cells import ablation_cost_file, ablation_file
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
-from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.parallel import end_workers, fan_out
@@ -50,10 +50,10 @@ def ablate(
 def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
     """Writes what `ablate` gives but the images; seconds and memory, which never repeat, to a file of their own."""
     measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
-    write_json(paths.ablation_cost_file(dataset, ablation), measured)
+    write_json(ablation_cost_file(dataset, ablation), measured)
     left_out = (*MEASURED, "images")
     repeating = [{key: value for key, value in record.items() if key not in left_out} for record in records]
-    write_json(paths.ablation_file(dataset, ablation), repeating)
+    write_json(ablation_file(dataset, ablation), repeating)
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:

@@ -1,27 +1,179 @@
-"""The cells of the tables and the names of their parts."""
+"""Cells of the tables, and where the files of a cell and of a data set lie."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 from ld3m.pipeline.params import Params
+from ld3m.runtime import paths
 
-Cell = tuple[str, str, int]  # objective ("none" for a control), space or control, images per class
+TABLES = ("main", "report")  # the main table, and what the report adds to it
 UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
-NAMES = {
+
+
+class Names(dict[str, str]):
+    """Names to print; one of your own prints as it is."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+NAMES = Names({
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
     "none": "-", "random_real": "Random real", "herding": "Herding", "k_center": "k-center",
     "iteration0": "Iteration 0", "prior_samples": "Prior samples",
     "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "glad": "GLaD", "ld3m": "LD3M",
     "full_data": "Full data", UNSEEN: "Unseen mean",
-}  # fmt: skip
+})  # fmt: skip
 
 
-def cells(params: Params, *, more: bool = False) -> list[Cell]:
-    """(objective, space, ipc) of every row of the main table, or with `more` of the report's: of every IPC the controls
-    first, the full data (ipc 0) last."""
-    grid, added = params.grid, params.more if more else None
-    found = {("none", control, ipc) for control in grid.control for ipc in grid.ipc}
-    found |= {(o, space, ipc) for o in grid.objective for space in grid.space for ipc in grid.ipc}
-    if added:
-        found |= {("none", entry.control, entry.ipc) for entry in added.controls.values()}
-        found |= {(entry.objective, entry.space, entry.ipc) for entry in added.cells.values()}
+@dataclass(frozen=True)
+class Cell:
+    """One entry of `cells` or `controls` in params.yaml: the sets of some runs of one row of a table.
+
+    Attributes
+    ----------
+    dataset : name of the data set
+    key : the entry's key in params.yaml
+    table : "main" or "report", the table that the entry first appears in
+    objective : "none" for a control
+    space : the space, or the name of the control
+    ipc : images per class; 0 for all real images
+    runs : run numbers; everything random is drawn anew in each run
+    prior, experts : folders under runs/<dataset> that the cell reads: "data" where it needs none
+    iterations : replaces those of `distill` unless None
+    """
+
+    dataset: str
+    key: str
+    table: str
+    objective: str
+    space: str
+    ipc: int
+    runs: tuple[int, ...] = (0,)
+    prior: str = "data"
+    experts: str = "data"
+    iterations: int | None = None
+
+    @property
+    def row(self) -> tuple[str, str, int]:
+        """(objective, space, ipc): entries with the same row are runs of one cell."""
+        return self.objective, self.space, self.ipc
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self.row))
+
+    @property
+    def title(self) -> str:
+        """ "DM LD3M", or the control's name."""
+        return f"{NAMES[self.objective]} {NAMES[self.space]}".removeprefix("- ")
+
+    def artefact(self, run: int) -> Path:
+        """The folder of the distilled set of a run."""
+        return paths.ROOT / "runs" / self.dataset / self.table / "distilled" / self.key / f"run-{run}"
+
+    @property
+    def scores(self) -> Path:
+        """The folder of the test accuracies of all runs."""
+        return paths.ROOT / "runs" / self.dataset / self.table / "scores" / self.key
+
+    def cost_file(self, run: int) -> Path:
+        """Seconds and memory vary, so they lie outside runs/, where the same parameters give the same bytes."""
+        return paths.ROOT / "costs" / self.dataset / self.table / self.key / f"run-{run}.json"
+
+
+def cells(params: Params, table: str = "report") -> list[Cell]:
+    """Return every entry of a table: controls first, full data last. The report has those of the main table too."""
+    found = [_cell(params, key) for key in (*params.controls, *params.cells)]
     order = list(NAMES)
-    ranked = sorted(found, key=lambda cell: (cell[0] != "none", cell[2], order.index(cell[0]), order.index(cell[1])))
-    return [*ranked, ("none", "full_data", 0)]
+
+    def rank(cell: Cell) -> tuple:
+        places = [order.index(name) if name in order else len(order) for name in cell.row[:2]]
+        return cell.ipc == 0, cell.objective != "none", cell.ipc, *places, cell.runs
+
+    tables = TABLES[: TABLES.index(table) + 1]
+    return sorted((cell for cell in found if cell.table in tables), key=rank)
+
+
+def first_runs(params: Params, table: str = "report") -> list[Cell]:
+    """The entries that hold run 0, one for every row of a table."""
+    return [cell for cell in cells(params, table) if 0 in cell.runs]
+
+
+def cell_of(params: Params, key: str) -> Cell:
+    """The cell of a key of `cells` or `controls`; ValueError where neither has it."""
+    if key not in params.cells and key not in params.controls:
+        raise ValueError(f"cell {key!r}: params.yaml has {', '.join((*params.cells, *params.controls))}")
+    return _cell(params, key)
+
+
+def _cell(params: Params, key: str) -> Cell:
+    if key in params.cells:
+        given = params.cells[key]
+        return Cell(
+            params.dataset, key, given.table, given.objective, given.space, given.ipc, given.runs,
+            given.prior, given.experts, given.iterations,
+        )  # fmt: skip
+    given = params.controls[key]
+    return Cell(params.dataset, key, given.table, "none", given.control, given.ipc, given.runs, given.prior)
+
+
+def data_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "data"
+
+
+def prior_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "prior"
+
+
+def prior_check_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "prior-check"
+
+
+def gan_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "gan"
+
+
+def gan_check_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "gan-check"
+
+
+def trajectories_folder(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "trajectories"
+
+
+def gradient_norms_file(dataset: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "gradient_norms.json"
+
+
+def ablation_file(dataset: str, ablation: str) -> Path:
+    return paths.ROOT / "runs" / dataset / "ablations" / f"{ablation}.json"
+
+
+def ablation_cost_file(dataset: str, ablation: str) -> Path:
+    return paths.ROOT / "costs" / dataset / "ablations" / f"{ablation}.json"
+
+
+def evaluated_folder(dataset: str, name: str) -> Path:
+    """Scores of a set that no stage made, under a name of the user's choice."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError(f"name is {name!r}: a set is named by letters, digits, '_', '-' and '.'")
+    return paths.ROOT / "runs" / dataset / "evaluated" / name
+
+
+def tables_folder(dataset: str, table: str) -> Path:
+    return paths.ROOT / "reports" / dataset / "tables" / table
+
+
+def figures_folder(dataset: str, table: str) -> Path:
+    return paths.ROOT / "reports" / dataset / "figures" / table
+
+
+def costs_folder(dataset: str, table: str) -> Path:
+    """Tables of seconds and memory, which vary, apart from those that repeat byte for byte."""
+    return paths.ROOT / "reports" / dataset / "costs" / table
+
+
+def report_file(dataset: str) -> Path:
+    return paths.ROOT / "reports" / dataset / "index.html"

@@ -15,6 +15,7 @@ from ld3m.method.sampler import timesteps
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, linked_source, load_prior
+from ld3m.pipeline.cells import gan_folder, prior_folder
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, load_params
@@ -47,15 +48,15 @@ def check(params: Params) -> Iterator[str]:
             initial_indices(train, ipc=ipc, seed=params.seed)
         except ValueError as problem:
             raise ValueError(f"{key} in params.yaml: {problem}") from problem
-    sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.grid.architecture}
+    sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.architectures}
     yield "nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters"
     size["classes"] = len(train.classes)
     if params.prior.source:
         _, classes = fitted(prior, labels=len(train.classes), **params.prior_source_arguments())
         yield f"prior   {params.prior.source}, classes {', '.join(map(str, classes[:10])) or 'none'}"
     else:
-        yield f"prior   {_trained(params, 'prior', paths.prior_folder(params.dataset), load_prior, size)}"
-    yield f"gan     {_trained(params, 'gan', paths.gan_folder(params.dataset), load_generator, size)}"
+        yield f"prior   {_trained(params, 'prior', prior_folder(params.dataset), load_prior, size)}"
+    yield f"gan     {_trained(params, 'gan', gan_folder(params.dataset), load_generator, size)}"
     if not (paths.ROOT / "data").exists():
         yield "dvc     data/ is missing, on which its stages depend whatever the data set: `dvc pull data.dvc`"
     given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
@@ -66,10 +67,9 @@ def check(params: Params) -> Iterator[str]:
 
 def _images_per_class(params: Params) -> Iterator[tuple[str, int]]:
     """Yields every key that asks for real images of each class, and how many."""
-    yield from (("grid.ipc", ipc) for ipc in params.grid.ipc)
     yield "gradient_norms.images_per_class", params.gradient_norms.images_per_class
-    yield from ((f"more.cells.{key}", cell.ipc) for key, cell in params.more.cells.items())
-    yield from ((f"more.controls.{key}", control.ipc) for key, control in params.more.controls.items())
+    yield from ((f"cells.{key}.ipc", cell.ipc) for key, cell in params.cells.items())
+    yield from ((f"controls.{key}.ipc", control.ipc) for key, control in params.controls.items() if control.ipc)
 
 
 def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], Any], size: dict[str, int]) -> str:

@@ -34,11 +34,10 @@ from ld3m.models.prior_io import load_prior
 from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
-from ld3m.pipeline.cells import cells
+from ld3m.pipeline.cells import cells, gan_folder, prior_folder
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
-from ld3m.pipeline.profiles import ablation_settings, apply_profile, load_params
-from ld3m.runtime import paths
+from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profile, load_params
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.progress import silent
@@ -186,31 +185,25 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         return partial(timed, network_seconds, name, images, recipe["epochs"], recipe["batch"])
 
     if params.prior.source is None:
-        part = "trained already" if paths.prior_folder(params.dataset).exists() else "main"
+        part = "trained already" if prior_folder(params.dataset).exists() else "main"
         for name in ("autoencoder", "denoiser"):
             steps = getattr(params.prior, name).steps
             yield f"prior, {name}", part, (f"prior.{name}.batch",), [(steps, partial(timed, prior_seconds, name))]
-    part = "trained already" if paths.gan_folder(params.dataset).exists() else "report"
+    part = "trained already" if gan_folder(params.dataset).exists() else "report"
     yield "gan", part, ("gan.batch",), [(params.gan.steps, partial(timed, prior_seconds, "gan"))]
     given, seen = params.trajectories, params.distill.network
     expert = partial(timed, network_seconds, seen, len(train_set.labels), given.epochs, given.batch)
     yield "trajectories", "main", ("trajectories.batch",), [(given.experts, expert)]
-    for part, more in (("main", False), ("report", True)):
-        for objective, space, ipc in cells(params, more=more):
-            name, runs = f"{objective}-{space}-{ipc}", params.runs(objective, space, ipc, more=more)
-            if runs and objective != "none":
-                iterations = params.budget(objective, space, ipc).iterations
-                checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-                work = [
-                    (iterations, partial(timed, iteration_seconds, objective, space, ipc)),
-                    (checks, network(seen, ipc)),
-                ]
-                work = [(len(runs) * count, kind) for count, kind in work]
-                yield f"distill {name}", part, params.lowers_memory(objective, space), work
-            if runs:
-                count = sum(map(params.networks_a_set, runs))
-                work = [(count, network(name, ipc)) for name in params.grid.architecture]
-                yield f"evaluate {name}", part, ("evaluate.recipe.batch", "processes"), work
+    for cell in cells(params):
+        if cell.objective != "none":
+            iterations = params.budget(*cell.row, iterations=cell.iterations).iterations
+            checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+            work = [(iterations, partial(timed, iteration_seconds, *cell.row)), (checks, network(seen, cell.ipc))]
+            work = [(len(cell.runs) * count, kind) for count, kind in work]
+            yield f"distill {cell.key}", cell.table, params.lowers_memory(cell.objective, cell.space), work
+        count = sum(map(params.networks_a_set, cell.runs))
+        work = [(count, network(name, cell.ipc)) for name in params.architectures]
+        yield f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), work
     norms, lower = params.gradient_norms, params.lowers_memory("dm", "ld3m")
     work = [(6, partial(timed, iteration_seconds, "dm", "ld3m", norms.images_per_class, steps=n)) for n in norms.steps]
     yield "gradient norms", "main", lower, work
@@ -243,8 +236,8 @@ def show(experiment: StandIns, ablations: dict[str, Settings]) -> None:
 def main(profiles: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / paths.PARAMS.name
-        file.write_bytes(paths.PARAMS.read_bytes())
+        file = Path(folder) / PARAMS.name
+        file.write_bytes(PARAMS.read_bytes())
         for profile in profiles:
             apply_profile(Path(profile), path=file)
         params = load_params(path=file)

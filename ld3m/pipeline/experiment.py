@@ -23,16 +23,15 @@ from ld3m.models.gan import Generator, load_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
-from ld3m.pipeline.params import Params
-from ld3m.runtime import paths
+from ld3m.pipeline import cells
+from ld3m.pipeline.cells import Cell
+from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
 from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
-
-PRIORS = {"ld3m": "prior", "glad": "gan"}  # the attribute of `Experiment` that a space renders with
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Experiment:
 
     @cached_property
     def prior(self) -> Prior:
-        folder, wanted = paths.prior_folder(self.params.dataset), self.params.prior.source
+        folder, wanted = cells.prior_folder(self.params.dataset), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
             raise IncompatiblePrior(
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
@@ -84,7 +83,7 @@ class Experiment:
 
     @cached_property
     def gan(self) -> Generator:
-        gan = load_generator(paths.gan_folder(self.params.dataset)).to(self.params.on_device)
+        gan = load_generator(cells.gan_folder(self.params.dataset)).to(self.params.on_device)
         given = self.params.data
         gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         return gan
@@ -99,9 +98,9 @@ class Experiment:
         )
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
-        """How every architecture of the grid is trained on sets of `ipc` images a class (0: all real images): the
-        keyword arguments of `training.train` but the seed."""
-        return {name: self.params.recipe(name, ipc) for name in self.params.grid.architecture}
+        """Return how every architecture is trained on sets of `ipc` images a class (0: all real images): the keyword
+        arguments of `training.train` but the seed."""
+        return {name: self.params.recipe(name, ipc) for name in self.params.architectures}
 
     def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
         """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
@@ -123,8 +122,9 @@ class Experiment:
         )
 
     def prior_of(self, space: str) -> Prior | Generator | None:
-        """What a space renders with."""
-        return getattr(self, PRIORS[space]) if space in PRIORS else None
+        """Return the network that a space renders with; a space of your own is given the diffusion prior."""
+        folder = PRIORS.get(space, "prior")
+        return None if folder == "data" else getattr(self, folder)
 
     def objective(self, name: str) -> Objective:
         return OBJECTIVES[name](
@@ -140,7 +140,7 @@ class Experiment:
 
     def experts(self, *, last_epoch: int) -> Experts:
         return open_experts(
-            paths.trajectories_folder(self.params.dataset),
+            cells.trajectories_folder(self.params.dataset),
             count=self.params.trajectories.experts,
             last_epoch=last_epoch,
             parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),
@@ -165,7 +165,7 @@ class Experiment:
         self, jobs: list[EvaluationJob], real: data.Split, *, checkpoint: Checkpoint | None = None
     ) -> list[dict[str, list[float]]]:
         """For every set the accuracies, in [0, 1], on a split of real images: {architecture: one a network}."""
-        with explain_out_of_memory("evaluate.recipe.batch", "that of evaluate.changes", "processes"):
+        with explain_out_of_memory("evaluate.recipe.batch", "that of evaluate.recipe_overrides", "processes"):
             return evaluate_sets(
                 jobs,
                 real,
@@ -184,32 +184,29 @@ class Experiment:
         """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
         return (None, self.dataset.train.labels) if name == "full_data" else CONTROLS[name](self, ipc)
 
-    def distill(self, objective: str, space: str, ipc: int) -> Path:
+    def distill(self, cell: Cell) -> Path:
         """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
 
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """
-        configuration = self.configuration(objective, space, ipc) | {"normalization": vars(self.dataset.normalization)}
-        checkpoint = self.checkpoint_of(objective, space, ipc, configuration)
-        with explain_out_of_memory(*self.params.lowers_memory(objective, space)):
-            synthetic = self.synthetic(space, ipc)
-            run = self._run(synthetic, objective, space, ipc, checkpoint)
+        configuration = self.configuration(cell) | {"normalization": vars(self.dataset.normalization)}
+        checkpoint = self.checkpoint_of(cell, configuration)
+        with explain_out_of_memory(*self.params.lowers_memory(cell.objective, cell.space)):
+            synthetic = self.synthetic(cell.space, cell.ipc)
+            run = self._run(synthetic, cell, checkpoint)
         with checkpoint:  # one process writes
-            return self._write(run, synthetic, objective, space, ipc)
+            return self._write(run, synthetic, cell)
 
-    def checkpoint_of(self, objective: str, space: str, ipc: int, configuration: dict[str, Any]) -> Checkpoint:
-        place = self.params.place(objective, space, ipc, self.run)
-        return self.params.checkpoint(f"{objective}-{space}-{ipc}-run-{self.run}", configuration, place=place)
+    def checkpoint_of(self, cell: Cell, configuration: dict[str, Any]) -> Checkpoint:
+        return self.params.checkpoint(f"{cell.key}-run-{self.run}", configuration)
 
-    def _run(self, synthetic: Synthetic, objective: str, space: str, ipc: int, checkpoint: Checkpoint) -> Distilled:
-        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
-        target = paths.distilled_folder(place, cell, self.run)
+    def _run(self, synthetic: Synthetic, cell: Cell, checkpoint: Checkpoint) -> Distilled:
         tensors = synthetic.tensors()
-        require_space(target, 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
-        budget = self.params.budget(objective, space, ipc)
+        require_space(cell.artefact(self.run), 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
+        budget = self.params.budget(*cell.row, iterations=cell.iterations)
         return distill(
             synthetic,
-            self.objective(objective),
+            self.objective(cell.objective),
             iterations=budget.iterations,
             learning_rates=budget.learning_rates,
             momentum=self.params.distill.momentum,
@@ -218,12 +215,11 @@ class Experiment:
             checkpoint=checkpoint,
         )
 
-    def _write(self, run: Distilled, synthetic: Synthetic, objective: str, space: str, ipc: int) -> Path:
-        """Writes the artefact of a finished run, and beside it what the run cost; returns the artefact's folder."""
-        cell, place = f"{objective}-{space}-{ipc}", self.params.place(objective, space, ipc, self.run)
-        folder, iterations = paths.distilled_folder(place, cell, self.run), len(run.history)
+    def _write(self, run: Distilled, synthetic: Synthetic, cell: Cell) -> Path:
+        """Write the artefact of a finished run, and what the run cost; return the artefact's folder."""
+        folder, iterations = cell.artefact(self.run), len(run.history)
         cost = {"iterations": iterations, "images rendered": iterations * len(synthetic.labels)}
-        if space == "ld3m":
+        if cell.space == "ld3m":
             given = self.params.spaces.ld3m
             cost["denoising steps, forward and backward"] = iterations * given.steps
             cost["of them forward once more"] = iterations * max(0, given.steps - given.uncheckpointed_steps)
@@ -234,9 +230,9 @@ class Experiment:
             labels=synthetic.labels,
             classes=self.dataset.train.classes,
             normalization=self.dataset.normalization,
-            name=f"{self.params.dataset} {cell} run {self.run}",
+            name=f"{cell.dataset} {cell.name} run {self.run}",
             record={
-                "configuration": self.configuration(objective, space, ipc),
+                "configuration": self.configuration(cell),
                 "history": run.history,
                 "validation": run.validation,
                 "cost": cost,
@@ -244,16 +240,15 @@ class Experiment:
             },
         )
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
-        write_json(paths.cost_file(place, cell, self.run), measured)
+        write_json(cell.cost_file(self.run), measured)
         return folder
 
-    def images_of(self, objective: str, space: str, ipc: int) -> tuple[Tensor | None, Tensor]:
-        """Images and labels of a distilled cell from disk, or of a control (objective "none")."""
-        if objective == "none":
+    def images_of(self, cell: Cell) -> tuple[Tensor | None, Tensor]:
+        """Return images and labels of a distilled cell from disk, or of a control."""
+        if cell.objective == "none":
             with explain_out_of_memory("spaces.ld3m.render_batch"):
-                return self.control(space, ipc)
-        place = self.params.place(objective, space, ipc, self.run)
-        tensors, _ = read_artefact(paths.distilled_folder(place, f"{objective}-{space}-{ipc}", self.run))
+                return self.control(cell.space, cell.ipc)
+        tensors, _ = read_artefact(cell.artefact(self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]
 
     def gradient_norms(self) -> pd.DataFrame:
@@ -265,7 +260,8 @@ class Experiment:
             (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
         ]
         rows = []
-        configuration = self.configuration("dm", "ld3m", given.images_per_class) | given.model_dump()
+        cell = Cell(self.params.dataset, "gradient-norms", "main", "dm", "ld3m", given.images_per_class)
+        configuration = self.configuration(cell) | given.model_dump()
         with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
             checkpoint.resume(rows.extend)
             done = len(rows) // (given.images_per_class * len(self.dataset.train.classes))
@@ -280,9 +276,11 @@ class Experiment:
                     rows.extend((skip, learn, steps, image, norm) for image, norm in enumerate(norms))
         return pd.DataFrame(rows, columns=["skip", "learned", "steps", "image", "norm"])
 
-    def configuration(self, objective: str, space: str, ipc: int) -> dict[str, Any]:
-        """Plain values that say how a cell was made, and which a resumed run must find unchanged."""
+    def configuration(self, cell: Cell) -> dict[str, Any]:
+        """Return plain values that say how a cell was made, and which a resumed run must find unchanged."""
         params, architecture = self.params, self.params.distill.network
+        objective, space, ipc = cell.row
+        budget = params.budget(*cell.row, iterations=cell.iterations)
         prior = self.prior_of(space)
         return {
             "objective": objective,
@@ -294,8 +292,8 @@ class Experiment:
             "augmentation": params.data.augmentation,
             "network": architecture,
             "network_size": params.networks[architecture].model_dump(),
-            "iterations": params.budget(objective, space, ipc).iterations,
-            "learning_rates": params.budget(objective, space, ipc).learning_rates,
+            "iterations": budget.iterations,
+            "learning_rates": budget.learning_rates,
             "momentum": params.distill.momentum,
             "validation_checks": params.distill.validation_checks,
             "validation_seeds": params.distill.validation_seeds,

@@ -1,47 +1,37 @@
-"""What params.yaml may hold: frozen models that refuse unknown keys and values out of range.
+"""What params.yaml may hold: frozen models that refuse unknown keys and values out of range."""
 
-The methods turn parameters into the arguments of the rooms that use them.
-"""
+from typing import Annotated, Any, Literal
 
-from typing import Annotated, Any, Literal, get_args
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ld3m.data.augment import parse_strategy
 from ld3m.data.dataset import Normalization
 from ld3m.data.subsets import check_name
+from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
 from ld3m.models.networks import ARCHITECTURES
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import choose_device
 
-Objective = Literal["dc", "dm", "mtt"]
-Space = Literal["pixel", "glad", "ld3m"]
-Control = Literal["random_real", "herding", "k_center", "iteration0", "prior_samples"]
+PRIORS = {"pixel": "data", "glad": "gan", "ld3m": "prior"}  # space: the folder of its prior under runs/<dataset>
+CONTROLS = ("random_real", "herding", "k_center", "iteration0", "prior_samples", "full_data")
+
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Processes = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
+Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
+Table = Literal["main", "report"]
 
 
 def _distinct(values: tuple) -> tuple:
     if len(set(values)) < len(values):
         raise ValueError("has an entry twice")
     return values
-
-
-Distinct = AfterValidator(_distinct)
-
-
-def _known(architecture: str) -> str:
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
-    return architecture
 
 
 def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
@@ -53,7 +43,9 @@ def _strategy(strategy: str) -> str:
     return strategy
 
 
-Architecture = Annotated[str, AfterValidator(_known)]
+Distinct = AfterValidator(_distinct)
+Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
 Strategy = Annotated[str, AfterValidator(_strategy)]
 
 
@@ -63,6 +55,30 @@ class Model(BaseModel):
     def options(self) -> dict[str, Any]:
         """The options of the space or the objective that this is the block of."""
         return self.model_dump()
+
+
+class CellParams(Model):
+    """Sets to distil, one for each of `runs`. `prior` and `experts` name what the stage reads under runs/<dataset>:
+    "data" where it needs none."""
+
+    objective: str
+    space: str
+    ipc: Count
+    runs: Runs
+    table: Table
+    prior: Literal["data", "prior", "gan"]
+    experts: Literal["data", "trajectories"]
+    iterations: Count | None = None  # replaces that of `distill`
+
+
+class ControlParams(Model):
+    """Sets to compare with. `control` is a name, the import path of a function, or full_data, whose `ipc` is 0."""
+
+    control: str
+    ipc: Whole
+    runs: Runs
+    table: Table
+    prior: Literal["data", "prior"]
 
 
 class NormalizationParams(Model):
@@ -166,10 +182,35 @@ class GanParams(Model):
         return given | {"strategy": self.augmentation}
 
 
+class Extension(BaseModel):
+    """A block that names a factory of your own; its other keys are the factory's arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    factory: Factory
+
+
+class Blocks(BaseModel):
+    """One block for every built-in choice, and for those of your own."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Extension]
+
+    def names(self) -> tuple[str, ...]:
+        return *type(self).model_fields, *self.__pydantic_extra__
+
+
 class NetworkParams(Model):
     width: Count
     depth: Count | None = None
     norms: bool | None = None  # of vit: false is the released code's, which has none
+
+
+def _kind(network: Any) -> str:
+    return "own" if isinstance(network, Extension) or isinstance(network, dict) and "factory" in network else "built-in"
+
+
+Network = Annotated[Annotated[NetworkParams, Tag("built-in")] | Annotated[Extension, Tag("own")], Discriminator(_kind)]
 
 
 class TrajectoriesParams(Model):
@@ -192,7 +233,7 @@ class TrajectoryMatchingParams(Model):
     first_order: bool
 
 
-class Objectives(Model):
+class Objectives(Blocks):
     dc: ClassMatchingParams
     dm: ClassMatchingParams
     mtt: TrajectoryMatchingParams
@@ -229,7 +270,7 @@ class LD3MParams(Model):
         return given | {"shifted_normalization": self.normalization == "shifted"}
 
 
-class Spaces(Model):
+class Spaces(Blocks):
     pixel: PixelParams
     glad: GladParams
     ld3m: LD3MParams
@@ -243,46 +284,42 @@ class Budget(Model):
     learning_rates: dict[str, Annotated[float, Field(ge=0)]]
 
 
-class Budgets(Model):
-    pixel: Budget
-    glad: Budget
-    ld3m: Budget
+class DistillParams(Model, extra="allow"):
+    """`<objective>.<space>` is the budget of the cells of that objective and space."""
 
+    __pydantic_extra__: dict[str, dict[str, Budget]]
 
-class DistillParams(Model):
-    network: Architecture
+    network: str
     momentum: Share
     validation_checks: Count
     validation_seeds: Count
-    dc: Budgets
-    dm: Budgets
-    mtt: Budgets
 
 
 class Recipe(Model):
-    epochs: dict[Architecture, Count]
+    epochs: dict[str, Count]
     batch: Count
-    learning_rates: dict[Architecture, Rate]
+    learning_rates: dict[str, Rate]
     momentum: Share
     weight_decay: Annotated[float, Field(ge=0)]
     clip_norm: Rate | None
     ema_decay: Share | None
 
 
-class RecipeChanges(Model):
-    """What replaces values of `recipe` for larger sets, whose epochs take longer and may be fewer."""
+class RecipeOverrides(Model):
+    """Values that replace those of `recipe` for larger sets, whose epochs take longer and may be fewer."""
 
-    epochs: dict[Architecture, Count] | None = None
+    epochs: dict[str, Count] | None = None
     batch: Count | None = None
     ema_decay: Share | None = None  # null: none
 
 
 class EvaluateParams(Model):
-    """`changes` has the keys full_data, where all real images are trained on, and ipc_10 and the like."""
+    """`recipe_overrides` has the keys full_data, for training on all real images, and ipc_10 and the like."""
 
-    seeds: Annotated[int, Field(ge=2)]
+    seeds: Annotated[int, Field(ge=2)]  # networks of each architecture on the set of run 0
+    seeds_further_runs: Count  # on the set of every other run
     recipe: Recipe
-    changes: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeChanges]
+    recipe_overrides: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeOverrides]
 
 
 class GradientNormParams(Model):
@@ -295,7 +332,7 @@ class AblationParams(Model):
     they are not dm and ld3m. One that changes nothing is the baseline, which the first of them measures for all."""
 
     iterations: Count
-    architecture: Annotated[tuple[Architecture, ...], Field(min_length=2), Distinct]
+    architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
     seeds: Annotated[int, Field(ge=2)]
     select_on_test: bool
     settings: dict[str, dict[str, dict[str, Any]]]
@@ -306,61 +343,20 @@ class AblationParams(Model):
         return next((name, key) for name, of in self.settings.items() for key, changes in of.items() if not changes)
 
 
-class Grid(Model):
-    objective: Annotated[tuple[Objective, ...], Field(min_length=1), Distinct]
-    space: Annotated[tuple[Space, ...], Field(min_length=1), Distinct]
-    ipc: Annotated[tuple[Count, ...], Field(min_length=1), Distinct]
-    control: Annotated[tuple[Control, ...], Distinct]
-    architecture: Annotated[tuple[Architecture, ...], Field(min_length=1), Distinct]
-
-
-class MoreCell(Model):
-    """`runs` sets, all that is random drawn anew for each. The grid has the first of its cells: for these one more at
-    least is added. `iterations`, of a cell that the grid lacks, replaces those of `distill`: for larger sets, whose
-    iterations take longer."""
-
-    objective: Objective
-    space: Space
-    ipc: Count
-    runs: Count
-    iterations: Count | None = None
-
-
-class MoreControl(Model):
-    control: Control
-    ipc: Count
-    runs: Count
-
-
-class MoreParams(Model):
-    """What the report adds to the main table. `seeds`: networks an architecture on the sets of runs after run 0."""
-
-    seeds: Count
-    cells: dict[str, MoreCell]  # <objective>-<space>-<ipc>
-    controls: dict[str, MoreControl]  # <control>-<ipc>
-
-
-def _cell(entry: MoreCell | MoreControl) -> tuple[str, str, int]:
-    """(objective, space, ipc), of a control ("none", its name, ipc)."""
-    if isinstance(entry, MoreControl):
-        return "none", entry.control, entry.ipc
-    return entry.objective, entry.space, entry.ipc
-
-
 class Params(Model):
     seed: Whole
-    paper: Annotated[bool, Field(strict=True)]  # `config.load_params` has laid profiles/paper.yaml over the others
     device: Literal["auto", "cpu", "cuda"]
-    processes: Processes
+    processes: Annotated[int, Field(strict=True, ge=1, le=1024)]
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
-    grid: Grid
-    more: MoreParams
+    cells: dict[str, CellParams]
+    controls: dict[str, ControlParams]
+    architectures: Architectures
     datasets: dict[str, DatasetParams]
     prior: PriorParams
     gan: GanParams
-    networks: dict[Architecture, NetworkParams]
+    networks: dict[str, Network]
     trajectories: TrajectoriesParams
     objectives: Objectives
     spaces: Spaces
@@ -373,28 +369,27 @@ class Params(Model):
     def _consistent(self) -> "Params":
         if self.dataset not in self.datasets:
             raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
-        if "glad" in self.grid.space:
-            raise ValueError(
-                "grid.space has glad: put its cells in more.cells, so that the main table need not wait for its GAN"
-            )
-        for kind, entries in (("cells", self.more.cells), ("controls", self.more.controls)):
-            for key, entry in entries.items():
-                cell = _cell(entry)
-                if key != "-".join(map(str, cell)).removeprefix("none-"):
-                    raise ValueError(f"more.{kind}.{key} is the entry of {'-'.join(map(str, cell))}: name it so")
+        self._check_cells()
+        self._check_budgets()
         if all(changes for of in self.ablations.settings.values() for changes in of.values()):
             raise ValueError("ablations.settings: one must change nothing ({}), the baseline of the others")
         if self.distill.network not in self.ablations.architecture:
             raise ValueError(f"ablations.architecture lacks {self.distill.network}, which is distill.network")
-        for name in {*self.grid.architecture, self.distill.network}:
-            if name not in self.networks:
-                raise ValueError(f"networks.{name} is missing: its width and depth")
-            for key in ("epochs", "learning_rates"):
-                if name not in getattr(self.evaluate.recipe, key):
-                    raise ValueError(f"evaluate.recipe.{key}.{name} is missing")
-            for key, changes in self.evaluate.changes.items():
-                if changes.epochs is not None and name not in changes.epochs:
-                    raise ValueError(f"evaluate.changes.{key}.epochs.{name} is missing")
+        recipes = {f"evaluate.recipe.{key}": getattr(self.evaluate.recipe, key) for key in ("epochs", "learning_rates")}
+        for key, changes in self.evaluate.recipe_overrides.items():
+            if changes.epochs is not None:
+                recipes[f"evaluate.recipe_overrides.{key}.epochs"] = changes.epochs
+        for name in {*self.architectures, *self.ablations.architecture, self.distill.network}:
+            for key, recipe in {"networks": self.networks, **recipes}.items():
+                if name not in recipe:
+                    raise ValueError(f"{key}.{name} is missing")
+        for key, recipe in recipes.items():
+            if unknown := recipe.keys() - self.networks.keys():
+                raise ValueError(f"{key}.{min(unknown)}: there is no such network in networks")
+        for name, network in self.networks.items():
+            if isinstance(network, NetworkParams) and name not in ARCHITECTURES:
+                known = ", ".join(ARCHITECTURES)
+                raise ValueError(f"networks.{name}: there are {known}; one of your own has a `factory`")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
         if self.trajectories.epochs != needed:
             raise ValueError(
@@ -414,13 +409,13 @@ class Params(Model):
             raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
         if autoencoder.continuous_steps >= autoencoder.steps:
             raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
-        if any(cell.space == "glad" for cell in self.more.cells.values()):
+        if any(cell.prior == "gan" for cell in self.cells.values()):
             side = 4 * 2 ** (len(self.gan.widths) - 1)
             if side != self.data.size_px:
                 raise ValueError(
                     f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those "
                     f"of datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each "
-                    "doubling; or take the cells of glad out of more.cells"
+                    "doubling; or take the cells with `prior: gan` out of cells"
                 )
             if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
                 raise ValueError(
@@ -432,18 +427,49 @@ class Params(Model):
                 f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
                 "of layers of a GAN with these gan.widths"
             )
-        for objective in get_args(Objective):
-            for space in get_args(Space):
-                names, possible = self._learnables(objective, space), set()
-                if space == "ld3m":
-                    possible = {"z", "z_T"}  # the one that is not learned may keep its rate
-                given = set(getattr(getattr(self.distill, objective), space).learning_rates)
-                if not names <= given <= names | possible:
-                    raise ValueError(
-                        f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
-                        f"needed are {', '.join(sorted(names))}"
-                    )
         return self
+
+    def _check_cells(self) -> None:
+        seen: dict[tuple, str] = {}
+        for key in self.cells.keys() & self.controls.keys():
+            raise ValueError(f"cells.{key} and controls.{key}: one key for two entries, rename one")
+        for key, cell in self.cells.items():
+            for kind in ("objective", "space"):
+                if (name := getattr(cell, kind)) not in (known := getattr(self, f"{kind}s").names()):
+                    raise ValueError(f"cells.{key}.{kind} = {name!r}: there are {', '.join(known)} in {kind}s")
+            if (wanted := PRIORS.get(cell.space, cell.prior)) != cell.prior:
+                raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {wanted!r}")
+            if cell.objective in OBJECTIVES and cell.experts != ("trajectories" if cell.objective == "mtt" else "data"):
+                raise ValueError(f"cells.{key}.experts = {cell.experts!r}: trajectories for mtt, data for dc and dm")
+            if cell.space not in self.distill.__pydantic_extra__.get(cell.objective, {}):
+                raise ValueError(f"distill.{cell.objective}.{cell.space} is missing, which cells.{key} asks for")
+        for key, control in self.controls.items():
+            if control.control not in CONTROLS and ":" not in control.control:
+                raise ValueError(
+                    f"controls.{key}.control = {control.control!r}: must be one of {', '.join(CONTROLS)}, or the "
+                    "import path of your own, package.module:name"
+                )
+            if (control.ipc == 0) != (control.control == "full_data"):
+                raise ValueError(f"controls.{key}.ipc = {control.ipc}: 0 is that of full_data, which has no other")
+        for kind, entries in (("cells", self.cells), ("controls", self.controls)):
+            for key, entry in entries.items():
+                for run in entry.runs:
+                    row = (kind, *entry.model_dump(include={"objective", "space", "control", "ipc"}).values(), run)
+                    if row in seen:
+                        raise ValueError(f"{kind}.{key}.runs has run {run}, which {kind}.{seen[row]} has too")
+                    seen[row] = key
+
+    def _check_budgets(self) -> None:
+        for objective, budgets in self.distill.__pydantic_extra__.items():
+            for space, budget in budgets.items():
+                if objective in OBJECTIVES and space in PRIORS:
+                    names, given = self._learnables(objective, space), set(budget.learning_rates)
+                    possible = {"z", "z_T"} if space == "ld3m" else set()  # the one not learned may keep its rate
+                    if not names <= given <= names | possible:
+                        raise ValueError(
+                            f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
+                            f"needed are {', '.join(sorted(names))}"
+                        )
 
     @property
     def data(self) -> DatasetParams:
@@ -460,31 +486,9 @@ class Params(Model):
         """In how many a single run does what can be done side by side: a GPU needs none."""
         return self.processes if self.on_device == "cpu" else 1
 
-    def in_grid(self, objective: str, space: str, ipc: int) -> bool:
-        """Whether the main table has a cell, or a control (objective "none", its name as space)."""
-        if objective == "none":
-            return space == "full_data" or space in self.grid.control and ipc in self.grid.ipc
-        return objective in self.grid.objective and space in self.grid.space and ipc in self.grid.ipc
-
-    def place(self, objective: str, space: str, ipc: int, run: int) -> str:
-        """The folder under runs/ for a run of a cell. Those of `more` lie apart: DVC depends on folders, and the main
-        table shall not wait for them."""
-        return self.dataset if run == 0 and self.in_grid(objective, space, ipc) else f"{self.dataset}/more"
-
-    def runs(self, objective: str, space: str, ipc: int, *, more: bool) -> range:
-        """The runs of a cell: with `more` those that it adds (often none), else the grid's, which is run 0."""
-        if not more:
-            return range(1)
-        entry = {_cell(entry): entry for entry in (*self.more.cells.values(), *self.more.controls.values())}
-        cell = (objective, space, ipc)
-        if cell not in entry:
-            return range(0)
-        first = 1 if self.in_grid(*cell) else 0
-        return range(first, max(first + 1, entry[cell].runs))
-
     def networks_a_set(self, run: int) -> int:
-        """How many networks of an architecture judge the set of a run."""
-        return self.evaluate.seeds if run == 0 else self.more.seeds
+        """How many networks of an architecture are trained on the set of a run."""
+        return self.evaluate.seeds if run == 0 else self.evaluate.seeds_further_runs
 
     def dataset_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_dataset`."""
@@ -501,7 +505,7 @@ class Params(Model):
         """The arguments of `training.train`, but the data and the seed, with which an architecture is judged on sets of
         `ipc` images a class; 0 stands for all real images."""
         recipe = self.evaluate.recipe.model_dump()
-        changes = self.evaluate.changes.get(f"ipc_{ipc}" if ipc else "full_data")
+        changes = self.evaluate.recipe_overrides.get(f"ipc_{ipc}" if ipc else "full_data")
         if changes:
             recipe |= changes.model_dump(exclude_unset=True)
         chosen = {"epochs": recipe["epochs"][architecture], "learning_rate": recipe.pop("learning_rates")[architecture]}
@@ -513,9 +517,9 @@ class Params(Model):
         shared |= {"processes": self.processes, "cluster": self.cluster}
         return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
 
-    def checkpoint(self, name: str, configuration: dict[str, Any], *, place: str | None = None) -> Checkpoint:
+    def checkpoint(self, name: str, configuration: dict[str, Any]) -> Checkpoint:
         """Where the run of that name keeps its state; `configuration` are plain values that it must find unchanged."""
-        file = paths.checkpoint_file(place or self.dataset, name)
+        file = paths.ROOT / "checkpoints" / self.dataset / f"{name}.safetensors"  # no output, which DVC would delete
         given = configuration | {"device": self.on_device}  # which has rounding, and groups of networks, of its own
         return Checkpoint(file, minutes=self.checkpoint_minutes, configuration=given)
 
@@ -572,20 +576,17 @@ class Params(Model):
         """The arguments of `train_gan.recognised`."""
         return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
-    def budget(self, objective: str, space: str, ipc: int = 1) -> Budget:
-        """The budget of a cell, with the rates of what is learned in it alone.
+    def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> Budget:
+        """The budget of a cell, with the rates of what is learned in it alone; `iterations` replaces those given.
 
         What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc: the rates
         in params.yaml are those of one image a class, and are `ipc` times as large for more.
         """
-        given: Budget = getattr(getattr(self.distill, objective), space)
-        rates = {
-            name: given.learning_rates[name] * (1 if name == "student_lr" else ipc)
-            for name in sorted(self._learnables(objective, space))
-        }
-        entry = None if self.in_grid(objective, space, ipc) else self.more.cells.get(f"{objective}-{space}-{ipc}")
-        iterations = entry and entry.iterations or given.iterations
-        return given.model_copy(update={"learning_rates": rates, "iterations": iterations})
+        given: Budget = self.distill.__pydantic_extra__[objective][space]
+        known = objective in OBJECTIVES and space in PRIORS
+        learned = self._learnables(objective, space) if known else given.learning_rates
+        rates = {name: given.learning_rates[name] * (1 if name == "student_lr" else ipc) for name in sorted(learned)}
+        return given.model_copy(update={"learning_rates": rates, "iterations": iterations or given.iterations})
 
     def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:
         """The settings that a cell needs less memory with, the lower they are."""

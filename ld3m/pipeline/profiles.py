@@ -3,10 +3,10 @@
     python -m ld3m.pipeline.profiles apply profiles/smoke.yaml    # merge a profile into params.yaml, comments kept
     python -m ld3m.pipeline.profiles check                        # read params.yaml and say whether it is valid
 
-The notebooks and the commands read them. `Experiment` and what enumerates cells or settings (tables, report, published,
-ablations, explore, check) are given a `Params`; every other function of the library takes explicit values.
+`pipeline` and `reporting` are given a `Params`; the functions of every other package take explicit values.
 """
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,37 +16,49 @@ from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent
 
 from ld3m.pipeline.params import Params
-from ld3m.runtime.paths import PARAMS, PROFILES
+from ld3m.runtime.paths import ROOT
 
-REPLACED = ("learning_rates", "settings", "cells", "controls", "changes")  # a profile replaces these whole
-PAPER = PROFILES / "paper.yaml"  # what `paper: true` stands for
+PARAMS = ROOT / "params.yaml"
+PROFILES = ROOT / "profiles"
+REPLACED = ("learning_rates", "settings", "cells", "controls", "recipe_overrides")  # a profile replaces these whole
+EXTENDED = ("datasets", "networks", "objectives", "spaces", "distill")  # a profile may add to these
 
 
 def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
-    """The validated parameters; `overrides` are dotted keys, e.g. {"distill.momentum": 0.9}.
+    """Read and validate the parameters.
 
-    Where `paper` is true, profiles/paper.yaml is laid over the file, and `overrides` over both.
+    Parameters
+    ----------
+    overrides : values of dotted keys, e.g. {"distill.momentum": 0.9}, which replace those of the file
+
+    Raises
+    ------
+    ValueError
+        with one line for every wrong key.
     """
-    values, overrides = _read(path), overrides or {}
-    if overrides.get("paper", values.get("paper")) is True:
-        _lay(values, PAPER)
+    return _overridden(_read(path), overrides or {}, origin=path.name)
+
+
+def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: str) -> Params:
+    values = copy.deepcopy(values)
     for key, value in overrides.items():
         *parents, last = key.split(".")
         node = values
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise ValueError(f"override {key!r}: there is no such key in {path.name}")
+            raise ValueError(f"override {key!r}: there is no such key in {origin}")
         node[last] = value
-    return validate(values, origin=path.name)
+    return validate(values, origin=origin)
 
 
 def ablation_settings(
     ablation: str, overrides: dict[str, Any] | None = None, *, path: Path = PARAMS
 ) -> dict[str, tuple[Params, str, str]]:
-    """The settings that an ablation measures, which are those that change something, and the baseline if it is the
-    first: {setting: (its parameters, objective, space)}."""
-    params = load_params(overrides, path=path)
+    """Return {setting: (its parameters, objective, space)} of the settings that an ablation measures: those that
+    change something, and the baseline if it is the first of all."""
+    values = _read(path)
+    params = _overridden(values, overrides or {}, origin=path.name)
     given = params.ablations
     if ablation not in given.settings:
         raise ValueError(
@@ -60,14 +72,15 @@ def ablation_settings(
             shared = {
                 "processes": 1,
                 "cluster": None,
-                "grid.architecture": given.architecture,
+                "architectures": given.architecture,
                 "evaluate.seeds": given.seeds,
                 f"distill.{objective}.{space}.iterations": given.iterations,
             }
             try:
-                settings[name] = load_params((overrides or {}) | shared | keys, path=path), objective, space
+                changed = _overridden(values, (overrides or {}) | shared | keys, origin=path.name)
             except ValueError as error:
                 raise ValueError(f"ablations.settings.{ablation}.{name}: {error}") from None
+            settings[name] = changed, objective, space
     return settings
 
 
@@ -80,7 +93,7 @@ def validate(values: Any, *, origin: str) -> Params:
         for problem in error.errors(include_url=False):
             if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
                 continue  # too short without its wrong entries, which have lines of their own
-            key = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
+            key = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "own", "built-in"))
             message = problem["msg"].removeprefix("Value error, ")
             wrong = "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else message
             got = (
@@ -107,7 +120,7 @@ def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
     yaml.width = 4096  # or it would break long lines
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = yaml.load(path.read_text())
-    _lay(values, profile)
+    _merge(values, _overlay(profile), origin=profile.name, under="")
     validate(values, origin=f"{path.name} with {profile.name}")
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:
@@ -115,20 +128,29 @@ def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
     partial.replace(path)
 
 
-def _lay(values: Any, profile: Path, above: tuple[Path, ...] = ()) -> None:
-    """Merges a profile into `values`, after the one beside it that it names as `over`."""
+def _overlay(profile: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a profile, merged into those of the profile that its key `over` names."""
     overlay = _read(profile)
-    if base := overlay.pop("over", None):
-        below = profile.parent / str(base)
-        if below in (profile, *above):
-            raise ValueError(f"{profile.name}: over = {base!r} leads back to a profile that it lies under")
-        _lay(values, below, (*above, profile))
-    _merge(values, overlay, origin=profile.name, under="")
+    if not (base := overlay.pop("over", None)):
+        return overlay
+    below = profile.parent / str(base)
+    if below in (profile, *above):
+        raise ValueError(f"{profile.name}: over = {base!r} leads back to the profile itself")
+    return _combined(_overlay(below, (*above, profile)), overlay)
+
+
+def _combined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {
+        key: _combined(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in REPLACED
+    }
+    return below | above | merged
 
 
 def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:
     for key, value in overlay.items():
-        if key not in values and under not in ("datasets", "networks"):
+        if key not in values and under not in EXTENDED and not under.startswith("distill."):
             raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
         if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in REPLACED:
             _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))

@@ -10,59 +10,60 @@ from torch import Tensor
 from ld3m.evaluation.evaluate import EvaluationJob
 from ld3m.evaluation.scores import Scores, read_scores, write_scores
 from ld3m.evaluation.statistics import Accuracies
+from ld3m.pipeline.cells import Cell, evaluated_folder, first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
-from ld3m.runtime import paths
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.storage import new_folder, tensors_hash, write_tensors
 
 
-def distil_runs(params: Params, objective: str, space: str, ipc: int, *, runs: range) -> list[Path]:
-    """Distils the set of every run and returns their folders: one run with all `processes`, several with one each."""
-    if len(runs) == 1:
-        folders = [_distil(params, objective, space, ipc, runs[0])]
+def distil_runs(params: Params, cell: Cell) -> list[Path]:
+    """Distil the set of every run of a cell and return their folders.
+
+    One run uses all `processes`; several run side by side with one process each.
+    """
+    if len(cell.runs) == 1:
+        folders = [_distil(params, cell, cell.runs[0])]
     else:
         alone = params.model_copy(update={"processes": 1, "cluster": None})
-        tasks = [{"params": alone, "objective": objective, "space": space, "ipc": ipc, "run": run} for run in runs]
+        tasks = [{"params": alone, "cell": cell, "run": run} for run in cell.runs]
         folders = fan_out(_distil, tasks, processes=params.processes, cluster=params.cluster, label="runs")
         end_workers()
-    for run in runs:
-        Experiment(params, run).checkpoint_of(objective, space, ipc, {}).remove()
+    for run in cell.runs:
+        Experiment(params, run).checkpoint_of(cell, {}).remove()
     return folders
 
 
-def _distil(params: Params, objective: str, space: str, ipc: int, run: int) -> Path:
-    return Experiment(params, run).distill(objective, space, ipc)
+def _distil(params: Params, cell: Cell, run: int) -> Path:
+    return Experiment(params, run).distill(cell)
 
 
-def evaluate_runs(
-    experiment: Experiment, objective: str, space: str, ipc: int, *, runs: range
-) -> dict[int, Accuracies]:
-    """Evaluates the set of every run of a cell or a control (objective "none") on test images; writes the scores, and
-    the images of a control (those of a cell are in its artefact)."""
-    found = {run: replace(experiment, run=run).images_of(objective, space, ipc) for run in runs}
+def evaluate_runs(experiment: Experiment, cell: Cell) -> dict[int, Accuracies]:
+    """Evaluate the set of every run of a cell or a control on test images, and write the scores.
+
+    The images of a control are written too; those of a cell are in its artefact.
+    """
+    found = {run: replace(experiment, run=run).images_of(cell) for run in cell.runs}
     jobs = {run: replace(experiment, run=run).evaluation_job(*images) for run, images in found.items()}
-    cell, place = f"{objective}-{space}-{ipc}", experiment.params.place(objective, space, ipc, runs[0])
-    images = found[runs[0]][0] if objective == "none" else None
-    return _evaluate(experiment, cell, jobs, found, folder=paths.scores_folder(place, cell), place=place, images=images)
+    images = found[cell.runs[0]][0] if cell.objective == "none" else None
+    return _evaluate(experiment, cell.name, f"evaluate-{cell.key}", jobs, found, folder=cell.scores, images=images)
 
 
 def evaluate_foreign(experiment: Experiment, images: Tensor, labels: Tensor, name: str) -> Accuracies:
-    """Does what `evaluate_runs` does for a set that no stage made."""
-    params = experiment.params
+    """Evaluate a set that no stage made as `evaluate_runs` does ours."""
     jobs, found = {0: experiment.evaluation_job(images, labels)}, {0: (images, labels)}
-    folder, place = paths.judged_folder(params.dataset, name), f"{params.dataset}/judged"
-    return _evaluate(experiment, name, jobs, found, folder=folder, place=place, images=images)[0]
+    folder = evaluated_folder(experiment.params.dataset, name)
+    return _evaluate(experiment, name, f"evaluated-{name}", jobs, found, folder=folder, images=images)[0]
 
 
 def _evaluate(
     experiment: Experiment,
     name: str,
+    checkpoint_name: str,
     jobs: dict[int, EvaluationJob],
     found: dict[int, tuple[Tensor | None, Tensor]],
     *,
     folder: Path,
-    place: str,
     images: Tensor | None,
 ) -> dict[int, Accuracies]:
     """Trains and tests the networks of every run, from the checkpoint of an interrupted call where there is one."""
@@ -75,7 +76,7 @@ def _evaluate(
         }
         for run, (images, labels) in found.items()
     }
-    checkpoint = experiment.params.checkpoint(f"evaluate-{name}", configuration, place=place)
+    checkpoint = experiment.params.checkpoint(checkpoint_name, configuration)
     accuracies = experiment.evaluate(list(jobs.values()), experiment.dataset.test, checkpoint=checkpoint)
     end_workers()
     runs = dict(zip(jobs, accuracies, strict=True))
@@ -118,9 +119,12 @@ def comparable(experiment: Experiment, labels: Tensor) -> dict[str, Accuracies]:
 
 
 def _read(experiment: Experiment, control: str, ipc: int) -> Accuracies:
-    """The accuracies of run 0 of a control; ValueError where they come from another recipe, network or data."""
-    folder = paths.scores_folder(experiment.params.place("none", control, ipc, 0), f"none-{control}-{ipc}")
-    scores = read_scores(folder / "scores.json")
+    """Return what `evaluate_runs` wrote of run 0 of a control; ValueError where other parameters or data made it."""
+    rows = {cell.row: cell for cell in first_runs(experiment.params)}
+    if ("none", control, ipc) not in rows:
+        raise ValueError(f"params.yaml has no control {control} of {ipc} images a class: add it to `controls`")
+    cell = rows["none", control, ipc]
+    scores = read_scores(cell.scores / "scores.json")
     if scores.recipes != _recipes(experiment, experiment.recipes(ipc)):
-        raise ValueError(f"{folder} was evaluated with other parameters or data: evaluate {control} again")
+        raise ValueError(f"{cell.scores} was evaluated with other parameters or data: dvc repro control@{cell.key}")
     return scores.runs[0]

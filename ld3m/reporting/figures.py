@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ld3m.evaluation.statistics import interval
 from ld3m.pipeline.cells import NAMES, UNSEEN
-from ld3m.runtime import paths
 
 sns.set_theme(style="whitegrid", context="paper")
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
@@ -22,7 +21,7 @@ DASHES = {"grad_norm_w": "--", "grad_norm_c": "--", "grad_norm_student_lr": ":"}
 SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
-def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:
+def save(figure: Figure, name: str, folder: Path) -> Path:
     """Writes <folder>/<name>.png and returns that file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
@@ -30,7 +29,7 @@ def save(figure: Figure, name: str, folder: Path = paths.FIGURES) -> Path:
     return file
 
 
-def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path = paths.FIGURES) -> Path:
+def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path) -> Path:
     """Writes pixels (N, C, H, W), sorted by class, as one image without axes, a column a class; returns the file."""
     rows = pixels.unflatten(0, (columns, -1)).transpose(0, 1)[:SHEET_ROWS]  # (rows, columns, C, H, W)
     size_px = min(SHEET_PX, pixels.shape[-1])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ld3m.pipeline.cells import NAMES, UNSEEN
+from ld3m.pipeline.cells import NAMES, UNSEEN, Cell
 from ld3m.pipeline.params import Params
 
 NOISE = {"redrawn": "redrawn in every pass", "stored": "drawn once, stored with the set"}
@@ -66,24 +66,26 @@ def comparison_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pivot.loc[list(dict.fromkeys(wide.Set)), columns].fillna("–").reset_index().rename_axis(columns=None)
 
 
-def settings(params: Params, *, spaces: list[str], ipcs: list[int]) -> pd.DataFrame:
-    """List what differs between the paper's Table 4 and ours: columns setting, paper, ours."""
-    given, ld3m, grid, recipe = params.data, params.spaces.ld3m, params.grid, params.evaluate.recipe
+def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
+    """List what differs between the paper's Table 4 and our cells: columns setting, paper, ours."""
+    distilled = [cell for cell in found if cell.objective != "none"]
+    ipcs = sorted({cell.ipc for cell in distilled})
+    given, ld3m, recipe = params.data, params.spaces.ld3m, params.evaluate.recipe
     network = params.networks[params.distill.network]
     depth = f", depth {network.depth}" if network.depth else ""
     distils = f"{NAMES[params.distill.network]}{depth}, width {network.width}"
+    counts: dict[str, dict[str, dict[int, int]]] = {}
+    for cell in distilled:
+        budget = params.budget(*cell.row, iterations=cell.iterations)
+        counts.setdefault(cell.objective, {}).setdefault(cell.space, {})[cell.ipc] = budget.iterations
     iterations = [
-        f"{NAMES[objective]} "
-        + ", ".join(
-            f"{NAMES[space]} {_of_each({ipc: params.budget(objective, space, ipc).iterations for ipc in ipcs})}"
-            for space in spaces
-        )
-        for objective in grid.objective
+        f"{NAMES[objective]} " + ", ".join(f"{NAMES[space]} {_of_each(by_ipc)}" for space, by_ipc in of.items())
+        for objective, of in counts.items()
     ]
-    widths = [f"{NAMES[name]} {params.networks[name].width}" for name in grid.architecture]
+    widths = [f"{NAMES[name]} {params.networks[name].width}" for name in params.architectures]
     epochs = [
         f"{NAMES[name]} {_of_each({ipc: params.recipe(name, ipc)['epochs'] for ipc in ipcs})}"
-        for name in grid.architecture
+        for name in params.architectures
     ]
     unet = "-".join(map(str, params.prior.denoiser.widths))
     rows = [
@@ -97,7 +99,7 @@ def settings(params: Params, *, spaces: list[str], ipcs: list[int]) -> pd.DataFr
         ),
         *(
             [("Prior of GLaD", "StyleGAN-XL, trained on ImageNet", "a small GAN, trained on the same training split")]
-            if "glad" in spaces
+            if any(cell.space == "glad" for cell in distilled)
             else []
         ),
         ("Reverse steps T; guidance", "10; 3.0", f"{ld3m.steps}; {ld3m.guidance}"),

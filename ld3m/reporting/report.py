@@ -1,12 +1,11 @@
 """Writes the tables and figures of what the stages wrote, and the report: the executed notebook as one offline file.
 
-python -m ld3m.reporting.report reports/notebooks/report.ipynb reports/index.html
+python -m ld3m.reporting.report reports/mnist5k/notebooks/report.ipynb reports/mnist5k/index.html
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pandas as pd
@@ -16,12 +15,22 @@ from torch import Tensor
 
 from ld3m.data.dataset import Normalization
 from ld3m.evaluation.artefact import read_artefact
-from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells
+from ld3m.pipeline.cells import (
+    NAMES,
+    UNSEEN,
+    Cell,
+    costs_folder,
+    figures_folder,
+    first_runs,
+    gan_check_folder,
+    gradient_norms_file,
+    prior_check_folder,
+    tables_folder,
+)
 from ld3m.pipeline.params import Params
 from ld3m.reporting import figures, published
 from ld3m.reporting.tables import (
     COLUMNS,
-    costs_beside,
     differences,
     latex,
     paper_style,
@@ -35,7 +44,6 @@ from ld3m.reporting.tables import (
     verdicts,
     with_unseen_mean,
 )
-from ld3m.runtime import paths
 from ld3m.runtime.storage import read_tensors, write_bytes
 
 DIGITS = 6  # after the point of a fraction in a csv file
@@ -59,40 +67,37 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def write_tables(params: Params, *, folder: Path, more: bool = False) -> dict[str, pd.DataFrame]:
+def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
     """Write every table as csv, and main, runs and comparison as md and tex too.
 
     Parameters
     ----------
     params : Params
         Its cells are the rows. A cell whose scores are missing is an error.
-    folder : Path
-        Where the tables go; those with seconds and memory go to `costs` beside it, for they never repeat.
-    more : bool
-        With the cells, runs, ablations and statistics of the report.
+    table : {"main", "report"}
+        The report has the cells of the main table too, and further runs, ablations and statistics. Tables with seconds
+        and memory, which vary, go to a folder of their own.
 
     Returns
     -------
     dict of pandas.DataFrame
         The tables by name, rounded as their files are.
     """
-    seen, found = params.distill.network, cells(params, more=more)
+    seen, found, folder = params.distill.network, first_runs(params, table), tables_folder(params.dataset, table)
     scores = with_unseen_mean(scores_of_run_0(params, found), seen)
     tables = {"main": summarise(scores), "differences": differences(scores), "costs": read_costs(params, found)}
     tables["scores"] = tables["main"][tables["main"].architecture != UNSEEN][COLUMNS]
     norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
     tables["gradient_norms"] = norms.agg(["mean", "min", "max"]).reset_index()
-    tables["prior"] = _check(paths.prior_check_folder(params.dataset))
+    tables["prior"] = _check(prior_check_folder(params.dataset))
     tables = _rounded(tables)
-    distilled = tables["main"][tables["main"].objective != "none"]
-    shown = dict(spaces=list(dict.fromkeys(distilled.space)), ipcs=sorted(set(distilled.ipc)))
-    tables |= {"paper": published.printed(), "settings": published.settings(params, **shown)}
+    tables |= {"paper": published.printed(), "settings": published.settings(params, found)}
     tables["comparison"] = published.comparison(tables["main"], tables["differences"])
-    if more:
+    if table == "report":
         tables |= _rounded(_tables_of_the_report(params, found))
-    for name, table in tables.items():
-        place = costs_beside(folder) if name in MEASURED else folder
-        write_bytes(place / f"{name}.csv", table.to_csv(index=False, float_format=f"%.{DIGITS}f").encode())
+    for name, frame in tables.items():
+        place = costs_folder(params.dataset, table) if name in MEASURED else folder
+        write_bytes(place / f"{name}.csv", frame.to_csv(index=False, float_format=f"%.{DIGITS}f").encode())
     for name in {"main", "runs", "comparison"} & set(tables):
         text, note, sentences = described(params, tables, name)
         markdown = [text.to_markdown(index=False, disable_numparse=True), "", note, *([""] if sentences else [])]
@@ -104,11 +109,11 @@ def write_tables(params: Params, *, folder: Path, more: bool = False) -> dict[st
 def _tables_of_the_report(params: Params, found: list[Cell]) -> dict[str, pd.DataFrame]:
     seen = params.distill.network
     tables = {"metrics": read_metrics(params, found)}
-    checks = _records(params, found, "validation")
+    checks = _records(found, "validation")
     tables["validation"] = checks[["ipc", "objective", "space", "iteration", "accuracy"]]
     tables |= dict(zip(("ablations", "ablation_changes", "ablation_costs"), read_ablations(params), strict=True))
-    if any(space == "glad" for _, space, _ in found):
-        tables["gan"] = _check(paths.gan_check_folder(params.dataset))
+    if any(cell.prior == "gan" for cell in found):
+        tables["gan"] = _check(gan_check_folder(params.dataset))
     runs = with_unseen_mean(scores_of_runs(params), seen)
     if not runs.empty:
         one_each = runs[runs.seed == 0]
@@ -147,14 +152,14 @@ def described(params: Params, tables: dict[str, pd.DataFrame], name: str) -> tup
     return published.comparison_table(tables[name]), note, []
 
 
-def write_figures(params: Params, tables: dict[str, pd.DataFrame], *, folder: Path, more: bool = False) -> list[Path]:
+def write_figures(params: Params, tables: dict[str, pd.DataFrame], *, table: str) -> list[Path]:
     """Write the figures of what `write_tables` gave, and a sheet of images of every set; return the files."""
-    found = cells(params, more=more)
-    history, validation = _records(params, found, "history"), _records(params, found, "validation")
+    found, folder = first_runs(params, table), figures_folder(params.dataset, table)
+    history, validation = _records(found, "history"), _records(found, "validation")
     drawn = {"prior": _prior(params)}
-    for ipc in sorted({ipc for objective, _, ipc in found if objective != "none"}):
+    for ipc in sorted({cell.ipc for cell in found if cell.objective != "none"}):
         drawn |= {
-            f"distilled-ipc{ipc}": _distilled(params, found, ipc),
+            f"distilled-ipc{ipc}": _distilled(found, ipc),
             f"accuracy-ipc{ipc}": figures.accuracy_by_architecture(tables["main"], ipc=ipc),
             f"curves-ipc{ipc}": figures.learning_curves(history, validation, ipc=ipc),
         }
@@ -164,7 +169,7 @@ def write_figures(params: Params, tables: dict[str, pd.DataFrame], *, folder: Pa
     if "ablations" in tables and "steps" in set(tables["ablations"].ablation):
         drawn["steps"] = figures.accuracy_against_steps(tables["ablations"], tables["ablation_costs"])
     files = [figures.save(figure, name, folder) for name, figure in drawn.items()]
-    return files + [_sheet(params, cell, folder) for cell in found if cell[2]]
+    return files + [_sheet(cell, folder) for cell in found if cell.ipc]
 
 
 def styled(table: pd.DataFrame, name: str, caption: str, *, headers: int = 1) -> Styler:
@@ -188,7 +193,7 @@ def write_page(notebook: Path, file: Path) -> None:
 
 
 def _gradient_norms(params: Params) -> pd.DataFrame:
-    return pd.DataFrame(json.loads(paths.gradient_norms_file(params.dataset).read_text()))
+    return pd.DataFrame(json.loads(gradient_norms_file(params.dataset).read_text()))
 
 
 def _check(folder: Path) -> pd.DataFrame:
@@ -196,51 +201,45 @@ def _check(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([json.loads((folder / "check.json").read_text())])
 
 
-def _sheet(params: Params, cell: Cell, folder: Path) -> Path:
-    pixels, classes = _pixels(params, *cell)
-    return figures.save_sheet(pixels, "set-{}-{}-{}".format(*cell), columns=len(classes), folder=folder)
+def _sheet(cell: Cell, folder: Path) -> Path:
+    x, classes = _images(cell)
+    return figures.save_sheet(x, f"set-{cell.name}", columns=len(classes), folder=folder)
 
 
 def _prior(params: Params) -> Figure:
-    shown, metadata = read_tensors(paths.prior_check_folder(params.dataset) / "images.safetensors")
+    shown, metadata = read_tensors(prior_check_folder(params.dataset) / "images.safetensors")
     return figures.prior_check(**shown, classes=tuple(metadata["classes"]))
 
 
-def _distilled(params: Params, found: list[Cell], ipc: int) -> Figure:
+def _distilled(found: list[Cell], ipc: int) -> Figure:
     """One row a cell or control: the first image of every class."""
     rows, classes = {}, None
-    for objective, space, cell_ipc in found:
-        if cell_ipc == ipc:
-            name = f"{NAMES[objective]} {NAMES[space]}".removeprefix("- ")
-            pixels, classes = _pixels(params, objective, space, ipc)
-            rows[name] = pixels[::ipc]
+    for cell in found:
+        if cell.ipc == ipc:
+            x, classes = _images(cell)
+            rows[cell.title] = x[::ipc]
     return figures.image_rows(rows, columns=classes)
 
 
-def _pixels(params: Params, objective: str, space: str, ipc: int) -> tuple[Tensor, list[str]]:
-    """Images x (N, C, H, W) of a cell or a control, and the class names."""
-    cell = f"{objective}-{space}-{ipc}"
-    if objective == "none":
-        folder = paths.scores_folder(params.place(objective, space, ipc, 0), cell)
-        tensors, metadata = read_tensors(folder / "images.safetensors")
+def _images(cell: Cell) -> tuple[Tensor, list[str]]:
+    """Images x (N, C, H, W) of run 0 of a cell or a control, and the class names."""
+    if cell.objective == "none":
+        tensors, metadata = read_tensors(cell.scores / "images.safetensors")
         return tensors["pixels"], metadata["classes"]
-    tensors, metadata = _artefact(params, (objective, space, ipc))
+    tensors, metadata = read_artefact(cell.artefact(0))
     return Normalization(**metadata["normalization"]).denormalize(tensors["images"]), metadata["classes"]
 
 
-def _records(params: Params, found: list[Cell], key: str) -> pd.DataFrame:
+def _records(found: list[Cell], key: str) -> pd.DataFrame:
     """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
     frames = [
-        pd.DataFrame(_artefact(params, cell)[1][key]).assign(objective=cell[0], space=cell[1], ipc=cell[2])
+        pd.DataFrame(read_artefact(cell.artefact(0))[1][key]).assign(
+            objective=cell.objective, space=cell.space, ipc=cell.ipc
+        )
         for cell in found
-        if cell[0] != "none"
+        if cell.objective != "none"
     ]
     return pd.concat(frames, ignore_index=True)
-
-
-def _artefact(params: Params, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of run 0 of a distilled cell."""
-    return read_artefact(paths.distilled_folder(params.place(*cell, 0), "-".join(map(str, cell)), 0))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """From scores to tables. Cells are enumerated from the parameters, never globbed: a missing one is an error."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,8 @@ import pandas as pd
 
 from ld3m.evaluation.scores import read_scores
 from ld3m.evaluation.statistics import STATISTICS, Accuracies, compare, interval, p_value
-from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells
+from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, ablation_cost_file, ablation_file, cells
 from ld3m.pipeline.params import Params
-from ld3m.runtime import paths
 
 SCORES = ["dataset", "ipc", "objective", "space", "run", "architecture", "seed", "accuracy"]
 CELL = ["ipc", "objective", "space", "architecture"]
@@ -22,35 +23,32 @@ COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_
 
 def scores_of_run_0(params: Params, found: list[Cell]) -> pd.DataFrame:
     """`SCORES` of run 0 of some cells: one row a cell, architecture and network."""
-    return pd.concat([_scores(params, cell, range(1)) for cell in found], ignore_index=True)
+    return pd.concat([_scores(params, cell, (0,)) for cell in found], ignore_index=True)
 
 
 def scores_of_runs(params: Params) -> pd.DataFrame:
-    """`SCORES` of every run of the cells and controls of which `more` has several."""
-    runs = {cell: range(params.runs(*cell, more=True).stop) for cell in cells(params, more=True)}
-    frames = [_scores(params, cell, of_cell) for cell, of_cell in runs.items() if len(of_cell) > 1]
+    """`SCORES` of every run of the rows that have several."""
+    found = cells(params)
+    runs = Counter(cell.row for cell in found for _ in cell.runs)
+    frames = [_scores(params, cell, cell.runs) for cell in found if runs[cell.row] > 1]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORES)
 
 
-def _scores(params: Params, cell: Cell, runs: range) -> pd.DataFrame:
+def _scores(params: Params, cell: Cell, runs: Iterable[int]) -> pd.DataFrame:
     rows = []
     for run in runs:
-        file = _scores_file(params, cell, run)
+        file = cell.scores / "scores.json"
         scores = read_scores(file).runs
-        for architecture in params.grid.architecture:
+        for architecture in params.architectures:
             accuracies = scores.get(run, {}).get(architecture, [])
             if len(accuracies) != params.networks_a_set(run):
                 raise ValueError(
                     f"{file} has {len(accuracies)} networks of {architecture} for run {run}, params.yaml asks for "
-                    f"{params.networks_a_set(run)} (evaluate.seeds, more.seeds): dvc repro"
+                    f"{params.networks_a_set(run)} (evaluate.seeds, evaluate.seeds_further_runs): dvc repro"
                 )
-            keys = (params.dataset, cell[2], *cell[:2], run, architecture)
+            keys = (params.dataset, cell.ipc, cell.objective, cell.space, run, architecture)
             rows += [(*keys, seed, accuracy) for seed, accuracy in enumerate(accuracies)]
     return pd.DataFrame(rows, columns=SCORES)
-
-
-def _scores_file(params: Params, cell: Cell, run: int) -> Path:
-    return paths.scores_folder(params.place(*cell, run), "-".join(map(str, cell))) / "scores.json"
 
 
 def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
@@ -96,34 +94,29 @@ def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
     data."""
 
     def accuracies(cell: Cell) -> Accuracies:
-        scores = read_scores(_scores_file(params, cell, 0)).runs[0]
-        return {architecture: scores[architecture] for architecture in params.grid.architecture}
+        scores = read_scores(cell.scores / "scores.json").runs[0]
+        return {architecture: scores[architecture] for architecture in params.architectures}
 
-    full_data, frames = accuracies(("none", "full_data", 0)), []
-    for objective, space, ipc in found:
+    rows, frames = {cell.row: accuracies(cell) for cell in found}, []
+    for (objective, space, ipc), of_cell in rows.items():
         if ipc and space != "random_real":
-            random_real = accuracies(("none", "random_real", ipc))
-            frame = compare(accuracies((objective, space, ipc)), random_real=random_real, full_data=full_data)
+            controls = {"random_real": rows["none", "random_real", ipc], "full_data": rows["none", "full_data", 0]}
+            frame = compare(of_cell, **controls)
             frames.append(frame.assign(ipc=ipc, objective=objective, space=space))
     table = pd.concat(frames, ignore_index=True)
     return table[[*CELL, *table.columns.difference(CELL, sort=False)]]
 
 
-def costs_beside(tables: Path) -> Path:
-    """The folder for tables of seconds and memory, which never repeat, beside that of the others."""
-    return tables.with_name("costs")
-
-
 def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
     """`COSTS` of run 0 of every distilled cell: seconds of its iterations, and the peak memory of its process."""
     rows = []
-    for objective, space, ipc in found:
-        if objective != "none":
-            cell, place = f"{objective}-{space}-{ipc}", params.place(objective, space, ipc, 0)
-            file = paths.cost_file(place, cell, 0)
+    for cell in found:
+        if cell.objective != "none":
+            file = cell.cost_file(0)
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of params.yaml")
-            rows.append((params.dataset, ipc, objective, space, *map(json.loads(file.read_text()).get, COSTS[4:])))
+            cost = json.loads(file.read_text())
+            rows.append((params.dataset, cell.ipc, cell.objective, cell.space, *(cost[key] for key in COSTS[4:])))
     return pd.DataFrame(rows, columns=COSTS)
 
 
@@ -135,7 +128,7 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     """
     records, measured = (
         {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
-        for place in (paths.ablation_file, paths.ablation_cost_file)
+        for place in (ablation_file, ablation_cost_file)
     )
     ablation, setting = params.ablations.baseline
     baseline, baseline_cost = records[ablation][setting], measured[ablation][setting]

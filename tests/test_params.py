@@ -1,0 +1,273 @@
+"""params.yaml and the profiles: every key is read, and a wrong one is an error that names it."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from ld3m.pipeline.cells import cell_of, cells
+from ld3m.pipeline.profiles import PARAMS as FILE
+from ld3m.pipeline.profiles import PROFILES, ablation_settings, apply_profile, load_params, validate
+from ld3m.runtime.paths import ROOT
+
+COMMITTED = YAML(typ="safe").load(FILE.read_text())
+PARAMS = load_params()
+NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+CELL = COMMITTED["cells"]["dm-ld3m-1"]
+# mappings whose keys the user chooses, and optional keys
+FREE = ("cells", "controls", "datasets", "networks", "distill", "epochs", "learning_rates", "recipe_overrides")
+OPTIONAL = ("depth", "norms", "iterations")
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_bytes(FILE.read_bytes())
+    return file
+
+
+def mappings(node, at=()):
+    yield at, node
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from mappings(value, (*at, key))
+
+
+def test_the_committed_file_holds_exactly_the_values_that_are_read():
+    assert PARAMS.model_dump(mode="json", exclude_unset=True) == COMMITTED
+
+
+@pytest.mark.parametrize("at", [at for at, _ in mappings(COMMITTED) if at[:2] != ("ablations", "settings")], ids=str)
+def test_an_unknown_key_and_a_missing_key_are_named_at_every_level(at):
+    def changed(change):
+        values = copy.deepcopy(COMMITTED)
+        node = values
+        for part in at:
+            node = node[part]
+        change(node)
+        with pytest.raises(ValueError, match=r"params\.yaml") as refused:
+            validate(values, origin="params.yaml")
+        return str(refused.value)
+
+    assert "typo" in changed(lambda node: node.update(typo=12345))
+    if not set(at[-1:]) & set(FREE) and at[-2:-1] != ("recipe_overrides",) and at[:1] != ("distill",):
+        node = COMMITTED
+        for part in at:
+            node = node[part]
+        for key in node:
+            if key not in OPTIONAL or at[0] == "ablations":
+                assert ".".join((*at, key)) in changed(lambda node, key=key: node.pop(key))
+
+
+def entry(**changes):
+    return {"cells": {"mine": CELL | changes}}
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ({"seed": -1}, "seed: .*got -1"),
+        ({"dataset": "mnist6k"}, "dataset: 'mnist6k' is not among datasets"),
+        ({"architectures": ["convnet", "convnet"]}, "architectures: has an entry twice"),
+        ({"architectures": ["resnet50"]}, "networks.resnet50 is missing"),
+        ({"networks.resnet50": {"width": 8}}, "there is no such key"),
+        ({"datasets.mnist5k.augmentation": "crop_shear"}, "datasets.mnist5k.augmentation"),
+        ({"datasets.mnist5k.size_px": 36}, "size_px = 36: must be a multiple of 8"),
+        ({"datasets.mnist5k.normalization": {"mean": [0.5], "std": [0.0]}}, r"normalization\.std\.0: .*got 0\.0"),
+        ({"spaces.ld3m.steps": 1001}, "spaces.ld3m.steps: .*got 1001"),
+        ({"distill.dm.pixel.learning_rates": {"z": 1.0}}, "distill.dm.pixel.learning_rates has z; needed are images"),
+        ({"spaces.ld3m.learn": "z_T", "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0}}, "needed are c, z_T"),
+        ({"trajectories.epochs": 2, "objectives.mtt.expert_epochs": 2}, "trajectories.epochs = 2: must be 3"),
+        ({"spaces.glad.layer": 8}, "spaces.glad.layer = 8: must be below 8"),
+        ({"gan.widths": [8, 8, 8]}, "gan.widths has 3 entries.*16 px.*size_px = 32"),
+        ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
+        ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
+        (
+            {"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}},
+            "recipe_overrides.ipc_5.epochs.* is missing",
+        ),
+        (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
+        (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
+        (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),
+        (entry(experts="trajectories"), "cells.mine.experts = 'trajectories'"),
+        (entry(table="other"), "cells.mine.table"),
+        ({"cells": {"one": CELL, "two": CELL | {"table": "report"}}}, "cells.two.runs has run 0, which cells.one has"),
+        ({"controls": {"dm-ld3m-1": COMMITTED["controls"]["herding-1"]}}, "one key for two entries"),
+        (
+            {"controls": {"a": COMMITTED["controls"]["herding-1"] | {"control": "noise"}}},
+            "controls.a.control = 'noise'",
+        ),
+        ({"controls": {"a": COMMITTED["controls"]["full_data"] | {"ipc": 1}}}, "controls.a.ipc = 1"),
+        ({"distill.typo": 1}, "override 'distill.typo'"),
+    ],
+)
+def test_a_wrong_value_is_named(overrides, named):
+    with pytest.raises(ValueError, match=f"(?s)params.yaml.*{named}|{named}.*params.yaml"):
+        load_params(overrides)
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(ValueError, match=r"(?s)seed: .*got -1.*processes: .*got 0"):
+        load_params({"seed": -1, "processes": 0})
+
+
+def test_overrides_replace_values_and_nothing_else():
+    changed = load_params({"distill.momentum": 0.25, "seed": 3})
+    assert changed == PARAMS.model_copy(
+        update={"seed": 3, "distill": PARAMS.distill.model_copy(update={"momentum": 0.25})}
+    )
+    with pytest.raises(ValidationError):
+        changed.seed = 1
+
+
+def test_numbers_as_dvc_writes_them_are_floats(file):
+    yaml = YAML()  # what `dvc exp run -S` reads and writes with
+    values = yaml.load(file)
+    values["trajectories"]["learning_rate"] = 3e-05
+    yaml.dump(values, file)
+    assert "learning_rate: 3e-05\n" in file.read_text() and load_params(path=file).trajectories.learning_rate == 3e-5
+
+
+def test_a_budget_is_that_of_its_cell():
+    params = load_params({"distill.dm.ld3m.iterations": 9})
+    one = params.budget("dm", "ld3m", 1)
+    ten = params.budget("dm", "ld3m", 10, iterations=7)
+    assert (one.iterations, ten.iterations) == (9, 7) and set(one.learning_rates) == {"z", "c"}
+    assert ten.learning_rates == {name: 10 * rate for name, rate in one.learning_rates.items()}
+    assert params.budget("mtt", "pixel", 10).learning_rates["student_lr"] == 1e-4  # of no image
+
+
+def test_a_recipe_is_that_of_its_images_per_class():
+    overrides = {"ipc_10": {"epochs": {name: 7 for name in PARAMS.networks}, "ema_decay": None}}
+    params = load_params({"evaluate.recipe_overrides": overrides})
+    one, ten = params.recipe("vit", 1), params.recipe("vit", 10)
+    assert ten == one | {"epochs": 7, "ema_decay": None} and one["epochs"] != 7 and one["ema_decay"] is not None
+
+
+def test_cells_are_in_the_order_of_the_tables():
+    main = [cell.key for cell in cells(PARAMS, "main")]
+    assert main == [
+        "random_real-1", "iteration0-1", "prior_samples-1", "dc-pixel-1", "dc-ld3m-1", "dm-pixel-1", "dm-ld3m-1",
+        "mtt-pixel-1", "mtt-ld3m-1", "full_data",
+    ]  # fmt: skip
+    report = [cell.key for cell in cells(PARAMS)]
+    assert set(report) == {*COMMITTED["cells"], *COMMITTED["controls"]} and report[-1] == "full_data"
+    assert report.index("dc-glad-1") == report.index("dc-pixel-1") + 1 == report.index("dc-ld3m-1") - 1
+    further = cell_of(PARAMS, "dm-ld3m-1-runs")
+    assert further.name == "dm-ld3m-1" and further.runs == (1, 2) and further.title == "DM LD3M"
+    with pytest.raises(ValueError, match="cell 'typo': params.yaml has .*dm-ld3m-1"):
+        cell_of(PARAMS, "typo")
+
+
+# Profiles
+
+
+@pytest.mark.parametrize("text", ["seed: [", "seed: 1\nseed: 2\n", "- seed\n", "42\n", "", "a: &a [1]\nb: *a\n"])
+def test_a_file_that_is_not_a_mapping_is_refused(file, text, tmp_path):
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(text)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="profile.yaml"):
+        apply_profile(profile, path=file)
+    assert file.read_bytes() == before
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"params\.yaml"):
+        load_params(path=file)
+
+
+def test_a_profile_changes_its_values_and_keeps_every_other_line(file, tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 4\nprocesses: 1\n")
+    (tmp_path / "profile.yaml").write_text("over: base.yaml\nseed: 5\ndistill: {dm: {pixel: {iterations: 7}}}\n")
+    before = file.read_text()
+    apply_profile(tmp_path / "profile.yaml", path=file)
+    expected = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
+    assert load_params(path=file) == expected
+    changed = [(a, b) for a, b in zip(before.splitlines(), file.read_text().splitlines(), strict=True) if a != b]
+    assert len(changed) == 3 and all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("typo: 1\n", "profile.yaml.*typo"),
+        ("seed: 3\nprocesses: 0\n", "(?s)profile.yaml.*processes.*got 0"),
+        ("over: profile.yaml\n", "leads back"),
+        ("over: absent.yaml\n", "absent.yaml is missing"),
+    ],
+)
+def test_a_refused_profile_leaves_the_file_as_it_was(file, tmp_path, text, named):
+    (tmp_path / "profile.yaml").write_text(text)
+    before = file.read_bytes()
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        apply_profile(tmp_path / "profile.yaml", path=file)
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_profile_that_is_missing_is_answered_with_those_of_the_repository(file):
+    with pytest.raises(FileNotFoundError, match="absent is missing; the repository has .*profiles/smoke.yaml"):
+        apply_profile(Path("absent"), path=file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_profile_applies_with_its_ablations_and_twice_is_once(file, name):
+    if name == "cifar10_cpu":
+        apply_profile(Path("cifar10"), path=file)
+    apply_profile(Path(name), path=file)  # by its name
+    params, once = load_params(path=file), file.read_bytes()
+    for ablation in params.ablations.settings:
+        assert ablation_settings(ablation, path=file) is not None
+    apply_profile(PROFILES / f"{name}.yaml", path=file)
+    assert file.read_bytes() == once
+
+
+@pytest.mark.parametrize("size_px, depth, steps", [(128, 5, 10), (256, 6, 20)])
+def test_imagenet_has_the_published_numbers_and_paper_the_released_defects(file, size_px, depth, steps):
+    apply_profile(Path(f"imagenet{size_px}"), path=file)
+    params = load_params(path=file)
+    assert (params.data.size_px, params.spaces.ld3m.steps, params.networks["convnet"].depth) == (size_px, steps, depth)
+    widths = {name: network.width for name, network in params.networks.items()}
+    assert widths == {"convnet": 128, "alexnet": 128, "vgg11": 64, "resnet18": 64, "vit": 512}
+    ld3m = params.spaces.ld3m
+    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("stored", "real", "pixels", "none")
+    apply_profile(Path("paper"), path=file)
+    params = load_params(path=file)
+    ld3m = params.spaces.ld3m
+    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("redrawn", "shifted", "images", "hard")
+    assert not params.networks["vit"].norms and params.objectives.mtt.first_order and params.ablations.select_on_test
+    assert (params.data.size_px, params.networks["convnet"].width) == (size_px, 128)
+    for objective, rate in {"dc": 0.1, "dm": 1.0, "mtt": 1000.0}.items():
+        budget = params.budget(objective, "ld3m")
+        assert budget.iterations == 10000 and budget.learning_rates["z"] == budget.learning_rates["c"] == rate
+
+
+# Ablations
+
+
+def test_the_settings_of_an_ablation():
+    settings = ablation_settings("steps", {"seed": 3})
+    steps = {name: params.spaces.ld3m.steps for name, (params, _, _) in settings.items()}
+    assert steps == {"T = 2": 2, "T = 5": 5, "T = 10": 10, "T = 20": 20}
+    assert PARAMS.ablations.baseline == ("steps", "T = 5") and "x0, Z" not in ablation_settings("skip_learn")
+    assert all(params.seed == 3 and cell == ["dm", "ld3m"] for params, *cell in settings.values())
+    assert ablation_settings("defects")["first-order MTT"][1] == "mtt"
+
+
+def test_an_ablation_that_cannot_be_is_named(file):
+    with pytest.raises(ValueError, match="no ablation 'typo'.*there are steps, skip_learn"):
+        ablation_settings("typo")
+    file.write_text(file.read_text().replace("T = 2: {spaces.ld3m.steps: 2}", "T = 2: {spaces.ld3m.step: 2}"))
+    with pytest.raises(ValueError, match="ablations.settings.steps.T = 2: override 'spaces.ld3m.step'"):
+        ablation_settings("steps", path=file)
+
+
+def test_the_command_checks_and_fails_without_a_traceback():
+    def run(*arguments):
+        command = [sys.executable, "-m", "ld3m.pipeline.profiles", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert "params.yaml is valid" in run("check").stdout
+    assert (refused := run("apply", "absent")).returncode == 1 and refused.stderr.startswith("absent is missing")
