@@ -88,7 +88,8 @@ def test_every_command_names_what_exists():
     profiles = {path.stem for path in (ROOT / "profiles").glob("*.yaml")}
     applied = re.findall(r"(?:profiles apply|pipeline\.estimate) (?:profiles/)?(\w+)", COMMANDS)
     assert applied and set(applied) <= profiles
-    files = re.findall(r"(?<!/)\b((?:notebooks|tests|ld3m|benchmarks|profiles)/[\w/.]+\.(?:ipynb|py|yaml|csv))", COMMANDS)
+    folders = "notebooks|tests|ld3m|benchmarks|profiles"
+    files = re.findall(rf"(?<!/)\b((?:{folders})/[\w/.]+\.(?:ipynb|py|yaml|csv))", COMMANDS)
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
