@@ -116,7 +116,8 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
 def test_the_embedded_priors_are_good_enough():
     prior = json.loads((prior_check_folder("mnist5k") / "check.json").read_text())
     gan = json.loads((gan_check_folder("mnist5k") / "check.json").read_text())
-    assert min(prior["samples"], gan["samples"]) >= 500 and min(prior["recognised"], gan["recognised"]) >= 0.95
+    for check in (prior, gan):  # the key of a check made before is `recognised`
+        assert check["samples"] >= 500 and check.get("sample_class_accuracy", check.get("recognised")) >= 0.95
     assert prior["psnr_db"] > 25 and gan["spread"] > 0.5
 
 

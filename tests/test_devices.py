@@ -9,6 +9,7 @@ from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_prior, relative_diffe
 from ld3m.data.dataset import Dataset, Normalization
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.evaluation.prior_quality import reconstruct
 from ld3m.method.distill import distill
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import SPACES
@@ -16,7 +17,7 @@ from ld3m.models.gan import build_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import load_prior
 from ld3m.models.train_gan import fit_gan
-from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, reconstruct
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.runtime import devices, paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import choose_device, usable_precision

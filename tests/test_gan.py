@@ -10,9 +10,9 @@ from torch.nn.functional import conv2d, leaky_relu
 
 from ld3m.data.augment import OPERATIONS
 from ld3m.data.dataset import Dataset, Split, measure_normalization
-from ld3m.evaluation.prior_quality import check_gan
+from ld3m.evaluation.prior_quality import check_gan, spread
 from ld3m.models.gan import Generator, build_generator, load_generator, save_generator
-from ld3m.models.train_gan import GROUP, Discriminator, fit_gan, spread
+from ld3m.models.train_gan import GROUP, Discriminator, fit_gan
 
 CONFIG = dict(channels=1, classes=2, noise_width=6, w_width=5, widths=(8, 6, 4))
 
@@ -219,10 +219,10 @@ def test_it_learns_the_classes_and_a_classifier_sees_it(dataset):
     judging = dict(width=8, epochs=6, learning_rate=0.05, strategy="none")
     pixels, labels, record = check_gan(gan, dataset, samples_per_class=20, seed=0, **judging)
     assert pixels.shape == (40, 1, 16, 16) and labels.tolist() == [0, 1] * 20 and pixels.abs().max() <= 1
-    assert record["recognised"] >= 0.9 and record["samples"] == 40 and len(losses) == 150
+    assert record["sample_class_accuracy"] >= 0.9 and record["samples"] == 40 and len(losses) == 150
     assert not any(parameter.requires_grad for parameter in gan.parameters())
     untrained = check_gan(made().freeze_(), dataset, samples_per_class=20, seed=0, **judging)[2]
-    assert untrained["recognised"] < 0.9
+    assert untrained["sample_class_accuracy"] < 0.9
 
 
 def test_training_repeats_bit_for_bit(dataset):

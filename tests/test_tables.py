@@ -102,7 +102,7 @@ def params(tmp_path, monkeypatch):
     write(CELLS[0].scores.with_name("dc-pixel-1") / "scores.json", {0: {"vit": [0.99] * 3}})  # never read
     check = layout.prior_check_folder(params.dataset) / "check.json"
     check.parent.mkdir(parents=True)
-    check.write_text(json.dumps({"recognised": 0.95, "mean_absolute_error": 0.05}))
+    check.write_text(json.dumps({"sample_class_accuracy": 0.95, "mean_absolute_error": 0.05}))
     for cell in CELLS:
         if cell.objective != "none":
             write_json(cell.cost_file(0), {"iterations": 20, "seconds": 5.0 + cell.ipc, "peak_mib": 700.0})
@@ -353,12 +353,14 @@ def test_the_spread_of_networks_is_kept_from_that_of_runs(with_more):
 def test_the_report_has_tables_of_its_own(with_more):
     with pytest.raises(FileNotFoundError, match="gan-check"):
         report.write_tables(with_more, table="report")
-    write_json(layout.gan_check_folder(DATASET) / "check.json", {"recognised": 0.966, "samples": 500})
+    write_json(layout.gan_check_folder(DATASET) / "check.json", {"sample_class_accuracy": 0.966, "samples": 500})
     report.write_tables(with_more, table="report")
     added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
     added |= {"validation.csv", "ablations.csv", "ablation_changes.csv"}
     assert {file.name for file in tables("report").iterdir()} == TABLES | added | {"gan.csv"}
-    assert pd.read_csv(tables("report") / "gan.csv").to_dict("records") == [{"recognised": 0.966, "samples": 500}]
+    assert pd.read_csv(tables("report") / "gan.csv").to_dict("records") == [
+        {"sample_class_accuracy": 0.966, "samples": 500}
+    ]
     words = (tables("report") / "runs.md").read_text()
     assert "over n = 3 distillation runs" in words and "paired over 3 runs" in words
     metrics = pd.read_csv(tables("report") / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
@@ -374,7 +376,7 @@ def test_the_tables_hold_the_numbers(params):
     assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
     assert len(pd.read_csv(tables("main") / "differences.csv")) == 48
-    assert pd.read_csv(tables("main") / "prior.csv").recognised.tolist() == [0.95]
+    assert pd.read_csv(tables("main") / "prior.csv").sample_class_accuracy.tolist() == [0.95]
     for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distil"):
         assert part in markdown
     assert (

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ld3m.data.dataset import Dataset, Split, measure_normalization
-from ld3m.evaluation.prior_quality import check_prior
+from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error
 from ld3m.models.diffusion_prior import build_prior
-from ld3m.models.train_prior import fit_autoencoder, fit_denoiser, reconstruct, reconstruction_error
+from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
         unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
     ).freeze_()  # fmt: skip
     real = dataset.validation.x()
-    monkeypatch.setattr("ld3m.models.train_prior.prior_chunk_size", lambda size_px: 5)
+    monkeypatch.setattr("ld3m.evaluation.prior_quality.prior_chunk_size", lambda size_px: 5)
     drawn = reconstruct(prior, real)
     torch.testing.assert_close(drawn, prior.decode(prior.encode(real)).clamp(-1, 1))
     error = reconstruction_error(real, drawn)
@@ -65,7 +65,7 @@ def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
     assert error["psnr_db"] == pytest.approx(10 * math.log10(2**2 / error["mse"]))
 
 
-def test_samples_are_recognised_by_a_classifier_that_knows_the_real_images(dataset, monkeypatch):
+def test_a_classifier_of_real_images_sees_the_class_of_the_samples(dataset, monkeypatch):
     prior, _, _ = trained(dataset)
     arguments = dict(
         samples_per_class=3, steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0
@@ -78,6 +78,6 @@ def test_samples_are_recognised_by_a_classifier_that_knows_the_real_images(datas
         return dataset.train.x(torch.tensor([int(label) for label in labels]))
 
     monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", real)
-    assert check_prior(prior, dataset, **arguments)[2]["recognised"] == 1.0
+    assert check_prior(prior, dataset, **arguments)[2]["sample_class_accuracy"] == 1.0
     monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", lambda prior, labels, **k: real(prior, 1 - labels))
-    assert check_prior(prior, dataset, **arguments)[2]["recognised"] == 0.0
+    assert check_prior(prior, dataset, **arguments)[2]["sample_class_accuracy"] == 0.0

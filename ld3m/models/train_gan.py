@@ -1,4 +1,4 @@
-"""Trains the small class-conditional GAN of the space `glad` on the training split, and measures it."""
+"""Train the small class-conditional GAN of the space `glad` on the training split."""
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,17 @@ from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import forked, generator
 from ld3m.runtime.training_state import TrainingState
 
-GROUP = 4  # images of one class, side by side in a batch, whose spread the discriminator sees
+GROUP = 4  # images of one class in a row of a batch, for the minibatch standard deviation
 
 
 class Discriminator(nn.Module):
-    """Strided convolutions down to 4 px, and the projection of the features on the class (Miyato and Koyama, 2018).
+    """Strided convolutions to 4 px and a projection on the class (Miyato and Koyama, 2018).
 
-    It also sees how much the images of a group differ, so that a generator which ignores its noise is found out.
+    The minibatch standard deviation of each group (Karras et al., 2018) shows it a generator that ignores its noise.
     """
 
     def __init__(self, *, channels: int, classes: int, widths: tuple[int, ...]):
-        """`widths` are the feature channels at half the image's side, a quarter, ... down to 4 px."""
+        """`widths` are the channels at half the image's side, at a quarter, ... and at 4 px."""
         super().__init__()
         inputs = (channels, *widths)
         self.convolutions = nn.ModuleList(
@@ -34,15 +34,15 @@ class Discriminator(nn.Module):
         self.realness = nn.Linear(widths[-1], 1)
         self.embedding = nn.Embedding(classes, widths[-1])
 
-    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) and labels (B,), in groups of one class, to logits (B,), positive for real."""
-        maps = pixels
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Images x (B, C, H, W) and labels (B,), in groups of one class, to logits (B,), positive for real."""
+        maps = x
         for convolution in self.convolutions:
             maps = leaky_relu(convolution(maps), 0.2)
         groups = maps.unflatten(0, (-1, GROUP))
-        spread = groups.var(dim=1, unbiased=False).add(1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / GROUP,)
-        spread = spread.repeat_interleave(GROUP)[:, None, None, None].expand(-1, 1, SMALLEST_PX, SMALLEST_PX)
-        h = leaky_relu(self.hidden(torch.cat([maps, spread], dim=1).flatten(1)), 0.2)
+        std = groups.var(dim=1, unbiased=False).add(1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / GROUP,)
+        std = std.repeat_interleave(GROUP)[:, None, None, None].expand(-1, 1, SMALLEST_PX, SMALLEST_PX)
+        h = leaky_relu(self.hidden(torch.cat([maps, std], dim=1).flatten(1)), 0.2)
         return self.realness(h).squeeze(1) + (self.embedding(labels.to(h.device)) * h).sum(1) / h.shape[1] ** 0.5
 
 
@@ -62,11 +62,23 @@ def fit_gan(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, float]]:
-    """Trains the generator in place with the non-saturating loss, and leaves the moving average of its weights there.
+    """Train the generator in place with the non-saturating loss; it ends as the moving average (EMA) of its weights.
 
-    The discriminator pays `r1` / 2 times the squared gradient of its logit at real images, every `r1_every` steps.
-    `strategy` augments real and generated images alike (DSA). Returns the losses of every step; ValueError where one is
-    not finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
+    Parameters
+    ----------
+    gan, split : the generator, and the training images
+    discriminator_widths : channels of the discriminator, see `Discriminator`
+    steps, batch, learning_rate : of Adam, for both networks; `batch` is a multiple of 4
+    r1, r1_every : the R1 penalty, r1 / 2 times the squared gradient of the logit at real images, every `r1_every` steps
+        and as many times as large
+    ema_decay : of the moving average
+    strategy : DSA of real and generated images alike
+    seed : of the discriminator, batches and noise
+    checkpoint : an interrupted run goes on from it, to the same bits
+
+    Returns
+    -------
+    The losses of each step, {"generator": ..., "discriminator": ...}. ValueError if one is not finite.
     """
     with forked(seed, "discriminator"):
         discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
@@ -80,7 +92,7 @@ def fit_gan(
         {"generator": gan, "discriminator": discriminator, "average": average}
         | {f"optimizer {k}": optimizer for k, optimizer in enumerate(optimizers)},
         losses=torch.zeros(steps, 2, device=device),
-        advice="lower gan.learning_rate in params.yaml",
+        advice="lower the learning rate of the gan",
     )
     with checkpoint or Checkpoint() as checkpoint:
         checkpoint.resume(training.restore)
@@ -100,8 +112,8 @@ def fit_gan(
                 loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
                 penalty = 0.0
                 if is_penalised:
-                    (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-                    penalty = r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+                    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+                    penalty = r1 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
                 _step(optimizers[1], loss_d + r1_every * penalty)
 
                 discriminator.requires_grad_(False)
@@ -113,12 +125,6 @@ def fit_gan(
     gan.load_state_dict(average.module.state_dict())
     gan.freeze_()
     return [dict(zip(("generator", "discriminator"), losses, strict=True)) for losses in training.losses.tolist()]
-
-
-def spread(pixels: Tensor, labels: Tensor) -> float:
-    """The mean distance of two images of one class, for pixels (N, C, H, W) and labels (N,); mean over classes."""
-    distances = [torch.pdist(pixels[labels == label].flatten(1)).mean() for label in labels.unique()]
-    return torch.stack(distances).mean().item()
 
 
 def _draw_groups(split: Split, batch: int, rng: torch.Generator) -> Tensor:

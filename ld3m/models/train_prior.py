@@ -1,4 +1,4 @@
-"""Trains a small class-conditional latent diffusion model on the training split, and measures it."""
+"""Train a small class-conditional latent diffusion model on the training split."""
 
 import math
 
@@ -29,11 +29,22 @@ def fit_autoencoder(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
-    """Trains the VQ autoencoder in place and sets its scaling factor to one over the standard deviation of `z`.
+    """Train the VQ autoencoder in place, and set its scaling factor to one over the standard deviation of `z`.
 
-    The first `continuous_steps` train without the quantiser; the codebook then starts from encoded training
-    images, so that no entry is dead from the outset. Returns the loss of every step; ValueError where one is not
-    finite. Goes on from `checkpoint`, with the same bits, where an interrupted run left its state there.
+    The loss is the absolute and the squared error of the reconstruction plus the commitment loss of the quantiser.
+
+    Parameters
+    ----------
+    prior, split : the model, and the training images
+    steps, batch, learning_rate : of Adam; the rate falls as a cosine
+    continuous_steps : train first without the quantiser; the codebook then starts from encoded training images, so that
+        no entry is unused from the start
+    seed : of the batches
+    checkpoint : an interrupted run goes on from it, to the same bits
+
+    Returns
+    -------
+    The loss of each step. ValueError if one is not finite.
     """
     autoencoder = prior.autoencoder
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
@@ -41,7 +52,7 @@ def fit_autoencoder(
     training = TrainingState(
         {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule},
         losses=torch.zeros(steps, device=split.device),
-        advice="lower prior.autoencoder.learning_rate in params.yaml",
+        advice="lower the learning rate of the autoencoder",
     )
     with checkpoint or Checkpoint() as checkpoint:
         checkpoint.resume(training.restore)
@@ -50,10 +61,10 @@ def fit_autoencoder(
                 draw = generator(seed, "autoencoder", step)
                 if step == continuous_steps:
                     _start_codebook(prior, split, draw)
-                pixels = split.x(torch.randint(len(split), (batch,), generator=draw))
-                latents = autoencoder.encode(pixels).latents
+                x = split.x(torch.randint(len(split), (batch,), generator=draw))
+                latents = autoencoder.encode(x).latents
                 decoded = autoencoder.decode(latents, force_not_quantize=step < continuous_steps)
-                loss = l1_loss(decoded.sample, pixels) + mse_loss(decoded.sample, pixels) + decoded.commit_loss.mean()
+                loss = l1_loss(decoded.sample, x) + mse_loss(decoded.sample, x) + decoded.commit_loss.mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -77,11 +88,22 @@ def fit_denoiser(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
-    """Trains the U-Net and the class embeddings in place on the encoded split, and leaves their moving averages there.
+    """Train the U-Net and the class embeddings in place on encoded images; they end as their moving averages (EMA).
 
-    `null_share` of the labels are replaced by the null class, for classifier-free guidance.
-    Returns the loss of every step; ValueError where one is not finite. Goes on from `checkpoint`, with the same bits,
-    where an interrupted run left its state there.
+    The loss is the squared error of the predicted noise at uniform timesteps, eq. 1.
+
+    Parameters
+    ----------
+    prior, split : the model, with a trained autoencoder, and the training images
+    steps, batch, learning_rate : of AdamW; the rate falls as a cosine
+    null_share : share of the labels replaced by the null class, for classifier-free guidance
+    ema_decay : of the moving average
+    seed : of the batches, timesteps and noise
+    checkpoint : an interrupted run goes on from it, to the same bits
+
+    Returns
+    -------
+    The loss of each step. ValueError if one is not finite.
     """
     z_all = _encode_all(prior, split)
     alpha_bar = prior.alpha_bar.float()
@@ -92,7 +114,7 @@ def fit_denoiser(
     training = TrainingState(
         {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule},
         losses=torch.zeros(steps, device=split.device),
-        advice="lower prior.denoiser.learning_rate in params.yaml",
+        advice="lower the learning rate of the denoiser",
     )
 
     def loss_of(z_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
@@ -124,24 +146,11 @@ def fit_denoiser(
     return training.losses.tolist()
 
 
-@torch.no_grad()
-def reconstruct(prior: Prior, pixels: Tensor) -> Tensor:
-    """Encoded, quantised and decoded pixels, clamped to [-1, 1]."""
-    parts = pixels.split(prior_chunk_size(pixels.shape[-1]))
-    return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in parts])
-
-
-def reconstruction_error(pixels: Tensor, reconstructed: Tensor) -> dict[str, float]:
-    """Mean squared error on the [-1, 1] scale, and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
-    mse = mse_loss(reconstructed, pixels).item()
-    return {"mse": mse, "psnr_db": 10 * math.log10(4 / mse)}
-
-
 def _start_codebook(prior: Prior, split: Split, draw: torch.Generator) -> None:
     codebook = prior.autoencoder.quantize.embedding.weight
     with torch.no_grad():
-        pixels = split.x(torch.randperm(len(split), generator=draw)[:500])
-        latents = prior.autoencoder.encode(pixels).latents.movedim(1, -1).flatten(0, 2)  # (positions, c)
+        x = split.x(torch.randperm(len(split), generator=draw)[:500])
+        latents = prior.autoencoder.encode(x).latents.movedim(1, -1).flatten(0, 2)  # (positions, c)
         codebook.copy_(latents[torch.randperm(len(latents), generator=draw)[: len(codebook)]])
 
 

@@ -558,7 +558,7 @@ class Params(Model):
         return given | {"classes": self.prior.classes, "subset": subset}
 
     def prior_check_arguments(self) -> dict[str, Any]:
-        """The arguments of `train_prior.recognised`."""
+        """The arguments of `prior_quality.check_prior`."""
         return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
     def _learnables(self, objective: str, space: str) -> set[str]:
@@ -573,7 +573,7 @@ class Params(Model):
         return given | {"channels": self.data.channels, "seed": self.seed}
 
     def gan_check_arguments(self) -> dict[str, Any]:
-        """The arguments of `train_gan.recognised`."""
+        """The arguments of `prior_quality.check_gan`."""
         return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
     def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> Budget:
