@@ -28,7 +28,8 @@ from ld3m.runtime import paths
 from ld3m.runtime.storage import write_json
 
 TABLES = {f"{name}.csv" for name in ("scores", "main", "differences", "prior", "gradient_norms", "paper")}
-TABLES |= {"comparison.csv", "settings.csv", "main.md", "main.tex", "comparison.md", "comparison.tex"}
+MAIN_ALONE = {"history.csv", "metrics.json"}
+TABLES |= {*MAIN_ALONE, "comparison.csv", "settings.csv", "main.md", "main.tex", "comparison.md", "comparison.tex"}
 T_975_DF_2 = 4.302653  # from a printed table of Student's t
 SPACES = ("pixel", "glad", "ld3m")
 EXPERTS, PRIORS = {"mtt": "trajectories"}, {"pixel": "data", "glad": "gan", "ld3m": "prior"}
@@ -68,6 +69,8 @@ GRID = {
     "distill.network": "convnet",
     "evaluate.seeds": 3,
 }
+VALIDATION = [{"iteration": 0, "accuracy": 0.5}, {"iteration": 9, "accuracy": 0.6}]
+HISTORY = [{"step": step, "loss": 1.0 - step, "grad_norm_z": 2.0} for step in range(2)]
 DATASET = load_params(GRID).dataset
 CELLS = cells(load_params(GRID))
 
@@ -97,6 +100,7 @@ def params(tmp_path, monkeypatch):
     """Parameters of a small grid, and its scores under `tmp_path`."""
     params = load_params(GRID)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "read_artefact", lambda folder: ({}, {"validation": VALIDATION, "history": HISTORY}))
     for cell in CELLS:
         write(file_of(cell), {0: {name: accuracies(*cell.row, name) for name in params.architectures}})
     write(CELLS[0].scores.with_name("dc-pixel-1") / "scores.json", {0: {"vit": [0.99] * 3}})  # never read
@@ -267,7 +271,6 @@ def test_tables_are_written_with_the_same_bytes(params):
 
 
 # What the report adds: further runs of a cell and of a control, and a cell that the main table lacks.
-VALIDATION = [{"iteration": 0, "accuracy": 0.5}, {"iteration": 9, "accuracy": 0.6}]
 FURTHER = entries(("dm", "pixel", 1), ("dm", "ld3m", 1), table="report", runs=(1, 2))
 MORE = GRID | {
     "ablations.settings": {"steps": {"T = 2": {"spaces.ld3m.steps": 2}, "T = 5": {}}},
@@ -293,7 +296,6 @@ def with_more(params, monkeypatch):
             write(file_of(cell), found)
             if cell.space == "glad":
                 write_json(cell.cost_file(0), {"iterations": 9, "seconds": 5.0, "peak_mib": 700.0})
-    monkeypatch.setattr(report, "read_artefact", lambda folder: ({}, {"validation": VALIDATION}))
     record = {"objective": "dm", "space": "ld3m", "accuracy": {"convnet": [0.8, 0.9], "vit": [0.2, 0.3]}}
     record |= {"grad_norm_z": 1.0, "grad_norm_c": 1.0, "seconds_per_iteration": 1.0, "peak_mib": None}
     write_records(DATASET, "steps", [record | {"setting": name} for name in more.ablations.settings["steps"]])
@@ -357,7 +359,7 @@ def test_the_report_has_tables_of_its_own(with_more):
     report.write_tables(with_more, table="report")
     added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
     added |= {"validation.csv", "ablations.csv", "ablation_changes.csv"}
-    assert {file.name for file in tables("report").iterdir()} == TABLES | added | {"gan.csv"}
+    assert {file.name for file in tables("report").iterdir()} == (TABLES - MAIN_ALONE) | added | {"gan.csv"}
     assert pd.read_csv(tables("report") / "gan.csv").to_dict("records") == [
         {"sample_class_accuracy": 0.966, "samples": 500}
     ]
@@ -375,6 +377,10 @@ def test_the_tables_hold_the_numbers(params):
     scores = pd.read_csv(tables("main") / "scores.csv")
     assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
     assert scores["mean"].iloc[0] == pytest.approx(0.32)
+    metrics = json.loads((tables("main") / "metrics.json").read_text())
+    assert metrics["none-random_real-1"]["alexnet"] == pytest.approx(0.52) and len(metrics) == len(CELLS)
+    history = pd.read_csv(tables("main") / "history.csv")
+    assert len(history) == 2 * 8 and history[history.cell == "mtt-ld3m-10"].loss.tolist() == [1.0, 0.0]
     assert len(pd.read_csv(tables("main") / "differences.csv")) == 48
     assert pd.read_csv(tables("main") / "prior.csv").sample_class_accuracy.tolist() == [0.95]
     for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distil"):

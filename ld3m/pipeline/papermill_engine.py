@@ -8,6 +8,7 @@ the last cell the kernel is killed: asked to exit, one that has had worker proce
 
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 sys.modules["rfc3987_syntax"] = None  # an optional grammar of jsonschema: loading it takes two seconds
@@ -41,4 +42,6 @@ class PatientEngine(NBClientEngine):
 if __name__ == "__main__":
     papermill_engines.register(None, PatientEngine)  # None: the default of --engine
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for output in [argument for argument in sys.argv[1:] if argument.endswith(".ipynb")][1:2]:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
     papermill()

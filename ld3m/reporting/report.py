@@ -44,7 +44,7 @@ from ld3m.reporting.tables import (
     verdicts,
     with_unseen_mean,
 )
-from ld3m.runtime.storage import read_tensors, write_bytes
+from ld3m.runtime.storage import read_tensors, write_bytes, write_json
 
 DIGITS = 6  # after the point of a fraction in a csv file
 MEASURED = {"costs", "ablation_costs"}  # seconds and memory: never the same twice
@@ -93,6 +93,11 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
     tables = _rounded(tables)
     tables |= {"paper": published.printed(), "settings": published.settings(params, found)}
     tables["comparison"] = published.comparison(tables["main"], tables["differences"])
+    if table == "main":
+        history = _records(found, "history")
+        norms = [name for name in history if name.startswith("grad_norm_")]
+        tables["history"] = history[["cell", "step", "loss", *norms]].round(DIGITS)
+        write_json(folder / "metrics.json", _metrics(found, tables["main"]))
     if table == "report":
         tables |= _rounded(_tables_of_the_report(params, found))
     for name, frame in tables.items():
@@ -119,6 +124,14 @@ def _tables_of_the_report(params: Params, found: list[Cell]) -> dict[str, pd.Dat
         one_each = runs[runs.seed == 0]
         tables |= {"runs": summarise(one_each), "runs_differences": differences(one_each), "spread": spread(runs)}
     return tables
+
+
+def _metrics(found: list[Cell], summary: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Mean accuracies for `dvc metrics`: {cell: {architecture: mean}}."""
+    means = {
+        row: group.set_index("architecture")["mean"] for row, group in summary.groupby(["objective", "space", "ipc"])
+    }
+    return {cell.name: means[cell.row].to_dict() for cell in found}
 
 
 def _rounded(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -234,7 +247,7 @@ def _records(found: list[Cell], key: str) -> pd.DataFrame:
     """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
     frames = [
         pd.DataFrame(read_artefact(cell.artefact(0))[1][key]).assign(
-            objective=cell.objective, space=cell.space, ipc=cell.ipc
+            cell=cell.name, objective=cell.objective, space=cell.space, ipc=cell.ipc
         )
         for cell in found
         if cell.objective != "none"
