@@ -7,6 +7,7 @@ that DC and MTT need.
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -265,28 +266,40 @@ def build(
     channels: int,
     size_px: int,
     classes: int,
-    width: int | None = None,
-    depth: int | None = None,
-    norms: bool | None = None,
     seed: int,
     device: str = "cpu",
-) -> Network:
-    """A freshly initialised network; the same seed gives the same weights on every device, the global generator is
-    untouched.
+    factory: Callable[..., "Network"] | None = None,
+    **options: int | bool | None,
+) -> "Network":
+    """Build a freshly initialised network.
 
-    None is the architecture's published value. Only convnet and vit have a `depth`, only vit has `norms`.
-    ValueError for an unknown name, an option the architecture lacks, or a size or width it cannot have.
+    Parameters
+    ----------
+    name : str
+        A key of `ARCHITECTURES`, unless `factory` is given.
+    channels, size_px, classes : int
+        Of the images and of the logits, each at least 1.
+    seed : int
+        The same seed gives the same weights on every device; the global generator is untouched.
+    factory : callable, optional
+        Makes a network of your own, called with channels, size_px, classes and the options.
+    **options
+        `width`; `depth` of convnet and vit; `norms` of vit. None is the published value.
+
+    Raises
+    ------
+    ValueError
+        for an unknown name, an option that the architecture lacks, or a size or width that it cannot have.
     """
-    if name not in ARCHITECTURES:
+    if factory is None and name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[name]
-    given = {"width": width, "depth": depth, "norms": norms}
-    options = {key: value for key, value in given.items() if value is not None}
+    architecture = factory or ARCHITECTURES[name]
+    options = {key: value for key, value in options.items() if value is not None}
     for key, value in options.items():
         if key not in inspect.signature(architecture).parameters:
             raise ValueError(f"{name} has no {key}, but {key}={value} was given; leave it out")
     for key, value in {"channels": channels, "size_px": size_px, "classes": classes, **options}.items():
-        if key != "norms" and value < 1:
+        if key != "norms" and factory is None and value < 1:
             raise ValueError(f"{key}={value} of {name} must be at least 1")
     with seeds.forked(seed, "network", name):
         network = architecture(channels=channels, size_px=size_px, classes=classes, **options)

@@ -116,7 +116,8 @@ def _cell(params: Params, key: str) -> Cell:
             given.prior, given.experts, given.iterations,
         )  # fmt: skip
     given = params.controls[key]
-    return Cell(params.dataset, key, given.table, "none", given.control, given.ipc, given.runs, given.prior)
+    name = given.control.rpartition(":")[2]  # of one named by its import path
+    return Cell(params.dataset, key, given.table, "none", name, given.ipc, given.runs, given.prior)
 
 
 def data_folder(dataset: str) -> Path:

@@ -1,8 +1,8 @@
 """From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
 from ld3m.pipeline import cells
 from ld3m.pipeline.cells import Cell
+from ld3m.pipeline.factories import imported
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
@@ -44,17 +45,30 @@ class Experiment:
 
     params: Params
     run: int = 0
+    loaded: dict[str, Any] = field(default_factory=dict, repr=False)  # shared with `of_run`'s
+
+    def of_run(self, run: int) -> "Experiment":
+        """Return the experiment of another run, which shares what is loaded."""
+        return replace(self, run=run)
+
+    def _once(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self.loaded:
+            self.loaded[name] = load()
+        return self.loaded[name]
 
     @property
     def seed(self) -> int:
         return derive(self.params.seed, "run", self.run)
 
-    @cached_property
+    @property
     def dataset(self) -> data.Dataset:
-        return data.load_dataset(**self.params.dataset_arguments())
+        return self._once("dataset", lambda: data.load_dataset(**self.params.dataset_arguments()))
 
-    @cached_property
+    @property
     def prior(self) -> Prior:
+        return self._once("prior", self._load_prior)
+
+    def _load_prior(self) -> Prior:
         folder, wanted = cells.prior_folder(self.params.dataset), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
             raise IncompatiblePrior(
@@ -81,8 +95,11 @@ class Experiment:
         prior = prior.to(self.params.on_device).in_precision(given.precision)
         return prior if given.uncheckpointed_steps else prior.with_cuda_graphs()
 
-    @cached_property
+    @property
     def gan(self) -> Generator:
+        return self._once("gan", self._load_gan)
+
+    def _load_gan(self) -> Generator:
         gan = load_generator(cells.gan_folder(self.params.dataset)).to(self.params.on_device)
         given = self.params.data
         gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
@@ -90,12 +107,10 @@ class Experiment:
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
-        return partial(
-            build,
-            classes=len(self.dataset.train.classes),
-            device=self.params.on_device,
-            **self.params.network_arguments(architecture),
-        )
+        given = self.params.network_arguments(architecture)
+        if "factory" in given:
+            given["factory"] = imported(given["factory"])
+        return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
         """Return how every architecture is trained on sets of `ipc` images a class (0: all real images): the keyword
@@ -108,26 +123,32 @@ class Experiment:
         index = data.initial_indices(train, ipc=ipc, seed=self.seed)
         return train.x(index), train.labels[index]
 
-    def synthetic(self, space: str, ipc: int, **changes: Any) -> Synthetic:
-        """The synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say)."""
+    def synthetic(self, space: str, ipc: int, *, prior: str | None = None, **changes: Any) -> Synthetic:
+        """Return the synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say).
+
+        `prior` is that of the cell ("data" for none), by default that of the space.
+        """
         x, labels = self.initial(ipc)
-        return SPACES[space](
+        block = getattr(self.params.spaces, space).model_copy(update=changes)
+        start = SPACES[space] if space in SPACES else imported(block.factory)
+        return start(
             x,
             labels,
             normalization=self.dataset.normalization,
-            prior=self.prior_of(space),
+            prior=self.prior_of(prior or PRIORS[space]),
             seed=self.seed,
             threads=self.params.threads,
-            **getattr(self.params.spaces, space).model_copy(update=changes).options(),
+            **block.options(),
         )
 
-    def prior_of(self, space: str) -> Prior | Generator | None:
-        """Return the network that a space renders with; a space of your own is given the diffusion prior."""
-        folder = PRIORS.get(space, "prior")
-        return None if folder == "data" else getattr(self, folder)
+    def prior_of(self, name: str) -> Prior | Generator | None:
+        """Return the prior that a cell names: "prior", "gan", or "data" for none."""
+        return None if name == "data" else getattr(self, name)
 
     def objective(self, name: str) -> Objective:
-        return OBJECTIVES[name](
+        block = getattr(self.params.objectives, name)
+        make = OBJECTIVES[name] if name in OBJECTIVES else imported(block.factory)
+        return make(
             self.dataset.train,
             normalization=self.dataset.normalization,
             new_network=self.new_network(self.params.distill.network),
@@ -135,7 +156,7 @@ class Experiment:
             strategy=self.params.data.augmentation,
             threads=self.params.threads,
             seed=derive(self.seed, name),
-            **getattr(self.params.objectives, name).options(),
+            **block.options(),
         )
 
     def experts(self, *, last_epoch: int) -> Experts:
@@ -181,8 +202,10 @@ class Experiment:
         return max(1, round(len(labels) / len(self.dataset.train.classes)))
 
     def control(self, name: str, ipc: int) -> tuple[Tensor | None, Tensor]:
-        """Images (N, C, H, W) and labels of a control; None stands for all real training images."""
-        return (None, self.dataset.train.labels) if name == "full_data" else CONTROLS[name](self, ipc)
+        """Return normalized images (N, C, H, W) and labels of a control; None stands for all real training images."""
+        if name == "full_data":
+            return None, self.dataset.train.labels
+        return (CONTROLS[name] if name in CONTROLS else imported(name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
         """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
@@ -192,7 +215,7 @@ class Experiment:
         configuration = self.configuration(cell) | {"normalization": vars(self.dataset.normalization)}
         checkpoint = self.checkpoint_of(cell, configuration)
         with explain_out_of_memory(*self.params.lowers_memory(cell.objective, cell.space)):
-            synthetic = self.synthetic(cell.space, cell.ipc)
+            synthetic = self.synthetic(cell.space, cell.ipc, prior=cell.prior)
             run = self._run(synthetic, cell, checkpoint)
         with checkpoint:  # one process writes
             return self._write(run, synthetic, cell)
@@ -247,7 +270,7 @@ class Experiment:
         """Return images and labels of a distilled cell from disk, or of a control."""
         if cell.objective == "none":
             with explain_out_of_memory("spaces.ld3m.render_batch"):
-                return self.control(cell.space, cell.ipc)
+                return self.control(self.params.controls[cell.key].control, cell.ipc)
         tensors, _ = read_artefact(cell.artefact(self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]
 
@@ -260,7 +283,7 @@ class Experiment:
             (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
         ]
         rows = []
-        cell = Cell(self.params.dataset, "gradient-norms", "main", "dm", "ld3m", given.images_per_class)
+        cell = Cell(self.params.dataset, "gradient-norms", "main", "dm", "ld3m", given.images_per_class, prior="prior")
         configuration = self.configuration(cell) | given.model_dump()
         with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
             checkpoint.resume(rows.extend)
@@ -281,7 +304,7 @@ class Experiment:
         params, architecture = self.params, self.params.distill.network
         objective, space, ipc = cell.row
         budget = params.budget(*cell.row, iterations=cell.iterations)
-        prior = self.prior_of(space)
+        prior = self.prior_of(cell.prior)
         return {
             "objective": objective,
             "space": space,

@@ -189,6 +189,10 @@ class Extension(BaseModel):
 
     factory: Factory
 
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments for the factory."""
+        return self.model_dump(exclude={"factory"})
+
 
 class Blocks(BaseModel):
     """One block for every built-in choice, and for those of your own."""
@@ -583,8 +587,8 @@ class Params(Model):
         in params.yaml are those of one image a class, and are `ipc` times as large for more.
         """
         given: Budget = self.distill.__pydantic_extra__[objective][space]
-        known = objective in OBJECTIVES and space in PRIORS
-        learned = self._learnables(objective, space) if known else given.learning_rates
+        unlearned = {"z", "z_T"} - self._learnables(objective, space) if space == "ld3m" else set()
+        learned = given.learning_rates.keys() - unlearned
         rates = {name: given.learning_rates[name] * (1 if name == "student_lr" else ipc) for name in sorted(learned)}
         return given.model_copy(update={"learning_rates": rates, "iterations": iterations or given.iterations})
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent
 
+from ld3m.pipeline.factories import check_factories
 from ld3m.pipeline.params import Params
 from ld3m.runtime.paths import ROOT
 
@@ -87,7 +88,9 @@ def ablation_settings(
 def validate(values: Any, *, origin: str) -> Params:
     """Plain values as Params, or a ValueError with one line for every wrong key."""
     try:
-        return Params.model_validate(values)
+        params = Params.model_validate(values)
+        check_factories(params)
+        return params
     except ValidationError as error:
         lines = [f"{origin} is not valid:"]
         for problem in error.errors(include_url=False):
@@ -139,20 +142,25 @@ def _overlay(profile: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _combined(_overlay(below, (*above, profile)), overlay)
 
 
-def _combined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _combined(below: dict[str, Any], above: dict[str, Any], under: str = "") -> dict[str, Any]:
     merged = {
-        key: _combined(below[key], value)
+        key: _combined(below[key], value, f"{under}.{key}".lstrip("."))
         for key, value in above.items()
-        if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in REPLACED
+        if _merges(below.get(key), value, key, under)
     }
     return below | above | merged
 
 
+def _merges(below: Any, above: Any, key: str, under: str) -> bool:
+    """Whether a profile's value is merged into the one below, and does not replace it whole."""
+    return isinstance(below, dict) and isinstance(above, dict) and (key not in REPLACED or under == "evaluate.recipe")
+
+
 def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:
     for key, value in overlay.items():
-        if key not in values and under not in EXTENDED and not under.startswith("distill."):
+        if key not in values and under not in EXTENDED and not under.startswith(("distill.", "evaluate.recipe.")):
             raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
-        if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in REPLACED:
+        if _merges(values.get(key), value, key, under):
             _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
         elif key not in values or values[key] != value:  # what is equal keeps its comments
             values[key] = value

@@ -1,6 +1,5 @@
 """The runs of a cell: several sets distilled and evaluated side by side."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,21 @@ from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.storage import new_folder, tensors_hash, write_tensors
 
 
-def distil_runs(params: Params, cell: Cell) -> list[Path]:
+def distil_runs(experiment: Experiment, cell: Cell) -> list[Path]:
     """Distil the set of every run of a cell and return their folders.
 
     One run uses all `processes`; several run side by side with one process each.
     """
+    params = experiment.params
     if len(cell.runs) == 1:
-        folders = [_distil(params, cell, cell.runs[0])]
+        folders = [experiment.of_run(cell.runs[0]).distill(cell)]
     else:
         alone = params.model_copy(update={"processes": 1, "cluster": None})
         tasks = [{"params": alone, "cell": cell, "run": run} for run in cell.runs]
         folders = fan_out(_distil, tasks, processes=params.processes, cluster=params.cluster, label="runs")
         end_workers()
     for run in cell.runs:
-        Experiment(params, run).checkpoint_of(cell, {}).remove()
+        experiment.of_run(run).checkpoint_of(cell, {}).remove()
     return folders
 
 
@@ -43,8 +43,8 @@ def evaluate_runs(experiment: Experiment, cell: Cell) -> dict[int, Accuracies]:
 
     The images of a control are written too; those of a cell are in its artefact.
     """
-    found = {run: replace(experiment, run=run).images_of(cell) for run in cell.runs}
-    jobs = {run: replace(experiment, run=run).evaluation_job(*images) for run, images in found.items()}
+    found = {run: experiment.of_run(run).images_of(cell) for run in cell.runs}
+    jobs = {run: experiment.of_run(run).evaluation_job(*images) for run, images in found.items()}
     images = found[cell.runs[0]][0] if cell.objective == "none" else None
     return _evaluate(experiment, cell.name, f"evaluate-{cell.key}", jobs, found, folder=cell.scores, images=images)
 

@@ -141,7 +141,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     learnables = [name for name in history.columns if name.startswith("grad_norm_")]
     for column, objective in zip(axes.T, objectives, strict=True):
         for space, run in history[history.objective == objective].groupby("space"):
-            colour = SPACE_COLOURS[NAMES[space]]
+            colour = SPACE_COLOURS.get(NAMES[space], "#666666")
             column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=colour, label=NAMES[space])
             checks = validation[(validation.objective == objective) & (validation.space == space)]
             column[1].plot(checks.iteration, 100 * checks.accuracy, "o", ms=4, color=colour)

@@ -72,8 +72,8 @@ def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
     ipcs = sorted({cell.ipc for cell in distilled})
     given, ld3m, recipe = params.data, params.spaces.ld3m, params.evaluate.recipe
     network = params.networks[params.distill.network]
-    depth = f", depth {network.depth}" if network.depth else ""
-    distils = f"{NAMES[params.distill.network]}{depth}, width {network.width}"
+    depth = f", depth {network.depth}" if getattr(network, "depth", None) else ""
+    distils = f"{NAMES[params.distill.network]}{depth}, width {getattr(network, 'width', 'its own')}"
     counts: dict[str, dict[str, dict[int, int]]] = {}
     for cell in distilled:
         budget = params.budget(*cell.row, iterations=cell.iterations)
@@ -82,7 +82,7 @@ def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
         f"{NAMES[objective]} " + ", ".join(f"{NAMES[space]} {_of_each(by_ipc)}" for space, by_ipc in of.items())
         for objective, of in counts.items()
     ]
-    widths = [f"{NAMES[name]} {params.networks[name].width}" for name in params.architectures]
+    widths = [f"{NAMES[name]} {getattr(params.networks[name], 'width', 'its own')}" for name in params.architectures]
     epochs = [
         f"{NAMES[name]} {_of_each({ipc: params.recipe(name, ipc)['epochs'] for ipc in ipcs})}"
         for name in params.architectures

@@ -1,0 +1,102 @@
+"""docs/extend.md as a user follows it: its code in a module of one's own, its blocks in params.yaml, up to a table."""
+
+import re
+import shutil
+import sys
+
+import pytest
+from ruamel.yaml import YAML
+
+from ld3m.pipeline import profiles, runs
+from ld3m.pipeline.cells import first_runs
+from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.profiles import PARAMS, apply_profile, load_params
+from ld3m.reporting.tables import paper_style, scores_of_run_0, summarise
+from ld3m.runtime import paths
+
+TEXT = (paths.ROOT / "docs/extend.md").read_text()
+PYTHON, BLOCKS = (re.findall(rf"```{kind}\n(.*?)```", TEXT, flags=re.DOTALL) for kind in ("python", "yaml"))
+SMALL = """
+datasets: {mnist5k: {classes: null}}
+architectures: [convnet, vit, mlp]
+controls:
+  random_real-1: {control: random_real, ipc: 1, runs: [0], table: main, prior: data}
+networks: {mlp: {width: 8}}
+evaluate: {recipe: {epochs: {mlp: 2}, learning_rates: {mlp: 0.01}}, recipe_overrides: {}}
+distill: {dm: {small: {iterations: 2}}, moments: {ld3m: {iterations: 2}}}
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The folder of mine.py and of params.yaml with the blocks of the document, made small."""
+    (tmp_path / "mine.py").write_text("\n\n".join(code for code in PYTHON if "def recovered" not in code))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    file, values = tmp_path / "params.yaml", {}
+    shutil.copy(PARAMS, file)
+    apply_profile(PARAMS.parent / "profiles/smoke.yaml", path=file)
+    for text in (*BLOCKS, SMALL):
+        values = merged(values, YAML(typ="safe").load(text))
+    (tmp_path / "mine.yaml").write_text("")
+    YAML(typ="safe").dump(values, tmp_path / "mine.yaml")
+    return tmp_path
+
+
+def merged(below, above):
+    both = {key: merged(below[key], value) for key, value in above.items() if isinstance(below.get(key), dict)}
+    return below | above | both
+
+
+def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
+    apply_profile(written / "mine.yaml", path=written / "params.yaml")
+    params = load_params(path=written / "params.yaml")
+    for part in ("prior", "data"):
+        source = paths.ROOT / ("runs/mnist5k/prior" if part == "prior" else "data")
+        (written / "runs/mnist5k").mkdir(parents=True, exist_ok=True)
+        (written / ("runs/mnist5k/prior" if part == "prior" else "data")).symlink_to(source)
+    monkeypatch.setattr(paths, "ROOT", written)
+    experiment, found = Experiment(params), first_runs(params)
+    assert {cell.key for cell in found} == {"moments-ld3m-1", "dm-small-1", "class_mean-1", "random_real-1"}
+    for cell in found:
+        if cell.objective != "none":
+            runs.distil_runs(experiment, cell)
+        runs.evaluate_runs(experiment, cell)
+    table = paper_style(summarise(scores_of_run_0(params, found)))
+    assert set(table.Set) == {"moments LD3M", "DM small", "class_mean", "Random real"}
+    assert list(table.columns) == ["IPC", "Set", "ConvNet", "ViT", "mlp"]
+
+
+def test_each_example_is_under_twenty_lines():
+    for code in PYTHON:
+        assert sum(bool(line.strip()) for line in code.splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"networks.convnet": {"factory": "nowhere:thing"}}, "networks.convnet.factory = 'nowhere:thing': .*imported"),
+        ({"networks.convnet": {"factory": "json:thing"}}, "'json:thing' cannot be imported .AttributeError"),
+        (
+            {"networks.convnet": {"factory": "json:dumps"}},
+            "missing a required argument: 'obj'; it is called as factory",
+        ),
+        ({"networks.convnet": {"factory": "json"}}, "networks.convnet.factory: String should match"),
+        (
+            {"controls": {"a": {"control": "math:pi", "ipc": 1, "runs": [0], "table": "main", "prior": "data"}}},
+            "controls.a.control = 'math:pi': .*not a callable",
+        ),
+    ],
+)
+def test_a_factory_that_is_missing_or_cannot_be_called_is_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        load_params(changes)
+
+
+def test_all_runs_share_what_is_loaded(monkeypatch):
+    loads = []
+    load = profiles.load_params  # any callable will do
+    monkeypatch.setattr("ld3m.pipeline.experiment.data.load_dataset", lambda **given: loads.append(given) or load)
+    experiment = Experiment(load_params())
+    assert experiment.of_run(2).dataset is experiment.dataset is experiment.of_run(1).dataset and len(loads) == 1
+    assert experiment.of_run(2).seed != experiment.seed
