@@ -204,6 +204,15 @@ def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
     assert not list(checkpoint.parent.iterdir())
 
 
+def test_the_best_iteration_outlives_a_restart(run):
+    falling = iter([0.9, 0.5, 0.4])
+    with pytest.raises(Killed):
+        run(validate=lambda images: next(falling), callback=kill_at(4))
+    result = run(validate=lambda images: 0.1)
+    assert result.chosen["iteration"] == 0
+    torch.testing.assert_close(result.best["images"], 0.5 * start())
+
+
 def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])

@@ -10,10 +10,11 @@ from conftest import CLASSES, NORMALIZATION, SIZE_PX, directional_derivative, ma
 from torch.func import functional_call, grad
 
 from ld3m.data.augment import augment, draw
-from ld3m.data.dataset import Split
+from ld3m.data.dataset import Split, class_batch
 from ld3m.method import objectives
 from ld3m.method.objectives import OBJECTIVES, feature_distance, gradient_distance, match_trajectory
 from ld3m.models.networks import build, flat_parameters, unflatten
+from ld3m.runtime.seeds import derive, generator
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 DISTANCES = {"dc": gradient_distance, "dm": feature_distance}
@@ -138,20 +139,24 @@ def test_classes_at_once(name, real_batch, size_px, count):
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
-def test_class_matching_is_the_sum_over_classes(dataset, randn, name):
-    objective = class_matching(dataset.train, name)
-    labels = torch.tensor([2, 0, 0, 1, 2, 1])
-    images = randn(6, 1, SIZE_PX, SIZE_PX)
-    loss, gradient = objective(images, labels, step=5)
-    total, parts = 0.0, torch.zeros_like(images)
+def test_class_matching_is_the_sum_over_classes_with_the_draws_of_the_step(dataset, randn, name):
+    images, labels, train = randn(6, 1, SIZE_PX, SIZE_PX), torch.tensor([2, 0, 0, 1, 2, 1]), dataset.train
+    loss, gradient = class_matching(train, name)(images, labels, step=5)
+    network = new_network(seed=derive(0, "network", 5)).double()
+    images.requires_grad_()
+    total = 0.0
     for label in range(CLASSES):
-        mask = labels == label
-        one, parts[mask] = objective(images[mask], labels[mask], step=5)
-        total += one
-        assert one > 0 and parts[mask].norm() > 0
-    assert loss == pytest.approx(total, rel=1e-12)
-    assert relative_difference(gradient, parts) < 1e-12
-    assert objective.learnables == {}
+        rng = generator(0, "real", 5, label)
+        index = class_batch(train, label, count=4, generator=rng)
+        augmentation = draw(DSA, count=1, generator=rng)
+        real, own = (
+            augment(x, augmentation) for x in (train.normalized(NORMALIZATION, index).double(), images[labels == label])
+        )
+        distance = DISTANCES[name](network, real, train.labels[index], own, labels[labels == label])
+        assert distance > 0
+        total = total + distance
+    assert loss == pytest.approx(total.item(), rel=1e-12)
+    assert relative_difference(gradient, torch.autograd.grad(total, images)[0]) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
@@ -351,6 +356,8 @@ def test_trajectory_matching_reads_the_right_snapshots(network, randn, monkeypat
     for step in range(60):
         objective(images, labels, step=step)
     asked = objective.trajectories.asked
+    draws = [generator(0, "trajectory", step) for step in range(60)]
+    assert [expert for expert, _, _ in asked] == [int(torch.randint(3, (), generator=rng)) for rng in draws]
     assert {expert for expert, _, _ in asked} == {0, 1, 2} and {start for _, start, _ in asked} == {0, 1, 2}
     assert all(end == start + 2 for _, start, end in asked)
     for (expert, start, end), (theta_start, theta_target, lr, plan, first_order) in zip(asked, calls, strict=True):

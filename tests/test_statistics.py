@@ -56,10 +56,11 @@ def test_the_label_robust_score_is_the_formula(accuracy, random_real, full_data,
     assert score == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("given", [{"vit": [90.0, 80.0]}, {"vit": [-0.1, 0.2]}, {"vit": [float("nan"), 0.2]}])
+@pytest.mark.parametrize("given", [{"vit": [90.0, 1.5]}, {"vit": [1.5, 0.2]}, {"vit": [-0.1, 0.2]}, {"vit": [float("nan"), 0.2]}])
 def test_percent_and_other_values_outside_of_0_to_1_are_refused(given):
     with pytest.raises(ValueError, match=r"accuracy of vit is .* must be in \[0, 1\]; divide percent by 100"):
         compare(given)
+    assert list(compare({"vit": [0.0, 1.0]}).accuracy) == [0.5]  # the ends are allowed
 
 
 def test_a_comparison_is_paired_by_network_and_shows_the_parts():
