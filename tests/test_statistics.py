@@ -56,7 +56,7 @@ def test_the_label_robust_score_is_the_formula(accuracy, random_real, full_data,
     assert score == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("given", [{"vit": [90.0, 1.5]}, {"vit": [1.5, 0.2]}, {"vit": [-0.1, 0.2]}, {"vit": [float("nan"), 0.2]}])
+@pytest.mark.parametrize("given", [{"vit": [value, 0.2]} for value in (90.0, 1.5, -0.1, float("nan"))])
 def test_percent_and_other_values_outside_of_0_to_1_are_refused(given):
     with pytest.raises(ValueError, match=r"accuracy of vit is .* must be in \[0, 1\]; divide percent by 100"):
         compare(given)
