@@ -113,6 +113,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+@pytest.mark.timeout(3600)
 def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
     dvc(clone, "repro")
     reports = clone / "reports/mnist5k"
