@@ -1,9 +1,8 @@
-"""The five judges of the dataset distillation literature, one definition each.
+"""The five networks of the dataset distillation literature, one definition each.
 
-Images are normalised (N, channels, size_px, size_px). Every network maps them to features (N, F), what DM
-matches, and from there by one linear layer to logits (N, classes). Norms act on one image at a time: there
-are no buffers, and a student is its flat parameter vector alone. All operations have the second derivative
-that DC and MTT need.
+A network maps normalized images (N, channels, size_px, size_px) to features (N, F), which DM matches, and by one linear
+layer to logits (N, classes). Norms act on one image at a time: there are no buffers, so that a network is its flat
+parameter vector alone. All operations have the second derivative that DC and MTT need.
 """
 
 import inspect
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ld3m.runtime import seeds
 
-CACHE_BYTES = 3 * 2**20  # of one map of all images that ConvNet takes at once on a CPU
+CACHE_BYTES = 3 * 2**20  # of one map of the images that ConvNet takes at once on a CPU
 
 
 class Network(nn.Module):
@@ -22,10 +21,13 @@ class Network(nn.Module):
 
     body: nn.Module
     classifier: nn.Linear
+    images_in_cache: int | None = None  # `body` takes so many at once on a CPU, which is faster for ConvNet
 
     def features(self, images: Tensor) -> Tensor:
         """The map before the classifier, flattened: (N, channels, size_px, size_px) -> (N, F)."""
-        return self.body(images).flatten(1)
+        if self.images_in_cache is None or images.device.type != "cpu":
+            return self.body(images).flatten(1)
+        return torch.cat([self.body(part).flatten(1) for part in images.split(self.images_in_cache)])
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, channels, size_px, size_px) -> logits (N, classes)."""
@@ -44,10 +46,7 @@ class ConvNet(Network):
             depth = max(1, (size_px - 1).bit_length() - 2)
         side = size_px >> depth
         if side < 1:
-            raise ValueError(
-                f"depth={depth} of convnet halves size_px={size_px} to nothing; "
-                f"depth must be at most {size_px.bit_length() - 1}"
-            )
+            raise ValueError(f"depth={depth}: must be at most {size_px.bit_length() - 1} at size_px={size_px}")
         layers, inputs = [], channels
         for _ in range(depth):
             layers += [*_conv_norm_relu(inputs, width), _AveragePool()]
@@ -56,14 +55,9 @@ class ConvNet(Network):
         self.classifier = nn.Linear(width * side**2, classes)
         self.images_in_cache = max(1, CACHE_BYTES // (4 * width * size_px**2))
 
-    def features(self, images: Tensor) -> Tensor:
-        """As every network's; on a CPU a few images at a time, for maps that stay in its cache are a quarter faster."""
-        parts = images.split(self.images_in_cache) if images.device.type == "cpu" else (images,)
-        return torch.cat([super(ConvNet, self).features(part) for part in parts])
-
 
 class _AveragePool(nn.Module):
-    """Means of 2x2 windows. Sums of slices are vectorised on the CPU, where torch's AvgPool2d is not."""
+    """`nn.AvgPool2d(2)` in sums of slices, which are vectorised on the CPU."""
 
     def forward(self, maps: Tensor) -> Tensor:
         height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2  # an odd last row or column is left out
@@ -81,7 +75,7 @@ class AlexNet(Network):
         super().__init__()
         _require_size("alexnet", size_px, smallest_px=8)
         if width % 2:
-            raise ValueError(f"width={width} of alexnet must be even: its second layer is 3/2 as wide")
+            raise ValueError(f"width={width}: alexnet takes even widths, its second layer is 3/2 as wide")
         middle = width * 3 // 2
         self.body = nn.Sequential(
             *(nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
@@ -160,13 +154,12 @@ class _Residual(nn.Module):
 class ViT(Network):
     """Vision transformer with a class token, pre-norm blocks, dropout 0.1, and positions drawn from N(0, 1).
 
-    The patch is size_px // 8, at most 16: 4 at 32 px, 8 at 64 px, 16 from 128 px. `width` is the dimension of
-    tokens and of the MLPs' hidden layer, a multiple of 32: a head has 64 dimensions if `width` is a multiple
-    of 64 and at least 256, else 32. Depth None is the published 6 up to 32 px, 10 above. In training mode
-    dropout draws from the global generator of the images' device.
+    The patch is size_px // 8, at most 16: 4 at 32 px, 8 at 64 px, 16 from 128 px. `width` is the width of tokens and
+    of the hidden layers of the MLPs, a multiple of 32: a head has 64 dimensions if `width` is a multiple of 64 and at
+    least 256, else 32. Depth None is the published 6 up to 32 px, 10 above. `norms=False` is the ViT of the released
+    code, which comments every LayerNorm out. In training mode dropout draws from the global generator.
     """
 
-    # norms=False is the released code's ViT: every LayerNorm in it is commented out.
     def __init__(
         self,
         *,
@@ -181,12 +174,9 @@ class ViT(Network):
         _require_size("vit", size_px, smallest_px=8)
         patch_px = min(size_px // 8, 16)
         if size_px % patch_px:
-            raise ValueError(
-                f"size_px={size_px} of vit is not divisible by its patch of {patch_px} px; "
-                "set datasets.<name>.size_px in params.yaml to a multiple of 8 up to 128 px, of 16 above"
-            )
+            raise ValueError(f"size_px={size_px}: vit takes multiples of 8 up to 128, and of 16 above")
         if width % 32:
-            raise ValueError(f"width={width} of vit must be a multiple of 32, the size of an attention head")
+            raise ValueError(f"width={width}: vit takes multiples of 32, the size of an attention head")
         if depth is None:
             depth = 6 if size_px <= 32 else 10
         heads = width // (64 if width % 64 == 0 and width >= 256 else 32)
@@ -245,10 +235,7 @@ def _layer_norm(width: int, norms: bool) -> nn.Module:
 
 def _require_size(name: str, size_px: int, *, smallest_px: int) -> None:
     if size_px < smallest_px:
-        raise ValueError(
-            f"size_px={size_px} is too small for {name}; set datasets.<name>.size_px in params.yaml to at least "
-            f"{smallest_px} px"
-        )
+        raise ValueError(f"size_px={size_px}: {name} takes at least {smallest_px}")
 
 
 ARCHITECTURES: dict[str, type[Network]] = {
@@ -268,54 +255,46 @@ def build(
     classes: int,
     seed: int,
     device: str = "cpu",
-    factory: Callable[..., "Network"] | None = None,
+    factory: Callable[..., Network] | None = None,
     **options: int | bool | None,
-) -> "Network":
-    """Build a freshly initialised network.
+) -> Network:
+    """Build a network with random weights.
 
     Parameters
     ----------
-    name : str
-        A key of `ARCHITECTURES`, unless `factory` is given.
-    channels, size_px, classes : int
-        Of the images and of the logits, each at least 1.
-    seed : int
-        The same seed gives the same weights on every device; the global generator is untouched.
-    factory : callable, optional
-        Makes a network of your own, called with channels, size_px, classes and the options.
-    **options
-        `width`; `depth` of convnet and vit; `norms` of vit. None is the published value.
+    name : a key of `ARCHITECTURES`, unless there is a `factory`
+    channels, size_px, classes : of the data set
+    seed : of the weights, which are the same on every device; the global generator is untouched
+    device : of the network
+    factory : makes a network of your own, called with channels, size_px, classes and the options
+    options : `width`; `depth` of convnet and vit; `norms` of vit. None takes the published value
 
     Raises
     ------
-    ValueError
-        for an unknown name, an option that the architecture lacks, or a size or width that it cannot have.
+    ValueError : an unknown name, an option that the architecture does not have, or a value that it cannot have
     """
     if factory is None and name not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"name={name!r}: must be one of {', '.join(ARCHITECTURES)}")
     architecture = factory or ARCHITECTURES[name]
     options = {key: value for key, value in options.items() if value is not None}
     for key, value in options.items():
         if key not in inspect.signature(architecture).parameters:
-            raise ValueError(f"{name} has no {key}, but {key}={value} was given; leave it out")
+            raise ValueError(f"{key}={value}: {name} has no {key}")
     for key, value in {"channels": channels, "size_px": size_px, "classes": classes, **options}.items():
         if key != "norms" and factory is None and value < 1:
-            raise ValueError(f"{key}={value} of {name} must be at least 1")
+            raise ValueError(f"{key}={value}: must be at least 1")
     with seeds.forked(seed, "network", name):
         network = architecture(channels=channels, size_px=size_px, classes=classes, **options)
     return network.to(device)
 
 
 def flat_parameters(network: nn.Module) -> Tensor:
-    """A detached copy of all parameters as one vector (P,), in the order of `network.named_parameters()`."""
+    """Copy all parameters into one detached vector (P,), in the order of `network.named_parameters()`."""
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
 def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
-    """Views of `flat` (P,) by parameter name, for `torch.func.functional_call`; gradients reach `flat`.
-
-    ValueError if P is not the number of parameters of `network`.
-    """
+    """Views of `flat` (P,) by parameter name, for `torch.func.functional_call`; gradients reach `flat`."""
     named = dict(network.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
     if flat.shape != (sum(sizes),):
