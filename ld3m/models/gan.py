@@ -20,15 +20,20 @@ FILES = ("config.json", "weights.safetensors")
 
 
 class Generator(nn.Module):
-    """A small style-based generator (StyleGAN 2) without noise per pixel: the same codes always give the same image.
+    """A small style-based generator (StyleGAN 2) without noise per pixel: the codes determine the image.
 
     Shapes: noise (B, noise_width), labels (B,) int64, one code w (B, w_width), codes of the layers from n on
-    (B, layers - n, w_width), pixels (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps features
-    (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the pixels.
+    (B, layers - n, w_width), images x (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps
+    features f (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the image.
+
+    Parameters
+    ----------
+    channels, classes : of the data set
+    noise_width, w_width : of the noise, and of a code
+    widths : channels of the features at 4, 8, 16 ... px; their number sets the size of the image
     """
 
     def __init__(self, *, channels: int, classes: int, noise_width: int, w_width: int, widths: tuple[int, ...]):
-        """`widths` are the feature channels at 4, 8, 16 ... px; their number sets the size of the image."""
         super().__init__()
         self.config = {
             "channels": channels,
@@ -79,15 +84,15 @@ class Generator(nn.Module):
         return self.to_w(asked)
 
     def features(self, w: Tensor, n: int) -> Tensor:
-        """What enters layer n: the constant run through the layers before it, with their codes w (B, n, w_width)."""
+        """The features that enter layer n, from the codes w (B, n, w_width) of the layers before it."""
         return self._run(self.constant.expand(len(w), -1, -1, -1), w, self.synthesis[:n])
 
     def synthesize(self, features: Tensor, w: Tensor, n: int) -> Tensor:
-        """Pixels from what enters layer n and the codes w (B, layers - n, w_width) of the layers from n on."""
+        """Images x from the features that enter layer n and the codes w (B, layers - n, w_width) from there on."""
         return self._run(features, w, self.synthesis[n:])
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Pixels (B, channels, size_px, size_px) of the class; every layer gets the same code."""
+        """Images x of the classes; all layers get the same code."""
         w = self.mapping(noise, labels)[:, None].expand(-1, self.layers, -1)
         return self.synthesize(self.features(w[:, :0], 0), w, 0)
 
@@ -98,18 +103,18 @@ class Generator(nn.Module):
         return features
 
     def freeze_(self) -> "Generator":
-        """In evaluation mode and without parameter gradients."""
+        """Set evaluation mode and switch gradients of the weights off, in place."""
         return self.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
-        """sha256 over every weight and the configuration: what the generator computes follows from it."""
+        """sha256 of all weights and the configuration."""
         weights = save({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()})
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode() + weights).hexdigest()
 
 
 class StyleLayer(nn.Module):
-    """A convolution whose kernel is scaled for each image by its code: input channel i by s_i(w), and every output
-    channel then to unit norm (StyleGAN 2, eq. 1 and 3). The last layer has a 1x1 kernel and is linear, without norm.
+    """A convolution whose kernel is modulated by the code of each image: input channel i is scaled by s_i(w), then each
+    output channel to unit norm (StyleGAN 2, eq. 1 and 3). The last layer has a 1x1 kernel, no norm and no activation.
     """
 
     def __init__(self, inputs: int, outputs: int, w_width: int, *, doubles: bool = False, is_last: bool = False):
@@ -136,13 +141,13 @@ class StyleLayer(nn.Module):
 
 
 def build_generator(*, seed: int, **config) -> Generator:
-    """A generator with random weights; `config` are the arguments of `Generator`."""
+    """Build a generator with random weights; `config` are the arguments of `Generator`."""
     with forked(seed, "generator"):
         return Generator(**config)
 
 
 def save_generator(generator: Generator, folder: Path) -> None:
-    """Writes the folder whole or not at all; the weights are rounded to half precision."""
+    """Write the folder, whole or not at all; the weights are rounded to half precision."""
     with new_folder(folder) as partial:
         write_json(partial / "config.json", generator.config)
         state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in generator.state_dict().items()}
@@ -150,29 +155,29 @@ def save_generator(generator: Generator, folder: Path) -> None:
 
 
 def load_generator(folder: Path) -> Generator:
-    """The generator in a folder that `save_generator` wrote, frozen, in float32 on the CPU."""
+    """Load a generator that `save_generator` wrote, frozen, in float32 on the CPU.
+
+    FileNotFoundError for a missing file, ValueError for a broken one or a weight that is not finite.
+    """
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"no GAN in {folder}: {', '.join(missing)} missing. The embedded one comes with `dvc pull gan`; "
-            "`dvc repro -f gan` trains it again"
-        )
+        raise FileNotFoundError(f"no GAN in {folder}: {', '.join(missing)} missing")
     try:
         config = json.loads((folder / "config.json").read_text())
-        with torch.device("meta"):  # nothing is allocated before the file's shapes are seen to fit
+        with torch.device("meta"):  # nothing is allocated before the shapes of the file fit
             generator = Generator(**config)
         state = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
         generator.load_state_dict(state, assign=True)
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("a weight is not finite")
-    except Exception as error:  # json, safetensors and torch raise many kinds for a truncated or foreign file
-        raise ValueError(f"the GAN in {folder} cannot be read ({error}); `dvc checkout -f gan` restores it") from error
+    except Exception as error:  # json, safetensors and torch raise errors of many kinds for a broken file
+        raise ValueError(f"the GAN in {folder} cannot be read ({error}): place its files there again") from error
     return generator.freeze_()
 
 
 def _linear(inputs: int, outputs: int, *, bias: float = 0.0) -> nn.Linear:
-    """Starts with outputs as large as its inputs: torch's smaller weights would drown the noise."""
+    """A layer whose outputs start as large as its inputs: with torch's smaller weights the noise has no effect."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=(2 / inputs) ** 0.5)
     nn.init.constant_(layer.bias, bias)

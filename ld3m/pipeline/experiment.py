@@ -100,7 +100,11 @@ class Experiment:
         return self._once("gan", self._load_gan)
 
     def _load_gan(self) -> Generator:
-        gan = load_generator(cells.gan_folder(self.params.dataset)).to(self.params.on_device)
+        try:
+            gan = load_generator(cells.gan_folder(self.params.dataset)).to(self.params.on_device)
+        except FileNotFoundError as error:
+            again = "`dvc pull gan` brings the embedded GAN, `dvc repro -f gan` trains one"
+            raise FileNotFoundError(f"{error}; {again}") from error
         given = self.params.data
         gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         return gan
