@@ -98,8 +98,7 @@ def test_a_missing_folder_or_part_is_named(saved, tmp_path):
         load_prior(folder)
 
 
-@pytest.mark.parametrize("file", WEIGHTS)
-@pytest.mark.parametrize("kept", [None, 0.0, 0.5])
+@pytest.mark.parametrize(("file", "kept"), [*zip(WEIGHTS, (None, 0.0, 0.5), strict=True), (WEIGHTS[2], None)])
 def test_a_missing_or_truncated_file_is_an_error(saved, tmp_path, file, kept):
     folder = shutil.copytree(saved[0], tmp_path / "broken")
     content = (folder / file).read_bytes()
@@ -121,8 +120,7 @@ def test_save_replaces_the_whole_folder(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["prior"]
 
 
-@pytest.mark.parametrize("other", ["model.ckpt", "unet/model.ckpt", "unet/diffusion_pytorch_model.bin"])
-@pytest.mark.parametrize("has_prior", [False, True])
+@pytest.mark.parametrize(("other", "has_prior"), [("model.ckpt", False), ("unet/diffusion_pytorch_model.bin", True)])
 def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path, dit_folder, other, has_prior):
     folder = tmp_path / "cin256-v2"
     if has_prior:
@@ -302,7 +300,7 @@ def test_the_gradient_for_the_conditioning_equals_finite_differences(request, ra
         assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-6) and abs(expected) > 1e-3
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_path, prediction):
     folder = shutil.copytree(dit_folder, tmp_path / "dit")
     DDIMScheduler(prediction_type=prediction, clip_sample=False).save_pretrained(folder / "scheduler")
@@ -325,8 +323,10 @@ def test_guided_samples_are_those_of_the_pipeline_of_diffusers(dit_folder, tmp_p
     torch.testing.assert_close(ours, images, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("spacing", [given for given in SPACINGS if given.get("timestep_spacing") != "linspace"])
+@pytest.mark.parametrize(
+    ("prediction", "spacing"),
+    [("epsilon", SPACINGS[0]), ("v_prediction", SPACINGS[1]), ("sample", SPACINGS[2]), ("epsilon", SPACINGS[3])],
+)
 def test_a_unet_is_sampled_as_diffusers_does(tmp_path, randn, prediction, spacing):
     """With another number of timesteps, and betas that grow otherwise."""
     betas = dict(num_train_timesteps=400, beta_schedule="scaled_linear", beta_end=0.015, clip_sample=False)
@@ -358,7 +358,9 @@ def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing)
         if expected[-1] < 1000:
             assert timesteps(steps, total=1000, spacing=prior.spacing) == expected
         else:
-            with pytest.raises(ValueError, match=f"steps = {steps}: .* into the 1000 timesteps of training from [13]"):
+            with pytest.raises(
+                ValueError, match=f"steps={steps}: .* into the 1000 timesteps .*from [13]"
+            ):
                 timesteps(steps, total=1000, spacing=prior.spacing)
     assert prior.spacing.ends_clean == scheduler.config.set_alpha_to_one
 
@@ -370,12 +372,6 @@ def test_the_embedded_prior_and_checkpoints_are_sampled_as_compvis_does(saved):
         assert prior.spacing == Spacing("leading", 1, ends_clean=False) == COMPVIS
         assert embedded.timesteps.tolist() == timesteps(5, total=1000, spacing=prior.spacing)[::-1]
     assert not embedded.config.set_alpha_to_one
-
-
-def test_a_prior_of_another_spacing_is_another_prior(copied):
-    before = load_prior(copied).fingerprint()
-    DDPMScheduler(steps_offset=1).save_pretrained(copied / "scheduler")
-    assert load_prior(copied).fingerprint() != before
 
 
 def test_the_noise_of_every_kind_of_prediction(dit_folder, randn):
@@ -583,7 +579,7 @@ def test_a_link_stands_for_its_source_until_that_changes(copied, tmp_path):
     assert linked_source(folder) == str(copied) and linked_source(copied) is None
     expected = with_classes(load_prior(copied), IMAGENET["woof"])
     assert load_prior(folder).fingerprint() == expected.fingerprint()
-    DDIMScheduler(prediction_type="sample").save_pretrained(copied / "scheduler")
+    DDIMScheduler(timestep_spacing="trailing").save_pretrained(copied / "scheduler")
     with pytest.raises(ValueError, match="copied has changed since .*write the link again"):
         load_prior(folder)
     shutil.rmtree(copied)
@@ -593,12 +589,6 @@ def test_a_link_stands_for_its_source_until_that_changes(copied, tmp_path):
         (folder / "source.json").write_text(content)
         with pytest.raises(ValueError, match="source.json is broken"):
             load_prior(folder)
-
-
-def test_a_prior_that_does_not_fit_leaves_no_link(dit_folder, tmp_path):
-    with pytest.raises(ValueError, match="size_px=64"):
-        link_prior(tmp_path / "prior", source=str(dit_folder), **FITTING | {"subset": "woof", "size_px": 64})
-    assert not (tmp_path / "prior").exists()
 
 
 def test_only_what_can_be_read_again_is_written(dit_folder, tmp_path):
@@ -611,18 +601,16 @@ def test_only_what_can_be_read_again_is_written(dit_folder, tmp_path):
 # from end to end
 
 
-@pytest.fixture(params=["dit", "compvis"])
-def source(request, dit_folder, tmp_path, monkeypatch):
-    """A DiT folder, or an original checkpoint of small size."""
-    if request.param == "dit":
-        return dit_folder
+def test_a_link_to_a_compvis_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(compvis.load_checkpoint.__kwdefaults__, "kind", SMALL)
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": original(SMALL).state_dict()}, file)
-    return file
+    link_prior(tmp_path / "prior", source=str(file), **FITTING | {"classes": range(10)})
+    assert load_prior(tmp_path / "prior").fingerprint() == load_prior(file).fingerprint()
 
 
-def test_a_set_is_distilled_through_a_prior_from_elsewhere(source, tmp_path, monkeypatch):
+def test_a_set_is_distilled_through_a_prior_from_elsewhere(dit_folder, tmp_path, monkeypatch):
+    source = dit_folder
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     overrides = {
         "prior.source": str(source),
