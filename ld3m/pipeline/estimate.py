@@ -59,7 +59,7 @@ class StandIns(Experiment):
     @cached_property
     def dataset(self) -> Dataset:
         try:
-            return Experiment.dataset.func(self)
+            return Experiment.dataset.fget(self)
         except FileNotFoundError:
             given = self.params.data
             names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
@@ -73,7 +73,7 @@ class StandIns(Experiment):
     @cached_property
     def prior(self) -> Prior:
         try:
-            return Experiment.prior.func(self)
+            return Experiment.prior.fget(self)
         except (FileNotFoundError, IncompatiblePrior):
             return self.launched(self.new_prior().freeze_())
 
@@ -89,7 +89,7 @@ class StandIns(Experiment):
     @cached_property
     def gan(self) -> Generator:
         try:
-            return Experiment.gan.func(self)
+            return Experiment.gan.fget(self)
         except (FileNotFoundError, ValueError):
             return self.new_gan().freeze_()
 
