@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ld3m.pipeline.params import Extension, Params
+from ld3m.pipeline.blocks import Extension
+from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
 
 OBJECTIVE = ("normalization", "new_network", "experts", "strategy", "threads", "seed")

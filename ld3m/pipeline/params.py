@@ -1,350 +1,39 @@
-"""What params.yaml may hold: frozen models that refuse unknown keys and values out of range."""
+"""params.yaml as one frozen model, whose blocks must fit each other."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from ld3m.data.augment import parse_strategy
 from ld3m.data.dataset import Normalization
-from ld3m.data.subsets import check_name
+from ld3m.evaluation.controls import CONTROLS
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
 from ld3m.models.networks import ARCHITECTURES
+from ld3m.pipeline.blocks import (
+    AblationParams,
+    Architectures,
+    Budget,
+    CellParams,
+    ControlParams,
+    DatasetParams,
+    DistillParams,
+    EvaluateParams,
+    GanParams,
+    GradientNormParams,
+    Model,
+    Network,
+    NetworkParams,
+    Objectives,
+    PriorParams,
+    Spaces,
+    TrajectoriesParams,
+    Whole,
+)
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import choose_device
 
 PRIORS = {"pixel": "data", "glad": "gan", "ld3m": "prior"}  # space: the folder of its prior under runs/<dataset>
-CONTROLS = ("random_real", "herding", "k_center", "iteration0", "prior_samples", "full_data")
-
-Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
-Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["float32", "bfloat16"]
-Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
-Steps = Annotated[int, Field(ge=1, le=999)]
-Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
-Table = Literal["main", "report"]
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) < len(values):
-        raise ValueError("has an entry twice")
-    return values
-
-
-def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
-    return check_name(classes) if isinstance(classes, str) else classes
-
-
-def _strategy(strategy: str) -> str:
-    parse_strategy(strategy)
-    return strategy
-
-
-Distinct = AfterValidator(_distinct)
-Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
-Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
-Strategy = Annotated[str, AfterValidator(_strategy)]
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def options(self) -> dict[str, Any]:
-        """The options of the space or the objective that this is the block of."""
-        return self.model_dump()
-
-
-class CellParams(Model):
-    """Sets to distil, one for each of `runs`. `prior` and `experts` name what the stage reads under runs/<dataset>:
-    "data" where it needs none."""
-
-    objective: str
-    space: str
-    ipc: Count
-    runs: Runs
-    table: Table
-    prior: Literal["data", "prior", "gan"]
-    experts: Literal["data", "trajectories"]
-    iterations: Count | None = None  # replaces that of `distill`
-
-
-class ControlParams(Model):
-    """Sets to compare with. `control` is a name, the import path of a function, or full_data, whose `ipc` is 0."""
-
-    control: str
-    ipc: Whole
-    runs: Runs
-    table: Table
-    prior: Literal["data", "prior"]
-
-
-class NormalizationParams(Model):
-    mean: tuple[float, ...]
-    std: tuple[Rate, ...]
-
-
-class Splits(Model):
-    train: str
-    validation: str | Share
-    test: str
-
-
-class DatasetParams(Model):
-    source: str
-    size_px: Count
-    channels: Literal[1, 3]
-    splits: Splits
-    image_column: str
-    label_column: str
-    classes: Annotated[tuple[str | int, ...] | str, AfterValidator(_subset)] | None
-    normalization: NormalizationParams | None
-    augmentation: Strategy
-
-
-class AutoencoderParams(Model):
-    widths: Widths
-    latent_channels: Count
-    codebook: Count
-    steps: Count
-    continuous_steps: Count
-    batch: Count
-    learning_rate: Rate
-
-    def training(self) -> dict[str, Any]:
-        """The arguments of `train_prior.fit_autoencoder`."""
-        return self.model_dump(exclude={"widths", "latent_channels", "codebook"})
-
-
-class DenoiserParams(Model):
-    widths: Widths
-    conditioning_width: Count
-    blocks: Count
-    steps: Count
-    batch: Count
-    learning_rate: Rate
-    null_share: Share
-    ema_decay: Share
-
-    def training(self) -> dict[str, Any]:
-        """The arguments of `train_prior.fit_denoiser`."""
-        return self.model_dump(exclude={"widths", "conditioning_width", "blocks"})
-
-
-class PriorCheck(Model):
-    """Guided samples a class, and the training of the ConvNet that judges them."""
-
-    samples_per_class: Count
-    steps: Steps
-    guidance: float
-    width: Count
-    epochs: Count
-    learning_rate: Rate
-
-
-class PriorParams(Model):
-    source: str | None
-    classes: tuple[Whole, ...] | None
-    precision: Precision
-    autoencoder: AutoencoderParams
-    denoiser: DenoiserParams
-    check: PriorCheck
-
-
-class GanCheck(Model):
-    """Samples a class, and the training of the ConvNet that judges them."""
-
-    samples_per_class: Count
-    width: Count
-    epochs: Count
-    learning_rate: Rate
-
-
-class GanParams(Model):
-    noise_width: Count
-    w_width: Count
-    widths: Widths
-    discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=1)]
-    steps: Count
-    batch: Annotated[int, Field(ge=4, multiple_of=4)]
-    learning_rate: Rate
-    r1: Annotated[float, Field(ge=0)]
-    r1_every: Count
-    ema_decay: Share
-    augmentation: Strategy
-    check: GanCheck
-
-    def training(self) -> dict[str, Any]:
-        """The arguments of `train_gan.fit_gan`."""
-        given = self.model_dump(exclude={"noise_width", "w_width", "widths", "augmentation", "check"})
-        return given | {"strategy": self.augmentation}
-
-
-class Extension(BaseModel):
-    """A block that names a factory of your own; its other keys are the factory's arguments."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    factory: Factory
-
-    def options(self) -> dict[str, Any]:
-        """Return the keyword arguments for the factory."""
-        return self.model_dump(exclude={"factory"})
-
-
-class Blocks(BaseModel):
-    """One block for every built-in choice, and for those of your own."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, Extension]
-
-    def names(self) -> tuple[str, ...]:
-        return *type(self).model_fields, *self.__pydantic_extra__
-
-
-class NetworkParams(Model):
-    width: Count
-    depth: Count | None = None
-    norms: bool | None = None  # of vit: false is the released code's, which has none
-
-
-def _kind(network: Any) -> str:
-    return "own" if isinstance(network, Extension) or isinstance(network, dict) and "factory" in network else "built-in"
-
-
-Network = Annotated[Annotated[NetworkParams, Tag("built-in")] | Annotated[Extension, Tag("own")], Discriminator(_kind)]
-
-
-class TrajectoriesParams(Model):
-    experts: Count
-    epochs: Count
-    batch: Count
-    learning_rate: Rate
-
-
-class ClassMatchingParams(Model):
-    real_batch: Count
-
-
-class TrajectoryMatchingParams(Model):
-    student_steps: Count
-    student_batch: Count | None
-    expert_epochs: Count
-    max_start_epoch: Count
-    student_lr: Rate
-    first_order: bool
-
-
-class Objectives(Blocks):
-    dc: ClassMatchingParams
-    dm: ClassMatchingParams
-    mtt: TrajectoryMatchingParams
-
-
-class PixelParams(Model):
-    start: Literal["real", "noise"]
-
-
-class GladParams(Model):
-    layer: Whole
-    mean_w: bool | Literal["auto"]
-    render_batch: Count
-
-
-class LD3MParams(Model):
-    prior: Literal["trained", "unconditional", "random", "all_random"]
-    start: Literal["real", "prior", "noise"]
-    learn: Literal["auto", "z", "z_T"]
-    skip: Literal["x0", "mean", "none"]
-    steps: Steps
-    guidance: float
-    clamp: Literal["none", "hard", "soft"]
-    noise: Literal["stored", "redrawn"]
-    encoder_input: Literal["pixels", "images"]
-    normalization: Literal["real", "shifted"]
-    precision: Precision
-    render_batch: Count
-    uncheckpointed_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
-
-    def options(self) -> dict[str, Any]:
-        """Those of `start_latents`: the others are of the prior."""
-        given = self.model_dump(exclude={"prior", "precision", "normalization"})
-        return given | {"shifted_normalization": self.normalization == "shifted"}
-
-
-class Spaces(Blocks):
-    pixel: PixelParams
-    glad: GladParams
-    ld3m: LD3MParams
-
-
-class Budget(Model):
-    """What one cell spends: `learning_rates` has one entry for every learnable of the space and the objective; what has
-    the rate 0 stays as it starts."""
-
-    iterations: Count
-    learning_rates: dict[str, Annotated[float, Field(ge=0)]]
-
-
-class DistillParams(Model, extra="allow"):
-    """`<objective>.<space>` is the budget of the cells of that objective and space."""
-
-    __pydantic_extra__: dict[str, dict[str, Budget]]
-
-    network: str
-    momentum: Share
-    validation_checks: Count
-    validation_seeds: Count
-
-
-class Recipe(Model):
-    epochs: dict[str, Count]
-    batch: Count
-    learning_rates: dict[str, Rate]
-    momentum: Share
-    weight_decay: Annotated[float, Field(ge=0)]
-    clip_norm: Rate | None
-    ema_decay: Share | None
-
-
-class RecipeOverrides(Model):
-    """Values that replace those of `recipe` for larger sets, whose epochs take longer and may be fewer."""
-
-    epochs: dict[str, Count] | None = None
-    batch: Count | None = None
-    ema_decay: Share | None = None  # null: none
-
-
-class EvaluateParams(Model):
-    """`recipe_overrides` has the keys full_data, for training on all real images, and ipc_10 and the like."""
-
-    seeds: Annotated[int, Field(ge=2)]  # networks of each architecture on the set of run 0
-    seeds_further_runs: Count  # on the set of every other run
-    recipe: Recipe
-    recipe_overrides: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeOverrides]
-
-
-class GradientNormParams(Model):
-    steps: Annotated[tuple[Steps, ...], Field(min_length=1), Distinct]
-    images_per_class: Count
-
-
-class AblationParams(Model):
-    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` and `space` where
-    they are not dm and ld3m. One that changes nothing is the baseline, which the first of them measures for all."""
-
-    iterations: Count
-    architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
-    seeds: Annotated[int, Field(ge=2)]
-    select_on_test: bool
-    settings: dict[str, dict[str, dict[str, Any]]]
-
-    @property
-    def baseline(self) -> tuple[str, str]:
-        """The ablation, and the setting of it, that measure the baseline."""
-        return next((name, key) for name, of in self.settings.items() for key, changes in of.items() if not changes)
 
 
 class Params(Model):
@@ -448,10 +137,11 @@ class Params(Model):
             if cell.space not in self.distill.__pydantic_extra__.get(cell.objective, {}):
                 raise ValueError(f"distill.{cell.objective}.{cell.space} is missing, which cells.{key} asks for")
         for key, control in self.controls.items():
-            if control.control not in CONTROLS and ":" not in control.control:
+            if control.control not in (*CONTROLS, "full_data") and ":" not in control.control:
+                known = ", ".join((*CONTROLS, "full_data"))
                 raise ValueError(
-                    f"controls.{key}.control = {control.control!r}: must be one of {', '.join(CONTROLS)}, or the "
-                    "import path of your own, package.module:name"
+                    f"controls.{key}.control = {control.control!r}: must be one of {known}, or the import path of your "
+                    "own, package.module:name"
                 )
             if (control.ipc == 0) != (control.control == "full_data"):
                 raise ValueError(f"controls.{key}.ipc = {control.ipc}: 0 is that of full_data, which has no other")
@@ -506,7 +196,7 @@ class Params(Model):
         return {"name": architecture} | size | self.networks[architecture].model_dump()
 
     def recipe(self, architecture: str, ipc: int) -> dict[str, Any]:
-        """The arguments of `training.train`, but the data and the seed, with which an architecture is judged on sets of
+        """The arguments of `training.train`, but the data and the seed, that train an architecture on sets of
         `ipc` images a class; 0 stands for all real images."""
         recipe = self.evaluate.recipe.model_dump()
         changes = self.evaluate.recipe_overrides.get(f"ipc_{ipc}" if ipc else "full_data")
