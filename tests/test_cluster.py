@@ -65,7 +65,7 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     where = {"cluster": params.trajectories_arguments()["cluster"], "processes": 1}
     experts(tmp_path / "experts", **where)
     experiment = Experiment(params)
-    vars(experiment)["dataset"] = DATASET
+    experiment.loaded["dataset"] = DATASET
     monkeypatch.setattr(Experiment, "new_network", lambda self, architecture: NETWORK)
     images = DATASET.normalization.normalize(DATASET.train.x())[:6]
     experiment.evaluate(

@@ -6,7 +6,9 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.models.train_prior import fit_denoiser
 from ld3m.pipeline import ablations
+from ld3m.pipeline.cells import Cell, cell_of
 from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.params import PRIORS
 from ld3m.pipeline.profiles import load_params
 from ld3m.runtime.memory import (
     OutOfMemory,
@@ -59,17 +61,17 @@ def test_a_worker_that_the_system_ended_is_taken_for_one_that_ran_out():
 def test_a_cell_names_the_batches_of_its_space_and_its_objective(monkeypatch, objective, space, settings):
     monkeypatch.setattr(Experiment, "synthetic", exhaust)
     with pytest.raises(OutOfMemory, match=f": lower {settings}"):
-        Experiment(load_params()).distill(objective, space, 1)
+        Experiment(load_params()).distill(Cell("mnist5k", "any", "main", objective, space, 1, prior=PRIORS[space]))
 
 
 def test_evaluating_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypatch):
     experiment = Experiment(load_params({"processes": 1}))
     monkeypatch.setattr("ld3m.pipeline.experiment.evaluate_sets", exhaust)
-    with pytest.raises(OutOfMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.changes"):
+    with pytest.raises(OutOfMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.recipe_overrides"):
         experiment.evaluate([], experiment.dataset.test)
     monkeypatch.setattr(Experiment, "control", exhaust)
     with pytest.raises(OutOfMemory, match=r"lower spaces\.ld3m\.render_batch"):
-        experiment.images_of("none", "iteration0", 1)
+        experiment.images_of(cell_of(experiment.params, "iteration0-1"))
     monkeypatch.setattr(ablations, "distill", exhaust)
     with pytest.raises(OutOfMemory, match=r"spaces\.ld3m\.render_batch or objectives\.dm\.real_batch or processes"):
         ablations.measure(experiment.params, "dm", "ld3m")
