@@ -211,7 +211,7 @@ def test_an_expert_does_not_depend_on_how_many_there_are_or_on_the_processes(thr
     folder, records = three
     fewer = trained_experts(tmp_path / "two", count=2, processes=1)
     assert [record["expert"] for record in records] == [0, 1, 2] and fewer == records[:2]
-    files = sorted(file.name for file in folder.iterdir())
+    files = sorted(file.name for file in folder.glob("expert-*"))
     assert files == [f"expert-000{k}.safetensors" for k in range(3)]
     for name in files[:2]:
         assert (tmp_path / "two" / name).read_bytes() == (folder / name).read_bytes()
@@ -223,7 +223,7 @@ def test_experts_trained_in_groups_do_not_depend_on_how_many_there_are(three, tm
     monkeypatch.setattr(experts, "network_chunk_size", lambda device, *, batch, size_px: 2)
     five, four = (trained_experts(tmp_path / str(count), count=count, processes=1) for count in (5, 4))
     assert [record["expert"] for record in five] == [0, 1, 2, 3, 4] and five[:4] == four
-    names = sorted(file.name for file in (tmp_path / "5").iterdir())
+    names = sorted(file.name for file in (tmp_path / "5").glob("expert-*"))
     assert names == [f"expert-000{k}.safetensors" for k in range(5)]
     for k, name in enumerate(names):
         snapshots = storage.read_tensors(tmp_path / "5" / name)[0]["snapshots"]
