@@ -74,5 +74,5 @@ strip: $(INSTALLED) ## remove outputs from the notebooks, but from 01_method, as
 	@$(PY) -m nbstripout $(filter-out notebooks/01_method.ipynb,$(wildcard notebooks/*.ipynb))
 
 clean: ## remove caches, decoded images too; results, downloads and the environment stay
-	@rm -rf cache .pytest_cache .ruff_cache .hypothesis ld3m.egg-info
+	@rm -rf cache .pytest_cache .ruff_cache ld3m.egg-info
 	@find . -name .venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
