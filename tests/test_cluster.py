@@ -136,35 +136,6 @@ def test_both_nodes_work_with_one_thread_a_task_and_a_killed_worker_s_task_is_ru
     assert len({node for node, _, _ in results}) == 2
 
 
-def on_a_node(folder, lost, k):
-    """Returns on the other nodes, once a task has begun on the one that will be lost."""
-    import ray
-
-    node = ray.get_runtime_context().get_node_id()
-    (folder / f"{k}-{node}").touch()
-    while node == lost or not list(folder.glob(f"*-{lost}")):
-        time.sleep(0.1)
-    return k
-
-
-@pytest.mark.slow
-def test_the_tasks_of_a_lost_node_are_run_on_the_others(cluster, tmp_path):
-    lost = cluster.add_node(num_cpus=1)
-    removed = []
-
-    def received(k, result):
-        if not removed:
-            cluster.remove_node(lost)
-            removed.append(lost)
-        return result
-
-    tasks = [{"folder": tmp_path, "lost": lost.node_id, "k": k} for k in range(4)]
-    found = fan_out(on_a_node, tasks, processes=1, cluster=cluster.address, label="tasks", receive=received)
-    assert found == [0, 1, 2, 3]
-    (begun,) = tmp_path.glob(f"*-{lost.node_id}")
-    assert len(list(tmp_path.glob(f"{begun.name.split('-')[0]}-*"))) == 2
-
-
 def waits(folder, k):
     (folder / f"{k}").touch()
     try:

