@@ -59,7 +59,7 @@ def image_rows(rows: dict[str, Tensor], *, columns: list[str] | None = None, siz
         for column, axis in enumerate(line):
             axis.axis("off")
             if column < len(pixels):
-                image = ((pixels[column].clamp(-1, 1) + 1) / 2).movedim(0, -1).cpu().numpy()
+                image = ((pixels[column].detach().clamp(-1, 1) + 1) / 2).movedim(0, -1).cpu().numpy()
                 axis.imshow(image.repeat(3, axis=-1) if image.shape[-1] == 1 else image, interpolation="nearest")
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
     for axis, title in zip(axes[0], columns or [], strict=False):
