@@ -60,7 +60,7 @@ def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
     assert {cell.key for cell in found} == {"moments-ld3m-1", "dm-small-1", "class_mean-1", "random_real-1"}
     for cell in found:
         if cell.objective != "none":
-            runs.distil_runs(experiment, cell)
+            runs.distill_runs(experiment, cell)
         runs.evaluate_runs(experiment, cell)
     table = paper_style(summarise(scores_of_run_0(params, found)))
     assert set(table.Set) == {"moments LD3M", "DM small", "class_mean", "Random real"}

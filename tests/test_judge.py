@@ -97,11 +97,11 @@ def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_p
     monkeypatch.setattr(runs, "fan_out", lambda *work, **given: fan_out(*work, **given | {"processes": 1}))
     params = experiment.params.model_copy(update={"processes": 2})
     cell = Cell("mnist5k", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
-    folders = runs.distil_runs(replace(experiment, params=params), cell)
+    folders = runs.distill_runs(replace(experiment, params=params), cell)
     assert [folder.name for folder in folders] == ["run-1", "run-2"] and "report" in folders[0].parts
     assert all(folder.is_relative_to(tmp_path) for folder in folders)
     together = [(folder / "distilled.safetensors").read_bytes() for folder in folders]
-    alone = runs.distil_runs(experiment, replace(cell, runs=(2,)))[0]
+    alone = runs.distill_runs(experiment, replace(cell, runs=(2,)))[0]
     assert (alone / "distilled.safetensors").read_bytes() == together[1] != together[0]
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ld3m.runtime.chunked import in_chunks
+from ld3m.runtime.chunked import in_chunks, thread_map
 
 
 def function(tensors):
@@ -49,3 +49,12 @@ def test_an_error_in_a_part_is_raised(randn):
 
     with pytest.raises(ValueError, match="broken"):
         in_chunks(broken, {"a": randn(4, 3)}, size=2, threads=2)
+
+
+def test_threads_stay_for_the_next_call():
+    def ident(item):
+        return item, threading.get_ident()
+
+    first, second = (thread_map(ident, range(8), threads=3) for _ in range(2))
+    assert [item for item, _ in first] == list(range(8))
+    assert len({thread for _, thread in first + second}) <= 3

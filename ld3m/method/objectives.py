@@ -9,7 +9,6 @@ in every step. They differ in that distance alone: `gradient_distance` or `featu
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from typing import ClassVar, Protocol
@@ -22,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from ld3m.data.augment import Augmentation, augment, augment_each, draw
 from ld3m.data.dataset import Normalization, Split, class_batch
 from ld3m.models.networks import unflatten
+from ld3m.runtime.chunked import thread_map
 from ld3m.runtime.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
@@ -110,15 +110,12 @@ class ClassMatching:
     def class_chunk_size(self) -> int:
         return max(1, min(self.most_classes, AT_ONCE_PX // (self.real_batch * self.split.shape[-1] ** 2)))
 
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
         of_classes = partial(self._of_classes, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
-        for index, distance, grad in self._pool.map(of_classes, labels.unique().split(self.class_chunk_size)):
+        chunks = labels.unique().split(self.class_chunk_size)
+        for index, distance, grad in thread_map(of_classes, chunks, threads=self.threads):
             loss += distance
             grad_images[index] = grad
         return loss, grad_images

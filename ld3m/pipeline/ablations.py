@@ -78,7 +78,7 @@ def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
             iterations=budget.iterations,
             learning_rates=budget.learning_rates,
             momentum=params.distill.momentum,
-            validate=lambda images: candidates.append(images) or [len(candidates)],  # the last is kept
+            validate=lambda images: candidates.append(images.detach().clone()) or [len(candidates)],  # the last is kept
             validation_checks=checks,
             checkpoint=Checkpoint(),
         )

@@ -16,7 +16,7 @@ from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.storage import new_folder, tensors_hash, write_tensors
 
 
-def distil_runs(experiment: Experiment, cell: Cell) -> list[Path]:
+def distill_runs(experiment: Experiment, cell: Cell) -> list[Path]:
     """Distil the set of every run of a cell and return their folders.
 
     One run uses all `processes`; several run side by side with one process each.

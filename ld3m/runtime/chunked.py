@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +60,15 @@ class _InParts(torch.autograd.Function):
 
 
 def _map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
-    if threads == 1:
-        return list(map(function, *arguments))
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(function, *arguments))
+    return list(map(function, *arguments)) if threads == 1 else thread_map(function, *arguments, threads=threads)
+
+
+def thread_map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
+    """`list(map(function, *arguments))`, computed by `threads` threads of one core each. `function` itself must call
+    neither this nor `in_chunks` with as many threads: it would wait for its own thread."""
+    return list(_pool(threads).map(function, *arguments))
+
+
+@cache  # new threads would not use the memory again that ended ones have freed
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
