@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ld3m.pipeline import check as check_module
-from ld3m.pipeline.cells import gan_check_folder, gan_folder, prior_check_folder, prior_folder
+from ld3m.pipeline.cells import runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profile, load_params
 from ld3m.runtime import paths
@@ -72,7 +72,7 @@ def test_without_data_and_priors_it_says_how_to_get_them(monkeypatch, tmp_path):
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """Copies the embedded prior and GAN, to be broken."""
-    folders = {"prior": prior_folder("mnist5k"), "gan": gan_folder("mnist5k")}
+    folders = {"prior": runs_path("mnist5k", "prior"), "gan": runs_path("mnist5k", "gan")}
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.relative_to(paths.ROOT))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
@@ -114,8 +114,8 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
 
 
 def test_the_embedded_priors_are_good_enough():
-    prior = json.loads((prior_check_folder("mnist5k") / "check.json").read_text())
-    gan = json.loads((gan_check_folder("mnist5k") / "check.json").read_text())
+    prior = json.loads((runs_path("mnist5k", "prior-check") / "check.json").read_text())
+    gan = json.loads((runs_path("mnist5k", "gan-check") / "check.json").read_text())
     for check in (prior, gan):  # the key of a check made before is `recognised`
         assert check["samples"] >= 500 and check.get("sample_class_accuracy", check.get("recognised")) >= 0.95
     assert prior["psnr_db"] > 25 and gan["spread"] > 0.5

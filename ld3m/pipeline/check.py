@@ -15,7 +15,7 @@ from ld3m.method.sampler import timesteps
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, linked_source, load_prior
-from ld3m.pipeline.cells import gan_folder, prior_folder
+from ld3m.pipeline.cells import runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, load_params
@@ -55,8 +55,8 @@ def check(params: Params) -> Iterator[str]:
         _, classes = fitted(prior, labels=len(train.classes), **params.prior_source_arguments())
         yield f"prior   {params.prior.source}, classes {', '.join(map(str, classes[:10])) or 'none'}"
     else:
-        yield f"prior   {_trained(params, 'prior', prior_folder(params.dataset), load_prior, size)}"
-    yield f"gan     {_trained(params, 'gan', gan_folder(params.dataset), load_generator, size)}"
+        yield f"prior   {_trained(params, 'prior', runs_path(params.dataset, 'prior'), load_prior, size)}"
+    yield f"gan     {_trained(params, 'gan', runs_path(params.dataset, 'gan'), load_generator, size)}"
     if not (paths.ROOT / "data").exists():
         yield "dvc     data/ is missing, on which its stages depend whatever the data set: `dvc pull data.dvc`"
     given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from torch import Tensor
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation.training import accuracy, train
 from ld3m.models.compvis import build as build_cin256
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
-from ld3m.models.gan import Generator, build_generator
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
+from ld3m.models.gan import Generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import load_prior
 from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
-from ld3m.pipeline.cells import cells, gan_folder, prior_folder
+from ld3m.pipeline.cells import cells, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profile, load_params
@@ -56,10 +56,9 @@ Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Callable[[], tuple[floa
 class StandIns(Experiment):
     """The experiment with random data and weights for what is missing."""
 
-    @cached_property
-    def dataset(self) -> Dataset:
+    def _load_dataset(self) -> Dataset:
         try:
-            return Experiment.dataset.fget(self)
+            return super()._load_dataset()
         except FileNotFoundError:
             given = self.params.data
             names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
@@ -70,32 +69,26 @@ class StandIns(Experiment):
             plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
             return Dataset(self.params.dataset, normalization=plain, **splits)
 
-    @cached_property
-    def prior(self) -> Prior:
+    def _load_prior(self) -> Prior:
         try:
-            return Experiment.prior.fget(self)
+            return super()._load_prior()
         except (FileNotFoundError, IncompatiblePrior):
             return self.launched(self.new_prior().freeze_())
 
     def new_prior(self) -> Prior:
-        classes, source = len(self.dataset.train.classes), self.params.prior.source
-        if source is None:
-            return build_prior(classes=classes, **self.params.prior_arguments()).to(self.params.on_device)
+        if self.params.prior.source is None:
+            return super().new_prior()
         try:
-            return with_classes(load_prior(source), range(classes))
-        except FileNotFoundError:  # random weights of the size of the paper's prior
-            return with_classes(build_cin256(seed=0), range(classes))
+            prior = load_prior(self.params.prior.source)
+        except FileNotFoundError:
+            prior = build_cin256(seed=0)  # random weights of the size of the paper's prior
+        return with_classes(prior, range(len(self.dataset.train.classes)))
 
-    @cached_property
-    def gan(self) -> Generator:
+    def _load_gan(self) -> Generator:
         try:
-            return Experiment.gan.fget(self)
+            return super()._load_gan()
         except (FileNotFoundError, ValueError):
             return self.new_gan().freeze_()
-
-    def new_gan(self) -> Generator:
-        given = self.params.gan_arguments()
-        return build_generator(classes=len(self.dataset.train.classes), **given).to(self.params.on_device)
 
     def experts(self, *, last_epoch: int) -> "RandomExperts":
         return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
@@ -185,11 +178,11 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         return partial(timed, network_seconds, name, images, recipe["epochs"], recipe["batch"])
 
     if params.prior.source is None:
-        part = "trained already" if prior_folder(params.dataset).exists() else "main"
+        part = "trained already" if runs_path(params.dataset, "prior").exists() else "main"
         for name in ("autoencoder", "denoiser"):
             steps = getattr(params.prior, name).steps
             yield f"prior, {name}", part, (f"prior.{name}.batch",), [(steps, partial(timed, prior_seconds, name))]
-    part = "trained already" if gan_folder(params.dataset).exists() else "report"
+    part = "trained already" if runs_path(params.dataset, "gan").exists() else "report"
     yield "gan", part, ("gan.batch",), [(params.gan.steps, partial(timed, prior_seconds, "gan"))]
     given, seen = params.trajectories, params.distill.network
     expert = partial(timed, network_seconds, seen, len(train_set.labels), given.epochs, given.batch)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ld3m.evaluation.scores import read_scores
 from ld3m.evaluation.statistics import STATISTICS, Accuracies, compare, interval, p_value
-from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, ablation_cost_file, ablation_file, cells
+from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells, costs_path, runs_path
 from ld3m.pipeline.params import Params
 
 SCORES = ["dataset", "ipc", "objective", "space", "run", "architecture", "seed", "accuracy"]
@@ -127,8 +127,8 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     A setting that changes nothing has the numbers of the baseline, which is measured once.
     """
     records, measured = (
-        {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
-        for place in (ablation_file, ablation_cost_file)
+        {name: _by_setting(place(params.dataset, "ablations", f"{name}.json")) for name in params.ablations.settings}
+        for place in (runs_path, costs_path)
     )
     ablation, setting = params.ablations.baseline
     baseline, baseline_cost = records[ablation][setting], measured[ablation][setting]
