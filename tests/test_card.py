@@ -1,7 +1,6 @@
 """The recipe on a card reproduces the score on that card."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ EPOCHS = {"evaluate.recipe.epochs": {"convnet": 30, "vit": 2}, "distill.validati
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     file = tmp_path_factory.mktemp("smoke") / "params.yaml"
-    shutil.copy(config.PARAMS, file)
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
+    config.apply_profiles("smoke", path=file)
     return config.load_params(EPOCHS, path=file)
 
 

@@ -11,7 +11,7 @@ import pytest
 from ld3m.pipeline import check as check_module
 from ld3m.pipeline.cells import runs_path
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import apply_profile, load_params
+from ld3m.pipeline.profiles import load_params
 from ld3m.runtime import paths
 
 
@@ -47,11 +47,6 @@ TOO_MANY = {"ipc": 400, "runs": [0], "table": "main", "prior": "data"}
 def test_what_is_wrong_is_named(overrides, words):
     with pytest.raises((ValueError, OSError), match=words):
         check(overrides)
-
-
-def test_a_profile_that_is_missing_is_answered_with_those_that_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="smok.yaml is missing; the repository has .*profiles/smoke.yaml"):
-        apply_profile(tmp_path / "smok.yaml")
 
 
 @pytest.mark.parametrize("stage, words", [("prior", "channels=1: this prior"), ("gan", "channels=1: this GAN")])

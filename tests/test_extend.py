@@ -1,7 +1,6 @@
 """docs/extend.md as a user follows it: its code in a module of one's own, its blocks in params.yaml, up to a table."""
 
 import re
-import shutil
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ from ruamel.yaml import YAML
 from ld3m.pipeline import profiles, runs
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import PARAMS, apply_profile, load_params
+from ld3m.pipeline.profiles import apply_profiles, load_params
 from ld3m.reporting.tables import paper_style, scores_of_run_0, summarise
 from ld3m.runtime import paths
 
@@ -33,9 +32,7 @@ def written(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("\n\n".join(code for code in PYTHON if "def recovered" not in code))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    file, values = tmp_path / "params.yaml", {}
-    shutil.copy(PARAMS, file)
-    apply_profile(PARAMS.parent / "profiles/smoke.yaml", path=file)
+    values = {}
     for text in (*BLOCKS, SMALL):
         values = merged(values, YAML(typ="safe").load(text))
     (tmp_path / "mine.yaml").write_text("")
@@ -49,7 +46,7 @@ def merged(below, above):
 
 
 def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
-    apply_profile(written / "mine.yaml", path=written / "params.yaml")
+    apply_profiles("smoke", written / "mine.yaml", path=written / "params.yaml")
     params = load_params(path=written / "params.yaml")
     for part in ("prior", "data"):
         source = paths.ROOT / ("runs/mnist5k/prior" if part == "prior" else "data")

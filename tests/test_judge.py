@@ -1,7 +1,6 @@
 """The notebook `judge` gives a set the scores that the pipeline gives the same images."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import nbformat
@@ -23,8 +22,7 @@ NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_
 def experiment(tmp_path, monkeypatch):
     """That of the smoke profile, which writes under `tmp_path`."""
     file = tmp_path / "params.yaml"
-    shutil.copy(config.PARAMS, file)
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
+    config.apply_profiles("smoke", path=file)
     params = config.load_params(path=file)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda overrides: params)

@@ -61,8 +61,7 @@ def run(server, root: Path, stage: str, *, after: int = NEVER, number: int = sig
 def whole(server, tmp_path_factory):  # noqa: F811
     """What all stages write when nothing happens."""
     root = tmp_path_factory.mktemp("whole")
-    shutil.copy(config.PARAMS, root / "params.yaml")
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=root / "params.yaml")
+    config.apply_profiles("smoke", path=root / "params.yaml")
     for stage in STAGES:
         assert run(server, root, stage) == 0, (root / "log").read_text()
     assert content(root / "checkpoints") == {}

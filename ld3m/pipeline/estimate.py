@@ -1,7 +1,7 @@
 """Estimates how long every stage of params.yaml takes on this machine, from three real iterations of each kind of work.
 
     python -m ld3m.pipeline.estimate                  # params.yaml as it is
-    python -m ld3m.pipeline.estimate imagenet128      # with a profile applied: a name in profiles/ or a file
+    python -m ld3m.pipeline.estimate imagenet128      # with profiles applied: names in profiles/, or files
 
 Random data, weights and snapshots replace those that are missing. What takes more than ten seconds is timed once.
 Not counted: decoding, checks of the priors, images of controls, tables, and the start of a stage (seconds each).
@@ -37,7 +37,7 @@ from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.pipeline.cells import cells, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
-from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profile, load_params
+from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profiles, load_params
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.progress import silent
@@ -229,10 +229,10 @@ def show(experiment: StandIns, ablations: dict[str, Settings]) -> None:
 def main(profiles: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / PARAMS.name
-        file.write_bytes(PARAMS.read_bytes())
-        for profile in profiles:
-            apply_profile(Path(profile), path=file)
+        file = PARAMS
+        if profiles:
+            file = Path(folder) / PARAMS.name
+            apply_profiles(*profiles, path=file)
         params = load_params(path=file)
         ablations = {name: ablation_settings(name, path=file) for name in params.ablations.settings}
     show(StandIns(params), ablations)
@@ -240,7 +240,7 @@ def main(profiles: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", nargs="*", help="applied to params.yaml in memory: names in profiles/, or files")
+    parser.add_argument("profiles", nargs="*", help="names in profiles/, or files; none: params.yaml as it is")
     given = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # the libraries have read it by now
         command = [sys.executable, "-m", "ld3m.pipeline.estimate", *given.profiles]
