@@ -16,7 +16,7 @@ from ld3m.runtime.paths import ROOT
 COMMITTED = YAML(typ="safe").load(FILE.read_text())
 PARAMS = load_params()
 NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
-CELL = COMMITTED["cells"]["dm-ld3m-1"]
+CELL, DATA = COMMITTED["cells"]["dm-ld3m-1"], COMMITTED["datasets"]["mnist5k"]
 # mappings whose keys the user chooses, and optional keys
 FREE = ("cells", "controls", "datasets", "networks", "distill", "epochs", "learning_rates", "recipe_overrides")
 OPTIONAL = ("depth", "norms", "iterations")
@@ -84,11 +84,14 @@ def entry(**changes):
         ({"spaces.glad.layer": 8}, "spaces.glad.layer = 8: must be below 8"),
         ({"gan.widths": [8, 8, 8]}, "gan.widths has 3 entries.*16 px.*size_px = 32"),
         ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
+        ({"prior.source": "notebooks/../runs/mnist5k/prior"}, "prior.source = .*copy the prior"),
         ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
         (
             {"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}},
             "recipe_overrides.ipc_5.epochs.* is missing",
         ),
+        (entry(prior="data", space="pixel") | {"dataset": "a.1", "datasets": {"a.1": DATA}}, "datasets.a.1: .*pattern"),
+        ({"cells": {"a b": CELL}}, "cells.a b: .*pattern"),
         (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
         (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
         (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),

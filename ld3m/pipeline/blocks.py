@@ -16,6 +16,7 @@ Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
 Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
 Table = Literal["main", "report"]
+Name = Annotated[str, Field(pattern=r"^\w[\w-]{0,99}$")]  # of files and of stages of DVC, whose templates read a dot
 
 
 def _distinct(values: tuple) -> tuple:
@@ -329,7 +330,7 @@ class AblationParams(Model):
     architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
     seeds: Annotated[int, Field(ge=2)]
     select_on_test: bool
-    settings: dict[str, dict[str, dict[str, Any]]]
+    settings: dict[Name, dict[str, dict[str, Any]]]
 
     @property
     def baseline(self) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from ld3m.pipeline.blocks import (
     GanParams,
     GradientNormParams,
     Model,
+    Name,
     Network,
     NetworkParams,
     Objectives,
@@ -42,10 +43,10 @@ class Params(Model):
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
-    cells: dict[str, CellParams]
-    controls: dict[str, ControlParams]
+    cells: dict[Name, CellParams]
+    controls: dict[Name, ControlParams]
     architectures: Architectures
-    datasets: dict[str, DatasetParams]
+    datasets: dict[Name, DatasetParams]
     prior: PriorParams
     gan: GanParams
     networks: dict[str, Network]
@@ -94,6 +95,11 @@ class Params(Model):
             raise ValueError(
                 f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
                 "these prior.autoencoder.widths and prior.denoiser.widths"
+            )
+        if self.prior.source and (paths.ROOT / self.prior.source).resolve().is_relative_to(paths.ROOT / "runs"):
+            raise ValueError(
+                f"prior.source = {self.prior.source!r}: DVC removes what is in runs/ before the stage runs; copy the "
+                "prior to another folder"
             )
         if self.prior.source is None and self.prior.classes is not None:
             raise ValueError("prior.classes are those of prior.source: set it to null where a prior is trained")
