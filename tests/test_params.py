@@ -246,11 +246,12 @@ def test_imagenet_has_the_published_numbers_and_paper_the_released_defects(file,
     widths = {name: network.width for name, network in params.networks.items()}
     assert widths == {"convnet": 128, "alexnet": 128, "vgg11": 64, "resnet18": 64, "vit": 512}
     ld3m = params.spaces.ld3m
-    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("stored", "real", "pixels", "none")
+    assert (ld3m.noise, ld3m.shifted_normalization, ld3m.encoder_input, ld3m.clamp) == ("stored", False, "x", "none")
     apply_profiles(f"imagenet{size_px}", "paper", path=file)
     params = load_params(path=file)
     ld3m = params.spaces.ld3m
-    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("redrawn", "shifted", "images", "hard")
+    assert (ld3m.noise, ld3m.shifted_normalization, ld3m.encoder_input) == ("redrawn", True, "normalized")
+    assert ld3m.clamp == "hard" and params.spaces.glad.shifted_normalization and not params.spaces.glad.mean_w
     assert not params.networks["vit"].norms and params.objectives.mtt.first_order and params.ablations.select_on_test
     assert (params.data.size_px, params.networks["convnet"].width) == (size_px, 128)
     for objective, rate in {"dc": 0.1, "dm": 1.0, "mtt": 1000.0}.items():

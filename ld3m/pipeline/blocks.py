@@ -240,7 +240,8 @@ class PixelParams(Model):
 
 class GladParams(Model):
     layer: Whole
-    mean_w: bool | Literal["auto"]
+    mean_w: bool
+    shifted_normalization: bool
     render_batch: Count
 
 
@@ -253,16 +254,15 @@ class LD3MParams(Model):
     guidance: float
     clamp: Literal["none", "hard", "soft"]
     noise: Literal["stored", "redrawn"]
-    encoder_input: Literal["pixels", "images"]
-    normalization: Literal["real", "shifted"]
+    encoder_input: Literal["x", "normalized"]
+    shifted_normalization: bool
     precision: Precision
     render_batch: Count
     uncheckpointed_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
 
     def options(self) -> dict[str, Any]:
         """Those of `start_latents`: the others are of the prior."""
-        given = self.model_dump(exclude={"prior", "precision", "normalization"})
-        return given | {"shifted_normalization": self.normalization == "shifted"}
+        return self.model_dump(exclude={"prior", "precision"})
 
 
 class Spaces(Blocks):
