@@ -89,9 +89,13 @@ def execute(folder, source, *options):
     given = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(source)])
     given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(given, folder / "given.ipynb")
-    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", "given.ipynb", "executed.ipynb"]
+    return papermill(folder, "given.ipynb", "executed.ipynb", *options)
+
+
+def papermill(folder, *arguments):
+    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 CHECK = """from ld3m.pipeline.notebook_parameters import check_parameters
@@ -117,3 +121,19 @@ def test_parameters_are_checked(tmp_path, options, named):
 def test_a_kernel_that_is_killed_is_said_to_have_run_out_of_memory(tmp_path):
     done = execute(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode and re.search(r"probably since memory ran out \(it used 0\.\d GiB\)", done.stderr)
+
+
+def test_the_demo_runs(tmp_path):
+    table = ROOT / "reports/mnist5k/notebooks/demo.md"
+    former = table.read_bytes() if table.exists() else None
+    options = ("-p", "iterations", "4", "-p", "networks", "2", "--no-progress-bar")
+    try:
+        done = papermill(ROOT, ROOT / "notebooks/00_demo.ipynb", tmp_path / "demo.ipynb", *options)
+        assert done.returncode == 0, done.stderr
+        assert "LD3M" in table.read_text()
+    finally:
+        table.unlink(missing_ok=True)
+        if former:
+            table.write_bytes(former)
+    outputs = [output for cell in nbformat.read(tmp_path / "demo.ipynb", 4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
