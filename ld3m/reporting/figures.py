@@ -5,7 +5,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -15,7 +14,7 @@ from torch import Tensor
 from ld3m.evaluation.statistics import interval
 from ld3m.pipeline.cells import NAMES, UNSEEN
 
-sns.set_theme(style="whitegrid", context="paper")
+plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-paper", {"lines.markeredgewidth": 1, "axes.linewidth": 0.8}])
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
 DASHES = {"grad_norm_w": "--", "grad_norm_c": "--", "grad_norm_student_lr": ":"}  # what is learned beside the images
 SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
@@ -205,6 +204,8 @@ def gradient_norms(norms: pd.DataFrame) -> Figure:
 
     Columns: skip, learned ("z" or "z_T"), steps, image, norm.
     """
+    import seaborn as sns  # takes most of a second, for scipy.stats
+
     frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
     grid = sns.relplot(
         frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
