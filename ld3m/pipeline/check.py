@@ -4,12 +4,14 @@ python -m ld3m.pipeline.check
 """
 
 import argparse
+import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ld3m.data.dataset import initial_indices
+from ld3m.data.dataset import Split, initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
 from ld3m.method.sampler import timesteps
 from ld3m.models.gan import load_generator
@@ -43,6 +45,7 @@ def check(params: Params) -> Iterator[str]:
     train = dataset.train
     counts = " + ".join(str(len(split)) for split in (train, dataset.validation, dataset.test))
     yield f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {tuple(train.shape)}"
+    yield from _shared_images({"train": train, "validation": dataset.validation, "test": dataset.test})
     for key, ipc in _images_per_class(params):
         try:
             initial_indices(train, ipc=ipc, seed=params.seed)
@@ -63,6 +66,17 @@ def check(params: Params) -> Iterator[str]:
     needed = snapshot_bytes(network, count=given.experts, epochs=given.epochs)
     require_space(paths.ROOT, needed + SPARE_BYTES)
     yield f"disk    {needed / 2**20:.0f} MiB for the trajectories, and room to spare"
+
+
+def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
+    """Yields a line for each two splits that have images in common: accuracy on these says nothing."""
+    digests = {
+        name: {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks(256) for image in chunk}
+        for name, split in splits.items()
+    }
+    for one, other in itertools.combinations(splits, 2):
+        if count := len(digests[one] & digests[other]):
+            yield f"data    {count} images of {other} are in {one} too: remove them from one of the two"
 
 
 def _images_per_class(params: Params) -> Iterator[tuple[str, int]]:
