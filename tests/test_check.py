@@ -93,8 +93,9 @@ def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, 
 
 def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch):
     """The embedded prior in the place of a released one, for two of its classes."""
-    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
-    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {trained['prior']}, classes 7, 3"
+    source = trained["prior"].rename(tmp_path / "elsewhere")
+    given = {"prior.source": str(source), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
+    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, classes 7, 3"
     for changes, words in [
         ({}, "the data set has 2 classes, .* 10; list for each class"),
         ({"prior.classes": [7]}, "classes has 1 entries, but the data set has 2 classes"),
@@ -107,7 +108,7 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
     for changes, words in [
         ({"prior.source": str(tmp_path / "nowhere.ckpt")}, "nowhere.ckpt is missing"),
         ({"prior.source": str(tmp_path / "model.ckpt")}, "model.ckpt is broken or no checkpoint of PyTorch"),
-        ({"prior.source": "runs/nowhere"}, "no prior in .*nowhere: there is no such folder"),
+        ({"prior.source": "elsewhere/nowhere"}, "no prior in .*nowhere: there is no such folder"),
         ({"datasets.mnist5k.size_px": 36}, "size_px=36: this prior takes multiples of 8"),
         ({"datasets.mnist5k.channels": 1}, "channels=1: this prior has 3"),
     ]:
