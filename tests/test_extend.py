@@ -16,7 +16,7 @@ from ld3m.runtime import paths
 TEXT = (paths.ROOT / "docs/extend.md").read_text()
 PYTHON, BLOCKS = (re.findall(rf"```{kind}\n(.*?)```", TEXT, flags=re.DOTALL) for kind in ("python", "yaml"))
 SMALL = """
-datasets: {mnist5k: {classes: null}}
+datasets: {smoke: {classes: null}}
 architectures: [convnet, vit, mlp]
 controls:
   random_real-1: {control: random_real, ipc: 1, runs: [0], table: main, prior: data}
@@ -50,10 +50,11 @@ def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
     params = load_params(path=written / "params.yaml")
     for part in ("prior", "data"):
         source = paths.ROOT / ("runs/mnist5k/prior" if part == "prior" else "data")
-        (written / "runs/mnist5k").mkdir(parents=True, exist_ok=True)
-        (written / ("runs/mnist5k/prior" if part == "prior" else "data")).symlink_to(source)
+        (written / "runs/smoke").mkdir(parents=True, exist_ok=True)
+        (written / ("runs/smoke/prior" if part == "prior" else "data")).symlink_to(source)
     monkeypatch.setattr(paths, "ROOT", written)
     experiment, found = Experiment(params), first_runs(params)
+    assert len(experiment.synthetic("small", 1).labels) == 10  # as notebooks call it
     assert {cell.key for cell in found} == {"moments-ld3m-1", "dm-small-1", "class_mean-1", "random_real-1"}
     for cell in found:
         if cell.objective != "none":

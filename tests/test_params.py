@@ -198,10 +198,11 @@ def test_profiles_are_laid_over_the_base_and_keep_every_other_line(file, tmp_pat
     (tmp_path / "below.yaml").write_text("seed: 4\nprocesses: 1\n")
     (tmp_path / "profile.yaml").write_text("over: below.yaml\nseed: 5\ndistill: {dm: {pixel: {iterations: 7}}}\n")
     (tmp_path / "last.yaml").write_text("over: protocol\nprocesses: 3\n")  # outside profiles/, over one of it
-    apply_profiles("smoke", path=file)  # leaves nothing
-    smoke = file.read_bytes()
-    apply_profiles(tmp_path / "profile.yaml", path=file)
-    assert (tmp_path / "params.yaml.before").read_bytes() == smoke
+    assert apply_profiles("smoke", path=file) is None  # leaves nothing
+    file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 77\n"))
+    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before"
+    assert apply_profiles("folder", path=file) == kept and kept.read_bytes() == edited
+    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None and kept.read_bytes() == edited
     wanted = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
     assert load_params(path=file) == wanted
     both = zip(BASE.read_text().splitlines(), file.read_text().splitlines(), strict=True)
@@ -219,7 +220,7 @@ def test_profiles_are_laid_over_the_base_and_keep_every_other_line(file, tmp_pat
         ("typo: 1\n", "profile.yaml.*typo"),
         ("seed: 3\nprocesses: 0\n", "(?s)profile.yaml.*processes.*got 0"),
         ("over: profile.yaml\n", "leads back"),
-        ("over: absent.yaml\n", "absent.yaml is missing; the profiles of the repository are .*smoke"),
+        ("over: absent.yaml\n", "no profile absent.yaml; profiles/ has .*smoke"),
     ],
 )
 def test_a_refused_profile_leaves_the_file_as_it_was(file, tmp_path, text, named):
@@ -285,4 +286,5 @@ def test_the_command_checks_and_fails_without_a_traceback():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert "params.yaml is valid" in run("check").stdout
-    assert (refused := run("apply", "absent")).returncode == 1 and refused.stderr.startswith("absent is missing")
+    refused = run("apply", "absent")
+    assert refused.returncode == 1 and refused.stderr.startswith("there is no profile absent")

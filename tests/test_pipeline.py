@@ -115,7 +115,7 @@ def written(folder: Path) -> dict[str, bytes]:
 @pytest.mark.timeout(3600)
 def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
     dvc(clone, "repro")
-    reports = clone / "reports/mnist5k"
+    reports = clone / "reports/smoke"
     main, report = written(reports / "tables/main"), written(reports / "tables/report")
     assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(main)
     figures, page = written(reports / "figures/main"), (reports / "index.html").read_bytes()
@@ -140,8 +140,8 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(clone):
     """After the test above; every step writes its state under the smoke profile."""
     again = ("repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
-    artefact = clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
-    before, checkpoint = artefact.read_bytes(), clone / "checkpoints/mnist5k/mtt-ld3m-1-run-0.safetensors"
+    artefact = clone / "runs/smoke/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
+    before, checkpoint = artefact.read_bytes(), clone / "checkpoints/smoke/mtt-ld3m-1-run-0.safetensors"
     process = start_dvc(clone, *again)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0][-5000:]
@@ -172,7 +172,7 @@ def test_from_scratch_twice_gives_the_same_bytes(tmp_path):
     clones = [new_clone(tmp_path / name, "smoke") for name in "ab"]
     for each in clones:
         dvc(each, "repro")
-    for place in ("runs", "reports/mnist5k/tables/main", "reports/mnist5k/tables/report"):
+    for place in ("runs", "reports/smoke/tables/main", "reports/smoke/tables/report"):
         one, other = (
             {str(file.relative_to(each)): file.read_bytes() for file in (each / place).rglob("*") if file.is_file()}
             for each in clones
@@ -252,5 +252,5 @@ def test_an_experiment_has_the_parameters_that_it_is_given(tmp_path):
     for command in (("add", "-A"), (*author, "commit", "-q", "-m", "start")):
         subprocess.run(["git", *command], cwd=clone, check=True)
     dvc(clone, "exp", "run", "-S", "distill.mtt.ld3m.iterations=3", "distill@mtt-ld3m-1")
-    _, metadata = read_tensors(clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
+    _, metadata = read_tensors(clone / "runs/smoke/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
     assert len(metadata["history"]) == 3

@@ -102,7 +102,7 @@ def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], An
     try:
         model.check(**size)
     except ValueError as problem:
-        return f"does not fit the parameters ({problem}): the stage `{stage}` trains it again{embedded}"
+        return f"does not fit the parameters ({problem}): the stage `{stage}` trains it again"
     if stage == "prior" and (source := linked_source(folder)):
         return f"is {source}, and prior.source is null: the stage `prior` trains one{embedded}"
     return f"trained on {model.classes} classes"

@@ -139,9 +139,12 @@ def prior_seconds(experiment: StandIns, part: str) -> float:
         torch.set_num_threads(1)
 
 
-def iteration_seconds(experiment: StandIns, objective: str, space: str, ipc: int, **changes: Any) -> float:
+def iteration_seconds(
+    experiment: StandIns, objective: str, space: str, ipc: int, prior: str | None = None, **changes: Any
+) -> float:
     """Times an iteration of distillation: render, match, backward."""
-    synthetic, matching, times = experiment.synthetic(space, ipc, **changes), experiment.objective(objective), []
+    synthetic, times = experiment.synthetic(space, ipc, prior=prior, **changes), []
+    matching = experiment.objective(objective)
 
     def iterate() -> None:
         images = synthetic.render(step=0)
@@ -191,7 +194,8 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         if cell.objective != "none":
             iterations = params.budget(*cell.row, iterations=cell.iterations).iterations
             checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-            work = [(iterations, partial(timed, iteration_seconds, *cell.row)), (checks, network(seen, cell.ipc))]
+            iteration = partial(timed, iteration_seconds, *cell.row, prior=cell.prior)
+            work = [(iterations, iteration), (checks, network(seen, cell.ipc))]
             work = [(len(cell.runs) * count, kind) for count, kind in work]
             yield f"distill {cell.key}", cell.table, params.lowers_memory(cell.objective, cell.space), work
         count = sum(map(params.networks_a_set, cell.runs))

@@ -1,4 +1,4 @@
-"""From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
+"""From parameters to the objects of one cell: the only module that knows params.yaml and the others' arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -166,7 +166,7 @@ class Experiment:
     def synthetic(self, space: str, ipc: int, *, prior: str | None = None, **changes: Any) -> Synthetic:
         """Return the synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say).
 
-        `prior` is that of the cell ("data" for none), by default that of the space.
+        `prior` is that of the cell, by default that of the space ("data", none, for one of your own).
         """
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
@@ -175,7 +175,7 @@ class Experiment:
             x,
             labels,
             normalization=self.dataset.normalization,
-            prior=self.prior_of(prior or PRIORS[space]),
+            prior=self.prior_of(prior or PRIORS.get(space, "data")),
             seed=self.seed,
             threads=self.params.threads,
             **block.options(),

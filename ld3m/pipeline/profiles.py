@@ -9,7 +9,7 @@
 import copy
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ld3m.runtime.storage import write_bytes
 
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
+ACTIVE = "# active profiles: "  # begins params.yaml
 BASE = PROFILES / "base.yaml"  # the values of all keys, those of the committed params.yaml
 REPLACED = ("learning_rates", "settings", "cells", "controls", "recipe_overrides")  # a profile replaces these whole
 EXTENDED = ("datasets", "networks", "objectives", "spaces", "distill")  # a profile may add to these
@@ -102,7 +103,7 @@ def validate(values: Any, *, origin: str) -> Params:
                 continue  # too short without its wrong entries, which have lines of their own
             key = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "own", "built-in"))
             message = problem["msg"].removeprefix("Value error, ")
-            wrong = "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else message
+            wrong = "unknown key, see profiles/base.yaml" if problem["type"] == "extra_forbidden" else message
             got = (
                 ""
                 if problem["type"] == "missing" or isinstance(problem["input"], dict)
@@ -112,36 +113,54 @@ def validate(values: Any, *, origin: str) -> Params:
         raise ValueError("\n".join(lines)) from None
 
 
-def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> None:
+def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
     """Write params.yaml: profiles/base.yaml with some profiles laid over it, one after another.
 
-    The first line names the profiles. The file as it was is kept beside it, as params.yaml.before. DVC writes in the
-    same style, so that `dvc exp run -S` changes its value alone.
+    The first line names the profiles. DVC writes in the same style, so that `dvc exp run -S` changes its value alone.
 
     Parameters
     ----------
     profiles : files, or names of files in profiles/. A profile's key `over` names one to lay below it.
+
+    Returns
+    -------
+    Where the former params.yaml is kept, if it held changes of the user's own.
 
     Raises
     ------
     FileNotFoundError, ValueError
         A profile is missing, is not YAML, has an unknown key, or the result is not valid: nothing is written.
     """
+    content, kept = _content(profiles, name=path.name), None
+    if path.exists() and not _is_written_by_profiles(path):
+        kept = path.with_name(f"{path.name}.before")
+        write_bytes(kept, path.read_bytes())
+    write_bytes(path, content)
+    return kept
+
+
+def _content(profiles: Iterable[str | Path], *, name: str) -> bytes:
     yaml = YAML()
     yaml.default_flow_style = False
     values = yaml.load(BASE.read_text())
     for profile in profiles:
         for file, overlay in _layers(profile, PROFILES):
             _merge(values, overlay, origin=file.name, under="")
-    names = " ".join(map(str, profiles))
-    validate(values, origin=f"{path.name} with {names or 'no profile'}")
+    names = " ".join(map(str, profiles)) or "none"
+    validate(values, origin=f"{name} with the profiles {names}")
     written = io.StringIO()
     yaml.dump(values, written)
     _, _, lines = written.getvalue().partition("\n")
-    content = f"# active profiles: {names or 'none'}\n{lines}".encode()
-    if path.exists() and path.read_bytes() != content:
-        write_bytes(path.with_name(f"{path.name}.before"), path.read_bytes())
-    write_bytes(path, content)
+    return f"{ACTIVE}{names}\n{lines}".encode()
+
+
+def _is_written_by_profiles(path: Path) -> bool:
+    try:
+        first, _, _ = path.read_text().partition("\n")
+        names = first.removeprefix(ACTIVE).split()
+        return path.read_bytes() == _content([] if names == ["none"] else names, name=path.name)
+    except (ValueError, OSError):  # no such profiles, or broken ones
+        return False
 
 
 def _layers(profile: str | Path, folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -149,8 +168,8 @@ def _layers(profile: str | Path, folder: Path, above: tuple[Path, ...] = ()) -> 
     places = (Path(profile), folder / profile, PROFILES / profile, PROFILES / f"{profile}.yaml")
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        known = ", ".join(file.stem for file in sorted(PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"{profile} is missing; the profiles of the repository are {known}")
+        known = ", ".join(file.stem for file in sorted(PROFILES.glob("*.yaml")) if file != BASE)
+        raise FileNotFoundError(f"there is no profile {profile}; profiles/ has {known}")
     if file in above:
         raise ValueError(f"{above[-1].name}: over = {profile} leads back to {file.name}")
     overlay = _read(file)
@@ -192,14 +211,15 @@ if __name__ == "__main__":
     try:
         match sys.argv[1:]:
             case ["apply", *profiles]:
-                apply_profiles(*profiles)
-                named = " and ".join(["the base", *profiles])
-                print(f"params.yaml has the values of {named}; the file before is params.yaml.before")
+                kept = apply_profiles(*profiles)
+                print(f"params.yaml has the values of {' and '.join(['the base', *profiles])}")
+                if kept:
+                    print(f"it had changes of your own: the file as it was is {kept.name}")
                 print("next: python -m ld3m.pipeline.check")
             case ["check"]:
                 load_params()
                 print("params.yaml is valid")
             case _:
-                sys.exit(__doc__)
+                sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]\n       ... check")
     except (ValueError, FileNotFoundError) as problem:
         sys.exit(str(problem))
