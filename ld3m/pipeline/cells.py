@@ -84,13 +84,14 @@ class Cell:
 
 
 def cells(params: Params, table: str = "report") -> list[Cell]:
-    """Return every entry of a table: controls first, full data last. The report has those of the main table too."""
+    """Return every entry of a table by images per class, controls first; full data last. The report has those of the
+    main table too."""
     found = [_cell(params, key) for key in (*params.controls, *params.cells)]
     order = list(NAMES)
 
     def rank(cell: Cell) -> tuple:
         places = [order.index(name) if name in order else len(order) for name in cell.row[:2]]
-        return cell.ipc == 0, cell.objective != "none", cell.ipc, *places, cell.runs
+        return cell.ipc == 0, cell.ipc, cell.objective != "none", *places, cell.runs
 
     tables = TABLES[: TABLES.index(table) + 1]
     return sorted((cell for cell in found if cell.table in tables), key=rank)
