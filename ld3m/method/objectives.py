@@ -4,8 +4,9 @@
 (N, C, H, W) and labels (N,), and returns the loss and its gradient for the images; the call sets the `.grad` of its own
 `learnables`, if any. Every random draw is named by (seed, purpose, step), so any step can be repeated.
 
-DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialised
-in every step. They differ in that distance alone: `gradient_distance` or `feature_distance`.
+DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialized
+in every step. They differ in that distance, `gradient_distance` or `feature_distance`, and in how many classes go
+through the network together.
 """
 
 from collections.abc import Callable, Iterator
@@ -88,10 +89,10 @@ def real_chunk_size(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class ClassMatching:
-    """DC and DM: the sum over classes of a distance in a freshly initialised network.
+    """DC and DM: the sum over classes of a distance in a freshly initialized network.
 
-    Real and synthetic images of a class share one augmentation (Siamese). Each thread takes one core, and one group of
-    classes at a time: the number of threads changes no bit.
+    Real and synthetic images of a class share one augmentation (Siamese). Groups of classes are matched in threads of
+    one core each; the number of threads changes no bit.
     """
 
     learnables: ClassVar[dict[str, Tensor]] = {}
@@ -255,7 +256,7 @@ def _student_gradient(
 
 
 OBJECTIVES = {
-    "dc": partial(ClassMatching, gradient_distance, 1),  # one: its gradient is that of a class alone
+    "dc": partial(ClassMatching, gradient_distance, 1),  # weight gradients are compared class by class
     "dm": partial(ClassMatching, feature_distance, 5),
     "mtt": TrajectoryMatching,
 }

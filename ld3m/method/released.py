@@ -1,6 +1,6 @@
 """Reproduce defects of the code that the authors released, each a switch of the spaces for the ablations.
 
-One more is `encoder_input="normalized"`: the encoder was trained on [-1, 1].
+Two more are in `spaces`: `encoder_input="normalized"` (the encoder was trained on [-1, 1]) and `clamp="hard"`.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,8 @@ def shifted_normalization(normalization: Normalization) -> Normalization:
     return replace(normalization, mean=tuple(m + s for m, s in zip(normalization.mean, shift, strict=False)))
 
 
-def hard_clamp(x: Tensor) -> Tensor:
-    """Clamp to [-1, 1]: saturated pixels have no gradient."""
-    return x.clamp(-1, 1)
-
-
 def redrawn_noise(render: Callable[[Tensor], Tensor], eps: Tensor, *, seed: int, step: int) -> Tensor:
-    """Render with one new draw of `eps`, and take the gradient of another: that of no loss."""
+    """Render with one new draw of `eps`, and take the gradient at another, which is the gradient of no loss."""
     measured, followed = (
         torch.randn(eps.shape, generator=generator(seed, "redrawn", place, step)).to(eps)
         for place in ("loss", "gradient")

@@ -1,7 +1,7 @@
 """The spaces: what is learned, and how it becomes images. `SPACES` names the functions that start a synthetic set.
 
 A synthetic set has `labels` (N,) and `learnables`; `render()` gives its normalized images (N, C, H, W), differentiable
-in the learnables, and `tensors()` all that is needed to render them again. `step` matters to redrawn noise alone.
+in the learnables, and `tensors()` all that is needed to render them again. `step` is used by redrawn noise only.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ld3m.runtime.seeds import generator
 CLAMPS = {
     "none": lambda x: x,
     "soft": lambda x: x + (x.clamp(-1, 1) - x).detach(),  # the values of "hard", the gradient of "none"
-    "hard": released.hard_clamp,
+    "hard": lambda x: x.clamp(-1, 1),  # the released code's: saturated pixels have no gradient
 }
 DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
 MEAN_W_DRAWS = 1000  # codes of a class that `mean_w` averages
@@ -179,7 +179,7 @@ def start_latents(
     noise, encoder_input, shifted_normalization
         "redrawn", "normalized", True and `clamp="hard"` are defects of the released code, see `released`.
     render_batch, threads
-        Images that go through the U-Net at once, and such batches at once: lower them where memory is short.
+        Images that each thread takes through the U-Net at once: lower both where memory is short.
     steps, guidance, skip, uncheckpointed_steps
         Of `sampler.reverse`; the graph of the decoder is kept where that of any step is.
     """
@@ -232,8 +232,8 @@ def start_generator(
     layer
         Learned are the features that enter it, and the codes of the layers from it on; 0 is the first.
     mean_w
-        With one image a class, start from the mean code of the class. Several would start, and stay, alike: they, and
-        all images without `mean_w`, start from the codes of random noise.
+        With one image per class, start from the mean code of the class, not from the code of random noise. Several
+        images per class always start from random codes: equal ones would stay equal.
     shifted_normalization
         A defect of the released code, see `released`.
     """
