@@ -65,6 +65,12 @@ def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
     assert list(table.columns) == ["IPC", "Set", "ConvNet", "ViT", "mlp"]
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_each_block_is_valid_over_the_base(written, block):
+    (written / "block.yaml").write_text(block)
+    apply_profiles(written / "block.yaml", path=written / "params.yaml")
+
+
 def test_each_example_is_under_twenty_lines():
     for code in PYTHON:
         assert sum(bool(line.strip()) for line in code.splitlines()) < 20
