@@ -20,49 +20,6 @@ from ld3m.evaluation.statistics import interval
 from ld3m.runtime.storage import new_folder, read_tensors, tensors_hash, write_tensors
 
 LIBRARIES = ("torch", "diffusers", "datasets", "safetensors", "numpy")
-CARD = """\
-# {name}
-
-{shape[0]} images, {ipc} a class ({class_names}), {shape[1]} x {shape[2]} x {shape[3]}, \
-normalized with mean ({mean}) and std ({std}).
-
-Iteration {chosen[iteration]} of {configuration[iterations]}, chosen on validation data, where \
-{configuration[network]} reached {chosen[accuracy]:.3f} (it was chosen there, so this flatters; \
-scores on test data are in reports/tables).
-
-| | |
-|---|---|
-{costs}| data, sha256 | {configuration[data_sha256]} |
-| prior, sha256 | {prior} |
-| tensors, sha256 | {tensors_sha256} |
-
-The whole configuration is in the metadata of distilled.safetensors; images/ holds the same images \
-clamped and rounded to 8 bit.
-
-## Train on it
-
-{configuration[network]} reaches {reached} on {score[split]} data, n = {n} networks, with:
-
-```python
-import ld3m
-from ld3m.pipeline.profiles import load_params
-from ld3m.data.dataset import load_dataset
-from ld3m.models.networks import build
-from ld3m.runtime.seeds import derive
-from ld3m.evaluation.training import accuracy, train
-
-images, labels = ld3m.load(".")  # this folder; normalized with the mean and std above
-dataset = load_dataset(**load_params().dataset_arguments())
-real = dataset.normalization.normalize(dataset.{score[split]}.x())
-recipe = {recipe}
-scores = []
-for k in range({n}):
-    seed = derive({configuration[seed]}, "judge", "{configuration[network]}", k)
-    network = build("{configuration[network]}", {size}, seed=seed)
-    network = train(network, images.__getitem__, labels, seed=seed, **recipe)
-    scores.append(accuracy(network, real.__getitem__, dataset.{score[split]}.labels))
-```
-"""
 
 
 def write_artefact(
@@ -149,18 +106,23 @@ def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
         reached += " (95 % t interval {1:.3f} to {2:.3f})".format(*interval(accuracies))
     size = {"channels": shape[1], "size_px": shape[2], "classes": len(classes)} | configuration["network_size"]
     mean, std = (", ".join(f"{value:.4f}" for value in metadata["normalization"][key]) for key in ("mean", "std"))
-    return CARD.format(
-        **metadata,
-        shape=shape,
-        ipc=shape[0] // len(classes),
-        class_names=", ".join(classes),
-        mean=mean,
-        std=std,
-        chosen=max(metadata["validation"], key=lambda record: record["accuracy"]),
-        costs="".join(f"| {key} | {value} |\n" for key, value in metadata["cost"].items()),
-        prior=configuration["prior_sha256"] or "none used",
-        reached=reached,
-        n=len(accuracies),
-        recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
-        size=", ".join(f"{key}={value}" for key, value in size.items()),
+    return (
+        Path(__file__)
+        .with_name("card.md")
+        .read_text()
+        .format(
+            **metadata,
+            shape=shape,
+            ipc=shape[0] // len(classes),
+            class_names=", ".join(classes),
+            mean=mean,
+            std=std,
+            chosen=max(metadata["validation"], key=lambda record: record["accuracy"]),
+            costs="".join(f"| {key} | {value} |\n" for key, value in metadata["cost"].items()),
+            prior=configuration["prior_sha256"] or "none used",
+            reached=reached,
+            n=len(accuracies),
+            recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
+            size=", ".join(f"{key}={value}" for key, value in size.items()),
+        )
     )

@@ -8,16 +8,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.data.dataset import Dataset
 from ld3m.evaluation.training import accuracy, train_together
 from ld3m.models.networks import flat_parameters
 from ld3m.runtime.checkpoint import Checkpoint
@@ -71,41 +69,27 @@ def train_experts(
     call goes on with the others.
     """
     require_space(folder, snapshot_bytes(new_network(seed=0), count=count, epochs=epochs))
+    together = network_chunk_size(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
     shared = {
-        "train": dataset.train,
-        "validation": dataset.validation,
-        "normalization": dataset.normalization,
+        "files": [checkpoint.folder / _name(k) for k in range(count)],
+        "dataset": dataset,
         "new_network": new_network,
+        "seed": seed,
         "recipe": {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "strategy": strategy},
     }
-    together = network_chunk_size(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
-    # The last group is filled up with experts that nobody asked for: how a group computes depends on its size.
-    groups = torch.arange(-(-count // together) * together).view(-1, together).tolist()
-
-    def receive(group: int, trained: list[tuple[np.ndarray, float]]) -> list[dict[str, Any]]:
-        records = []
-        for k, (snapshots, validation_accuracy) in zip(range(groups[group][0], count), trained, strict=False):
-            tensors = {"snapshots": torch.tensor(snapshots)}
-            write_tensors(checkpoint.folder / _name(k), tensors, {"expert": k})
-            sha256 = tensors_hash(tensors)
-            records.append({"expert": k, "validation_accuracy": validation_accuracy, "sha256": sha256})
-        return records
-
     with explain_out_of_memory("batch", "processes"):
-        received = fan_out(
+        groups = fan_out(
             _train_group,
-            [shared | {"seeds": [derive(seed, "expert", k) for k in group]} for group in groups],
+            [shared | {"experts": range(first, first + together)} for first in range(0, count, together)],
             processes=processes,
             cluster=cluster,
             label="experts" if together == 1 else f"groups of {together} experts",
             checkpoint=checkpoint,
-            receive=receive,
         )
     end_workers()
-    records = list(chain.from_iterable(received))
+    records = [record for group in groups for record in group]
     with new_folder(folder) as partial_folder:
-        for k in range(count):
-            file = checkpoint.folder / _name(k)
+        for file in shared["files"]:
             try:
                 os.link(file, partial_folder / file.name)  # no copy
             except OSError:  # of disks without hard links
@@ -115,15 +99,19 @@ def train_experts(
 
 
 def _train_group(
-    train: Split,
-    validation: Split,
+    experts: Sequence[int],
+    files: list[Path],
+    dataset: Dataset,
     *,
-    normalization: Normalization,
     new_network: Callable[..., nn.Module],
+    seed: int,
     recipe: dict[str, Any],
-    seeds: list[int],
-) -> list[tuple[np.ndarray, float]]:
-    """The snapshots (epochs + 1, P) of every expert, and the validation accuracy of the last one."""
+) -> list[dict[str, Any]]:
+    """Train some experts, write the files of those that have one, and return their records.
+
+    The last group is filled up with experts without a file: how a group computes depends on its size.
+    """
+    seeds = [derive(seed, "expert", k) for k in experts]
     networks = [new_network(seed=seed) for seed in seeds]
     snapshots = [[flat_parameters(network).cpu()] for network in networks]
 
@@ -132,11 +120,16 @@ def _train_group(
             kept.append(flat_parameters(network).cpu())
 
     recipe = recipe | {"momentum": 0.0, "weight_decay": 0.0, "warm_up": False, "ema_decay": None}
-    fetch = partial(train.normalized, normalization)
-    train_together(networks, fetch, train.labels, seeds=seeds, after_epoch=keep, **recipe)
-    fetch = partial(validation.normalized, normalization)
-    accuracies = [accuracy(network, fetch, validation.labels) for network in networks]
-    return list(zip([torch.stack(kept).numpy() for kept in snapshots], accuracies, strict=True))
+    fetch = partial(dataset.train.normalized, dataset.normalization)
+    train_together(networks, fetch, dataset.train.labels, seeds=seeds, after_epoch=keep, **recipe)
+    fetch, records = partial(dataset.validation.normalized, dataset.normalization), []
+    for k, network, kept in zip(experts, networks, snapshots, strict=True):
+        if k < len(files):
+            tensors = {"snapshots": torch.stack(kept)}
+            write_tensors(files[k], tensors, {"expert": k})
+            score = accuracy(network, fetch, dataset.validation.labels)
+            records.append({"expert": k, "validation_accuracy": score, "sha256": tensors_hash(tensors)})
+    return records
 
 
 def _name(expert: int) -> str:

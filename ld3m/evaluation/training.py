@@ -44,17 +44,13 @@ def train_together(
     """Train networks of one architecture in place with SGD on hard labels and return those to evaluate.
 
     Several networks are computed as one with stacked weights, each what it would be alone up to rounding. Everything
-    random of a network follows from its seed, but dropout from the first one's.
+    random of a network follows from its seed, but dropout from the first one's. ValueError, after the epoch, where a
+    loss is not finite.
 
-    Parameters
-    ----------
-    fetch : gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the CPU
-    warm_up : the rate rises linearly over the first half of the epochs and then falls as a cosine; else it is constant
-    ema_decay : what is returned are moving averages, updated once an epoch; with None the trained networks themselves
-    strategy : of augmentation
-    clip_norm : a network's gradient of a larger norm is scaled down to it
-
-    ValueError, after the epoch, where a loss is not finite.
+    `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
+    CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
+    constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
+    themselves). `clip_norm`: a network's gradient of a larger norm is scaled down to it.
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
