@@ -17,12 +17,8 @@ from ld3m.runtime.seeds import derive
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A set of images and its evaluation networks: of every architecture in `recipes`, networks `seeds` of the stream
-    `seed`.
-
-    `fetch(index)` gives the images of some indices. A recipe holds the keyword arguments of `training.train` but the
-    seed.
-    """
+    """A set, whose images `fetch(index)` gives, and its evaluation networks: of every architecture in `recipes`, which
+    hold the keyword arguments of `training.train` but the seed, networks `seeds` of the stream `seed`."""
 
     fetch: Callable[[Tensor], Tensor]
     labels: Tensor

@@ -137,20 +137,18 @@ def _name(expert: int) -> str:
 
 
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:
-    """Open experts 0 .. count-1 of a folder. An error names the file that is missing, broken, or without epochs
+    """Open experts 0 .. count-1 of a folder. ValueError names a file that is missing, broken, or without the epochs
     0 .. last_epoch of a network of so many parameters."""
     files = tuple(Path(folder) / _name(k) for k in range(count))
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: train {count} experts")
         try:
             with safe_open(file, framework="pt") as opened:
                 epochs, size = opened.get_slice("snapshots").get_shape()
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{file} is not a file of snapshots ({error}): train the experts again") from error
-        if epochs <= last_epoch or size != parameters:
+            if epochs <= last_epoch or size != parameters:
+                raise ValueError(f"it holds {epochs} snapshots of {size} parameters")
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"{file} holds {epochs} snapshots of {size} parameters, but last_epoch={last_epoch} and "
-                f"parameters={parameters}: train the experts again, with this network and enough epochs"
-            )
+                f"{file} does not give {last_epoch + 1} snapshots of {parameters} parameters ({error}): train {count} "
+                "experts again"
+            ) from error
     return Experts(files)

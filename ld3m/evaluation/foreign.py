@@ -99,8 +99,8 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
         raise ValueError(f"{path}: the images have values that are not finite real numbers")
 
 
-def _load_pair(path: Path, experiment: int) -> Sequence[Any] | None:
-    """[images, labels] as they are stored, or None where `path` is a folder without .pt files of images."""
+def _load_pair(path: Path, experiment: int) -> tuple[Any, Any] | None:
+    """The images and labels as they are stored, or None where `path` is a folder without .pt files of images."""
     if path.is_dir():
         found = [path / name for name in ("images_best.pt", "images.pt") if (path / name).is_file()]
         if not found:
@@ -109,12 +109,14 @@ def _load_pair(path: Path, experiment: int) -> Sequence[Any] | None:
     loaded = _load(path)
     if "images" in path.name:
         return loaded, _load(path.with_name(path.name.replace("images", "labels")))
-    pairs = loaded.get("data") if isinstance(loaded, dict) else None
-    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"{path} has no 'data' of [images, labels] pairs; others are images*.pt with labels*.pt")
-    if not 0 <= experiment < len(pairs):
-        raise ValueError(f"experiment={experiment}: {path} has {len(pairs)}, counted from 0")
-    return pairs[experiment]
+    try:
+        images, labels = loaded["data"][experiment]
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"experiment={experiment}: {path} has no such [images, labels] in its list 'data'; others are images*.pt "
+            "with labels*.pt"
+        ) from error
+    return images, labels
 
 
 def _load(file: Path) -> Any:
