@@ -188,10 +188,11 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         ("unit", lambda x, y: (x.movedim(1, -1), y), r"shape \(6, 16, 16, 1\)"),
         ("unit", lambda x, y: (x[:0], y[:0]), r"shape \(0, 1, 16, 16\)"),
         ("unit", lambda x, y: (x[:1].expand(10**10, -1, -1, -1), y), r"10000000000, .* 3 \(one a class\) to 18"),
-        ("unit", lambda x, y: (x.tolist(), y), "must be dense tensors, not list"),
-        ("unit", lambda x, y: (x.to_sparse(), y), "must be dense tensors"),
-        ("unit", lambda x, y: (x.to(torch.complex64), y), "not finite real numbers"),
-        ("unit", lambda x, y: (torch.where(x > 0.5, torch.nan, x), y), "not finite real numbers"),
+        ("unit", lambda x, y: (x.tolist(), y), "must be dense real tensors, not list"),
+        ("unit", lambda x, y: (x.to_sparse(), y), "must be dense real tensors"),
+        ("unit", lambda x, y: (x, y.to(torch.complex64)), "must be dense real tensors"),
+        ("unit", lambda x, y: (torch.where(x > 0.5, torch.nan, x), y), "values that are not finite"),
+        ("normalized", lambda x, y: (torch.where(x > 0.99, 1e300, x.double()), y), "values that are not finite"),
         ("unit", lambda x, y: (torch.rand(6, 3, 16, 16), y), "the images are colored, toy is not"),
         (None, lambda x, y: (x, y), "form=None: .* are 0 to 1, which looks like form='unit'; forms are unit, "),
         ("bytes", lambda x, y: (2 * x - 1, y), "form='bytes': .* are -1 to 1, which looks like form='signed'"),
@@ -260,7 +261,7 @@ def test_missing_files_and_further_classes_are_refused(tmp_path, dataset, x, lab
         read_set(tmp_path, dataset=dataset, form="unit")
     (tmp_path / "set.zip").write_bytes(b"")
     for absent in ("absent", "absent.pt", "set.zip"):
-        with pytest.raises(FileNotFoundError, match=rf"{absent} is no folder and no \.pt file"):
+        with pytest.raises(FileNotFoundError, match=rf"{absent} is neither a folder of images"):
             read_set(tmp_path / absent, dataset=dataset)
 
 

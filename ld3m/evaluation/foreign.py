@@ -55,22 +55,21 @@ def read_set(
     """
     path = ROOT / Path(path).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix in (".pt", ".pth")):
-        raise FileNotFoundError(f"{path} is no folder and no .pt file: give one of those in ld3m/evaluation/foreign.py")
-    loaded = _load_pair(path, experiment)
-    if not loaded and (form, mean, std) != (None, None, None):
+        raise FileNotFoundError(f"{path} is neither a folder of images or of a distilled set nor a .pt file: give one")
+    pair = _load_pair(path, experiment)
+    if not pair and (form, mean, std) != (None, None, None):
         raise ValueError(f"form, mean and std are for .pt files, {path} says what its values are: leave them out")
-    if loaded:
-        values, labels = loaded
-        _check(path, values, labels, dataset)
-        x = _to_x(path, values, form, mean, std)
+    if pair:
+        images, labels = pair
     elif (path / "distilled.safetensors").is_file():
         tensors, metadata = read_artefact(path)
         label_of = _labels_of(path, metadata["classes"], dataset.train.classes)
         labels = torch.tensor(label_of)[tensors["labels"].long()]
-        x = Normalization(**metadata["normalization"]).denormalize(tensors["images"])
+        images = Normalization(**metadata["normalization"]).denormalize(tensors["images"])
     else:
-        x, labels = _read_images(path, dataset)
-    _check(path, x, labels, dataset)
+        images, labels = _read_images(path, dataset)
+    _check(path, images, labels, dataset)
+    x = _to_x(path, images, form, mean, std) if pair else images
     channels = dataset.train.shape[0]
     if channels == 1 and not torch.equal(x, x[:, :1].expand_as(x)):
         raise ValueError(f"{path}: the images are colored, {dataset.name} is not: convert them first")
@@ -82,8 +81,9 @@ def read_set(
 def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
     """Checks shapes and labels before anything is computed: a small file can claim a tensor that no memory holds."""
     for tensor in (images, labels):
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{path}: images and labels must be dense tensors, not {type(tensor).__name__}")
+        is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not is_dense or tensor.is_quantized or tensor.is_complex():
+            raise ValueError(f"{path}: images and labels must be dense real tensors, not {type(tensor).__name__}")
     size_px, classes, most = dataset.train.shape[-1], len(dataset.train.classes), len(dataset.train)
     count, *shape = images.shape or (0,)
     if shape not in ([1, size_px, size_px], [3, size_px, size_px]) or not classes <= count <= most:
@@ -95,8 +95,8 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
         raise ValueError(f"{path}: {count} images need one class each, the labels have the shape {tuple(labels.shape)}")
     if set(labels.tolist()) != set(range(classes)):
         raise ValueError(f"{path}: the labels are {files.some(labels.unique().tolist())}, not all of 0..{classes - 1}")
-    if images.is_complex() or not images.isfinite().all():
-        raise ValueError(f"{path}: the images have values that are not finite real numbers")
+    if not images.float().isfinite().all():
+        raise ValueError(f"{path}: the images have values that are not finite")
 
 
 def _load_pair(path: Path, experiment: int) -> tuple[Any, Any] | None:
