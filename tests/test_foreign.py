@@ -65,17 +65,19 @@ def pair(folder, images, labels, names=("images_best.pt", "labels_best.pt")):
 # What can be read
 
 
-@pytest.mark.parametrize("names", [NAMES, ("0", "1", "2"), ("000", "001", "002"), ("000 a", "001 b", "002 c")])
-def test_an_image_folder_is_read_by_name_and_by_index(tmp_path, dataset, x, labels, names):
-    check(read_set(image_folder(tmp_path / "set", x, labels, names), dataset=dataset), x, labels)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
-def test_modes_are_converted_where_nothing_is_lost(tmp_path, dataset, x, labels, mode, channels):
-    """The classes of the dataset are named by numbers, which are no indices."""
-    names, split = ("2", "0", "1"), dataset.train
-    split = Split(split.uint8.expand(-1, channels, -1, -1), split.labels, names)
+@pytest.mark.parametrize(
+    "names, mode, classes",
+    [
+        (NAMES, "L", NAMES),
+        (("0", "1", "2"), "LA", NAMES),
+        (("000", "001", "002"), "RGB", NAMES),
+        (("000 a", "001 b", "002 c"), "RGBA", NAMES),
+        (("2", "0", "1"), "P", ("2", "0", "1")),  # names, not indices
+    ],
+)
+def test_an_image_folder_is_read_by_name_and_by_index(tmp_path, dataset, x, labels, names, mode, classes, channels):
+    split = Split(dataset.train.uint8.expand(-1, channels, -1, -1), dataset.train.labels, classes)
     normalization = Normalization(NORMALIZATION.mean * channels, NORMALIZATION.std * channels)
     folder = image_folder(tmp_path / "set", x, labels, names, convert=lambda image: image.convert(mode))
     read = read_set(folder, dataset=Dataset("toy", split, split, split, normalization))
