@@ -15,22 +15,13 @@ from ld3m.runtime.storage import read_tensors, tensors_hash, write_tensors
 
 CLASSES = ("cat", "dog", "sea horse")
 IPC = 2
-RECORD = {
-    "configuration": {
-        "iterations": 4,
-        "network": "convnet",
-        "network_size": {"width": 8, "depth": None},
-        "seed": 5,
-        "augmentation": "color_crop",
-        "validation_recipe": {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "epochs": 3},
-        "data_sha256": "d" * 64,
-        "prior_sha256": None,
-    },
-    "history": [{"step": 0, "loss": 0.1}],
-    "validation": [{"iteration": 0, "accuracy": 0.25}, {"iteration": 2, "accuracy": 0.75}],
-    "cost": {"iterations": 4},
-    "score": {"split": "validation", "accuracy": [0.5, 0.7, 0.6]},
-}
+RECIPE = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "epochs": 3}
+CONFIGURATION = {"iterations": 4, "network": "convnet", "network_size": {"width": 8, "depth": None}, "seed": 5}
+CONFIGURATION |= {"augmentation": "color_crop", "validation_recipe": RECIPE}
+CONFIGURATION |= {"data_sha256": "d" * 64, "prior_sha256": None}
+RECORD = {"configuration": CONFIGURATION, "history": [{"step": 0, "loss": 0.1}], "cost": {"iterations": 4}}
+RECORD |= {"validation": [{"iteration": 0, "accuracy": 0.25}, {"iteration": 2, "accuracy": 0.75}]}
+RECORD |= {"score": {"split": "validation", "accuracy": [0.5, 0.7, 0.6]}}
 
 
 def write(folder, *, channels=3, classes=CLASSES, record=RECORD):
