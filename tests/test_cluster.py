@@ -62,7 +62,7 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parallel, "_from_cluster", arriving)
     params = load_params({"cluster": "auto", "processes": 2})
-    where = {"cluster": params.trajectories_arguments()["cluster"], "processes": 1}
+    where = {"cluster": params.cluster, "processes": 1}
     experts(tmp_path / "experts", **where)
     experiment = Experiment(params)
     experiment.loaded["dataset"] = DATASET

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import nbformat
@@ -24,8 +23,7 @@ NOTEBOOK = nbformat.read(paths.ROOT / "notebooks/judge.ipynb", as_version=nbform
 def smoke(tmp_path, monkeypatch):
     """Gives the experiment of the smoke profile, which writes under `tmp_path`; notebooks and cards load it too."""
     file = tmp_path / "params.yaml"
-    shutil.copy(config.PARAMS, file)
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
+    config.apply_profiles("smoke", path=file)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
 
     def make(**overrides):
@@ -52,7 +50,7 @@ def run(**parameters):
 
 
 def control_file(root):
-    return root / "runs/mnist5k/main/scores/random_real-1/scores.json"
+    return root / "runs/smoke/main/scores/random_real-1/scores.json"
 
 
 def score(experiment, key):
@@ -69,7 +67,7 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
     table = scope["metrics"].compare(scope["accuracies"], **beside)
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
-    folder = tmp_path / "runs" / "mnist5k" / "evaluated" / "theirs"
+    folder = tmp_path / "runs" / "smoke" / "evaluated" / "theirs"
     assert {file.name for file in folder.iterdir()} == {"scores.json", "images.safetensors"}
     record, control = (json.loads(file.read_text()) for file in (folder / "scores.json", control_file(tmp_path)))
     assert record == control | {"cell": "theirs"}
@@ -105,7 +103,7 @@ def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_p
     fan_out = runs.fan_out  # in this process: another would write into the repository's own folders
     monkeypatch.setattr(runs, "fan_out", lambda *work, **given: fan_out(*work, **given | {"processes": 1}))
     params = experiment.params.model_copy(update={"processes": 2})
-    cell = Cell("mnist5k", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
+    cell = Cell("smoke", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
     folders = runs.distill_runs(replace(experiment, params=params), cell)
     assert [folder.name for folder in folders] == ["run-1", "run-2"] and "report" in folders[0].parts
     assert all(folder.is_relative_to(tmp_path) for folder in folders)
@@ -129,7 +127,7 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(smoke, tm
     accuracies = experiment.validate(images, synthetic.labels)
     validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
     distilled = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
-    cell = Cell("mnist5k", "dm-pixel-1", "main", "dm", "pixel", 1)
+    cell = Cell("smoke", "dm-pixel-1", "main", "dm", "pixel", 1)
     monkeypatch.chdir(experiment._write(distilled, synthetic, cell))
     card = open("card.md").read()
     (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)

@@ -33,7 +33,10 @@ Skip = Literal["x0", "mean", "none"]
 
 
 def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int]:
-    """Choose the DDIM timesteps among the `total` of training, ascending: CompVis takes 1, 101, ..., 901 for ten."""
+    """Choose the DDIM timesteps among the `total` of training, ascending: 1, 101, ..., 901 for ten, as CompVis does.
+
+    Where `steps` does not divide `total`, CompVis's code takes more than asked (31 for 30); this takes `steps`.
+    """
     found = []
     if 1 <= steps <= total:
         found = {
