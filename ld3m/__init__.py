@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> "tuple[Tensor, Tensor]":
-    """Images (N, C, H, W), normalised as the card says, and labels (N,) of a distilled set's folder.
+    """Images (N, C, H, W), normalized as the card says, and labels (N,) of a distilled set's folder.
 
     FileNotFoundError where there is none, ValueError where it is broken or is not what it was written as.
     """

@@ -1,6 +1,7 @@
-"""The notebook `judge` gives a set the scores that the pipeline gives the same images."""
+"""The notebook `judge`, runs and the recipe on a card give the same images the same scores."""
 
 import json
+import re
 from dataclasses import replace
 
 import nbformat
@@ -8,25 +9,34 @@ import pytest
 import torch
 
 from ld3m.evaluation.artefact import write_images
+from ld3m.method.distill import Distilled
 from ld3m.pipeline import profiles as config
 from ld3m.pipeline import runs
 from ld3m.pipeline.cells import Cell, cell_of
 from ld3m.pipeline.experiment import Experiment
 from ld3m.runtime import paths
-from ld3m.runtime.paths import ROOT
 
-NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_CONVERT)
+NOTEBOOK = nbformat.read(paths.ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_CONVERT)
 
 
 @pytest.fixture
-def experiment(tmp_path, monkeypatch):
-    """That of the smoke profile, which writes under `tmp_path`."""
+def smoke(tmp_path, monkeypatch):
+    """Gives the experiment of the smoke profile, which writes under `tmp_path`; notebooks and cards load it too."""
     file = tmp_path / "params.yaml"
     config.apply_profiles("smoke", path=file)
-    params = config.load_params(path=file)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(config, "load_params", lambda overrides: params)
-    return Experiment(params)
+
+    def make(**overrides):
+        params = config.load_params(overrides, path=file)
+        monkeypatch.setattr(config, "load_params", lambda overrides=None: params)
+        return Experiment(params)
+
+    return make
+
+
+@pytest.fixture
+def experiment(smoke):
+    return smoke()
 
 
 def run(**parameters):
@@ -39,8 +49,8 @@ def run(**parameters):
     return scope
 
 
-def control_folder(root):
-    return root / "runs/smoke/main/scores/random_real-1"
+def control_file(root):
+    return root / "runs/smoke/main/scores/random_real-1/scores.json"
 
 
 def score(experiment, key):
@@ -59,7 +69,7 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
     folder = tmp_path / "runs" / "smoke" / "evaluated" / "theirs"
     assert {file.name for file in folder.iterdir()} == {"scores.json", "images.safetensors"}
-    record, control = (json.loads((place / "scores.json").read_text()) for place in (folder, control_folder(tmp_path)))
+    record, control = (json.loads(file.read_text()) for file in (folder / "scores.json", control_file(tmp_path)))
     assert record == control | {"cell": "theirs"}
 
 
@@ -71,7 +81,7 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     scores = score(experiment, "random_real-1")
     assert runs.comparable(experiment, labels) == {"random_real": scores[0]}
     assert "random_real" not in runs.comparable(experiment, torch.tensor([0, 0, 1]))  # as many a class, or nothing
-    file = control_folder(tmp_path) / "scores.json"
+    file = control_file(tmp_path)
     record = json.loads(file.read_text())
     record["networks"]["vit"]["recipe"]["training"]["epochs"] += 1
     file.write_text(json.dumps(record))
@@ -84,10 +94,9 @@ def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(
     assert not torch.equal(first, second)
     cell = cell_of(experiment.params, "random_real-1")
     together = runs.evaluate_runs(experiment, replace(cell, runs=(0, 1)))
-    alone = runs.evaluate_runs(experiment, replace(cell, runs=(1,)))
-    assert together[1] == alone[1]
-    assert {name: len(scores) for name, scores in together[0].items()} == {"convnet": 2, "vit": 2}
-    assert {name: len(scores) for name, scores in alone[1].items()} == {"convnet": 1, "vit": 1}
+    assert together[1] == runs.evaluate_runs(experiment, replace(cell, runs=(1,)))[1]
+    for k, count in ((0, 2), (1, 1)):
+        assert {name: len(scores) for name, scores in together[k].items()} == {"convnet": count, "vit": count}
 
 
 def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_path, monkeypatch):
@@ -110,8 +119,22 @@ def test_a_name_that_is_no_name_is_refused_before_anything_is_judged(experiment,
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_set_that_does_not_fit_leaves_nothing(experiment, tmp_path):
-    write_images(tmp_path / "set", torch.zeros(3, 3, 32, 32), torch.arange(3), ("0", "1", "2"))
-    with pytest.raises(ValueError, match="and no other"):
-        run(path=str(tmp_path / "set"))
-    assert not (tmp_path / "runs").exists()
+def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(smoke, tmp_path, monkeypatch):
+    epochs = {"convnet": 30, "vit": 2}  # enough to know a trained network from an untrained one
+    experiment = smoke(**{"evaluate.recipe.epochs": epochs, "distill.validation_seeds": 3})
+    synthetic = experiment.synthetic("pixel", 1)
+    images = synthetic.render().detach()
+    accuracies = experiment.validate(images, synthetic.labels)
+    validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
+    distilled = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
+    cell = Cell("smoke", "dm-pixel-1", "main", "dm", "pixel", 1)
+    monkeypatch.chdir(experiment._write(distilled, synthetic, cell))
+    card = open("card.md").read()
+    (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    lines = [line for line in recipe.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(lines) <= 10
+    scope = {}
+    exec(recipe, scope)
+    assert scope["scores"] == accuracies
+    (mean,) = re.findall(r"convnet reaches ([\d.]+) \(95 % t interval", card)
+    assert sum(accuracies) / 3 == pytest.approx(float(mean), abs=6e-4) and 0.6 < float(mean) < 1

@@ -35,11 +35,6 @@ def test_values_without_spread_have_no_width():
     assert p_value([0.0, 0.0, 0.0]) == 1 and p_value([0.5, 0.5]) == 0
 
 
-def test_recovery_and_improvement_have_the_sign_of_the_paper():
-    assert hard_label_recovery(accuracy=0.6, full_data=0.9) == pytest.approx(0.3)
-    assert improvement_over_random(accuracy=0.6, random_real=0.5) == pytest.approx(0.1)
-
-
 # (e^alpha - e^-1) / (e - e^-1), worked out by hand with e = 2.718281828, e^-1 = 0.367879441
 @pytest.mark.parametrize(
     "accuracy, random_real, full_data, expected",
@@ -51,15 +46,17 @@ def test_recovery_and_improvement_have_the_sign_of_the_paper():
         (0.0, 1.0, 1.0, 0.0),
     ],
 )
-def test_the_label_robust_score_is_the_formula(accuracy, random_real, full_data, expected):
+def test_the_scores_of_dd_ranking_are_their_formulas(accuracy, random_real, full_data, expected):
     score = label_robust_score(accuracy=accuracy, random_real=random_real, full_data=full_data)
     assert score == pytest.approx(expected, abs=1e-8)
+    assert improvement_over_random(accuracy=accuracy, random_real=random_real) == accuracy - random_real
+    assert hard_label_recovery(accuracy=accuracy, full_data=full_data) == full_data - accuracy
 
 
-@pytest.mark.parametrize("given", [{"vit": [value, 0.2]} for value in (90.0, 1.5, -0.1, float("nan"))])
-def test_percent_and_other_values_outside_of_0_to_1_are_refused(given):
+@pytest.mark.parametrize("value", [90.0, 1.5, -0.1, float("nan")])
+def test_percent_and_other_values_outside_of_0_to_1_are_refused(value):
     with pytest.raises(ValueError, match=r"accuracy of vit is .* must be in \[0, 1\]; divide percent by 100"):
-        compare(given)
+        compare({"vit": [value, 0.2]})
     assert list(compare({"vit": [0.0, 1.0]}).accuracy) == [0.5]  # the ends are allowed
 
 
@@ -80,17 +77,13 @@ def test_a_comparison_is_paired_by_network_and_shows_the_parts():
     assert mean.HLR_high == pytest.approx(0.225 + T_975_DF_1 * 0.15 / 2)
 
 
-def test_a_comparison_leaves_out_statistics_whose_arguments_are_missing():
-    assert {"IOR", "HLR", "LRS"}.isdisjoint(compare(SET).columns)
-    beside = compare(SET, random_real=RANDOM)
-    assert "IOR" in beside and "LRS" not in beside and "HLR" not in beside
-    assert list(compare({"vit": [0.1, 0.2]}).architecture) == ["vit"]
-
-
-def test_a_new_statistic_is_one_entry(monkeypatch):
-    monkeypatch.setitem(STATISTICS, "ratio", lambda *, accuracy, full_data: accuracy / full_data)
+def test_a_comparison_has_the_statistics_whose_arguments_are_given(monkeypatch):
+    monkeypatch.setitem(STATISTICS, "ratio", lambda *, accuracy, full_data: accuracy / full_data)  # a new one
+    assert set(STATISTICS).isdisjoint(compare(SET).columns)
+    assert set(compare(SET, random_real=RANDOM).columns) & set(STATISTICS) == {"IOR"}
     table = compare(SET, random_real=RANDOM, full_data=FULL).set_index("architecture")
     assert table.ratio["convnet"] == pytest.approx(0.85) and {"ratio_low", "ratio_high"} <= set(table.columns)
+    assert list(compare({"vit": [0.1, 0.2]}).architecture) == ["vit"]
 
 
 def test_a_comparison_refuses_another_number_of_networks():

@@ -15,33 +15,10 @@ from ld3m.runtime.parallel import fan_out
 from ld3m.runtime.seeds import derive
 
 
-def evaluate_networks(
-    fetch: Callable[[Tensor], Tensor],
-    labels: Tensor,
-    real: Split,
-    *,
-    normalization: Normalization,
-    new_network: Callable[..., nn.Module],
-    recipe: dict[str, Any],
-    seeds: list[int],
-) -> list[float]:
-    """The accuracies, in [0, 1], on `real` of networks trained together on the images `fetch(index)` with `labels`.
-
-    `recipe` holds the keyword arguments of `training.train` but the seed.
-    """
-    networks = [new_network(seed=seed) for seed in seeds]
-    trained = train_together(networks, fetch, labels, seeds=seeds, **recipe)
-    batch = test_chunk_size(real.device, size_px=real.shape[-1])
-    return [accuracy(network, partial(real.normalized, normalization), real.labels, batch=batch) for network in trained]
-
-
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A set of images and its evaluation networks: of every architecture in `recipes`, networks `seeds` of the stream
-    `seed`.
-
-    A recipe has the keyword arguments of `training.train` but the seed.
-    """
+    """A set, whose images `fetch(index)` gives, and its evaluation networks: of every architecture in `recipes`, which
+    hold the keyword arguments of `training.train` but the seed, networks `seeds` of the stream `seed`."""
 
     fetch: Callable[[Tensor], Tensor]
     labels: Tensor
@@ -60,37 +37,42 @@ def evaluate_sets(
     cluster: str | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, list[float]]]:
-    """For every set the accuracies of its networks: {architecture: [accuracy, ...]}.
+    """Compute for every set the accuracies, in [0, 1], of its networks on `real`: {architecture: [accuracy, ...]}.
 
-    The k-th network of an architecture has the same initialisation and augmentation whatever the images are, so that
+    The k-th network of an architecture has the same initialization and augmentation whatever the images are, so that
     sets of the same `seed` can be compared network by network (on CUDA, where several are trained together, all but the
-    first have dropout that depends on how many). Those that an interrupted call left in `checkpoint` are
-    not trained again.
+    first have dropout that depends on how many). Those that an interrupted call left in `checkpoint` are not trained
+    again.
     """
     keys, tasks = [], []
-    for n, given in enumerate(jobs):
-        for architecture, recipe in given.recipes.items():
-            batch = min(recipe["batch"], len(given.labels))
+    for n, job in enumerate(jobs):
+        for architecture, recipe in job.recipes.items():
+            batch = min(recipe["batch"], len(job.labels))
             together = network_chunk_size(real.device, batch=batch, size_px=real.shape[-1])
-            for first in range(0, len(given.seeds), together):
+            seeds = [derive(job.seed, "judge", architecture, k) for k in job.seeds]
+            shared = {"fetch": job.fetch, "labels": job.labels, "real": real, "normalization": normalization}
+            shared |= {"new_network": networks[architecture], "recipe": recipe}
+            for first in range(0, len(seeds), together):
                 keys.append((n, architecture))
-                tasks.append(
-                    {
-                        "fetch": given.fetch,
-                        "labels": given.labels,
-                        "real": real,
-                        "normalization": normalization,
-                        "new_network": networks[architecture],
-                        "recipe": recipe,
-                        "seeds": [
-                            derive(given.seed, "judge", architecture, k) for k in given.seeds[first : first + together]
-                        ],
-                    }
-                )
-    scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in given.recipes} for given in jobs]
+                tasks.append(shared | {"seeds": seeds[first : first + together]})
     found = fan_out(
-        evaluate_networks, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint
+        _train_and_test, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint
     )
+    scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in job.recipes} for job in jobs]
     for (n, architecture), accuracies in zip(keys, found, strict=True):
         scores[n][architecture] += accuracies
     return scores
+
+
+def _train_and_test(
+    fetch: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    real: Split,
+    normalization: Normalization,
+    new_network: Callable[..., nn.Module],
+    recipe: dict[str, Any],
+    seeds: list[int],
+) -> list[float]:
+    trained = train_together([new_network(seed=seed) for seed in seeds], fetch, labels, seeds=seeds, **recipe)
+    batch = test_chunk_size(real.device, size_px=real.shape[-1])
+    return [accuracy(network, partial(real.normalized, normalization), real.labels, batch=batch) for network in trained]

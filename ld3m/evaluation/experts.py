@@ -1,6 +1,6 @@
 """Expert trajectories for MTT: networks trained on the real images, one snapshot of the weights an epoch.
 
-One safetensors file an expert holds `snapshots` (epochs + 1, P), the first of them the initialisation.
+One safetensors file an expert holds `snapshots` (epochs + 1, P), the first of them the initialization.
 """
 
 import os
@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.data.dataset import Dataset
 from ld3m.evaluation.training import accuracy, train_together
 from ld3m.models.networks import flat_parameters
 from ld3m.runtime.checkpoint import Checkpoint
@@ -37,14 +36,14 @@ class Experts:
         return len(self.files)
 
     def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
-        """The flat parameters (len(epochs), P) after some epochs of one expert; epoch 0 is its initialisation."""
+        """Return the flat parameters (len(epochs), P) of an expert after some epochs, 0 being its initialization."""
         with safe_open(self.files[expert], framework="pt") as file:
             rows = file.get_slice("snapshots")
             return torch.stack([rows[epoch] for epoch in epochs])
 
 
 def snapshot_bytes(network: nn.Module, *, count: int, epochs: int) -> int:
-    """What the files of so many experts take on the disk."""
+    """Compute the size of the files of `count` experts."""
     return count * (epochs + 1) * flat_parameters(network).nbytes
 
 
@@ -63,103 +62,74 @@ def train_experts(
     cluster: str | None = None,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
-    """Trains experts 0 .. count-1 into `folder` with plain SGD (no momentum, no decay) and returns their records:
-    expert, and the validation accuracy in [0, 1] of its last snapshot. Expert k does not depend on `count`.
+    """Train experts 0 .. count-1 into `folder` with plain SGD and return a record of each.
 
-    Finished experts wait in the folder of `checkpoint`, so that an interrupted run goes on with the others.
+    A record holds `expert`, `validation_accuracy` in [0, 1] of the last snapshot, and the `sha256` of the snapshots.
+    Expert k does not depend on `count`. Finished experts wait in the folder of `checkpoint`, so that an interrupted
+    call goes on with the others.
     """
     require_space(folder, snapshot_bytes(new_network(seed=0), count=count, epochs=epochs))
-    shared = dict(
-        split=dataset.train,
-        validation=dataset.validation,
-        normalization=dataset.normalization,
-        new_network=new_network,
-        epochs=epochs,
-        batch=batch,
-        learning_rate=learning_rate,
-        strategy=strategy,
-    )
-
     together = network_chunk_size(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
-
-    def receive(group: int, trained: list[tuple[np.ndarray, float]]) -> list[dict[str, Any]]:
-        records = []
-        for k, (snapshots, validation_accuracy) in zip(range(group * together, count), trained):  # noqa: B905
-            write_tensors(checkpoint.folder / _name(k), {"snapshots": torch.tensor(snapshots)}, {"expert": k})
-            sha256 = tensors_hash({"snapshots": torch.tensor(snapshots)})
-            records.append({"expert": k, "validation_accuracy": validation_accuracy, "sha256": sha256})
-        return records
-
-    # The last group is filled up with experts that nobody asked for: how a group computes depends on its size.
-    groups = torch.arange(-(-count // together) * together).view(-1, together).tolist()
-    tasks = [shared | {"seeds": [derive(seed, "expert", k) for k in group]} for group in groups]
-    with explain_out_of_memory("trajectories.batch", "processes"):
-        records = fan_out(
+    shared = {
+        "files": [checkpoint.folder / _name(k) for k in range(count)],
+        "dataset": dataset,
+        "new_network": new_network,
+        "seed": seed,
+        "recipe": {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "strategy": strategy},
+    }
+    with explain_out_of_memory("batch", "processes"):
+        groups = fan_out(
             _train_group,
-            tasks,
+            [shared | {"experts": range(first, first + together)} for first in range(0, count, together)],
             processes=processes,
             cluster=cluster,
             label="experts" if together == 1 else f"groups of {together} experts",
             checkpoint=checkpoint,
-            receive=receive,
         )
-    records = [record for group in records for record in group]
-    with new_folder(folder) as partial:
-        for k in range(count):
-            _place(checkpoint.folder / _name(k), partial)
-        write_json(partial / "summary.json", {"experts": records})  # what MTT's stages depend on
     end_workers()
+    records = [record for group in groups for record in group]
+    with new_folder(folder) as partial_folder:
+        for file in shared["files"]:
+            try:
+                os.link(file, partial_folder / file.name)  # no copy
+            except OSError:  # of disks without hard links
+                shutil.copy2(file, partial_folder)
+        write_json(partial_folder / "summary.json", {"experts": records})  # what MTT's stages depend on
     return records
 
 
 def _train_group(
-    split: Split,
-    validation: Split,
+    experts: Sequence[int],
+    files: list[Path],
+    dataset: Dataset,
     *,
-    normalization: Normalization,
     new_network: Callable[..., nn.Module],
-    epochs: int,
-    batch: int,
-    learning_rate: float,
-    strategy: str,
-    seeds: list[int],
-) -> list[tuple[np.ndarray, float]]:
-    """Of every expert the snapshots (epochs + 1, P), and the validation accuracy of the last."""
+    seed: int,
+    recipe: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Train some experts, write the files of those that have one, and return their records.
+
+    The last group is filled up with experts without a file: how a group computes depends on its size.
+    """
+    seeds = [derive(seed, "expert", k) for k in experts]
     networks = [new_network(seed=seed) for seed in seeds]
     snapshots = [[flat_parameters(network).cpu()] for network in networks]
 
-    def after_epoch(trained: Sequence[nn.Module]) -> None:
+    def keep(trained: Sequence[nn.Module]) -> None:
         for kept, network in zip(snapshots, trained, strict=True):
             kept.append(flat_parameters(network).cpu())
 
-    train_together(
-        networks,
-        partial(split.normalized, normalization),
-        split.labels,
-        epochs=epochs,
-        batch=batch,
-        learning_rate=learning_rate,
-        momentum=0.0,
-        weight_decay=0.0,
-        warm_up=False,
-        ema_decay=None,
-        strategy=strategy,
-        seeds=seeds,
-        after_epoch=after_epoch,
-    )
-    fetch = partial(validation.normalized, normalization)
-    return [
-        (torch.stack(kept).numpy(), accuracy(network, fetch, validation.labels))
-        for kept, network in zip(snapshots, networks, strict=True)
-    ]
-
-
-def _place(file: Path, folder: Path) -> None:
-    """The file in another folder too, without a copy where the disk can do that."""
-    try:
-        os.link(file, folder / file.name)
-    except OSError:
-        shutil.copy2(file, folder)
+    recipe = recipe | {"momentum": 0.0, "weight_decay": 0.0, "warm_up": False, "ema_decay": None}
+    fetch = partial(dataset.train.normalized, dataset.normalization)
+    train_together(networks, fetch, dataset.train.labels, seeds=seeds, after_epoch=keep, **recipe)
+    fetch, records = partial(dataset.validation.normalized, dataset.normalization), []
+    for k, network, kept in zip(experts, networks, snapshots, strict=True):
+        if k < len(files):
+            tensors = {"snapshots": torch.stack(kept)}
+            write_tensors(files[k], tensors, {"expert": k})
+            score = accuracy(network, fetch, dataset.validation.labels)
+            records.append({"expert": k, "validation_accuracy": score, "sha256": tensors_hash(tensors)})
+    return records
 
 
 def _name(expert: int) -> str:
@@ -167,21 +137,18 @@ def _name(expert: int) -> str:
 
 
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:
-    """Experts 0 .. count-1 of a folder, each checked to hold epochs 0 .. last_epoch of a network of that size."""
+    """Open experts 0 .. count-1 of a folder. ValueError names a file that is missing, broken, or without the epochs
+    0 .. last_epoch of a network of so many parameters."""
     files = tuple(Path(folder) / _name(k) for k in range(count))
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; `dvc repro trajectories` trains the experts")
         try:
             with safe_open(file, framework="pt") as opened:
                 epochs, size = opened.get_slice("snapshots").get_shape()
-        except (SafetensorError, ValueError) as error:
+            if epochs <= last_epoch or size != parameters:
+                raise ValueError(f"it holds {epochs} snapshots of {size} parameters")
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"{file} is not a file of snapshots ({error}); `dvc repro -f trajectories` writes it again"
+                f"{file} does not give {last_epoch + 1} snapshots of {parameters} parameters ({error}): train {count} "
+                "experts again"
             ) from error
-        if epochs <= last_epoch or size != parameters:
-            raise ValueError(
-                f"{file} holds {epochs} snapshots of {size} parameters; needed are {last_epoch + 1} of {parameters}: "
-                "the experts' network or epochs changed in params.yaml, run `dvc repro trajectories`"
-            )
     return Experts(files)

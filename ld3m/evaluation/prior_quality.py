@@ -1,7 +1,8 @@
-"""Measure a prior: what its autoencoder loses, and whether its samples show the class they were asked for."""
+"""Measures a prior: what its autoencoder loses, and whether its samples show the class they were asked for."""
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,112 +16,69 @@ from ld3m.models.gan import Generator
 from ld3m.models.networks import build
 from ld3m.runtime.seeds import derive, generator
 
-
-def sample_class_accuracy(
-    x: Tensor,
-    labels: Tensor,
-    dataset: Dataset,
-    *,
-    width: int,
-    epochs: int,
-    learning_rate: float,
-    strategy: str,
-    seed: int,
-) -> dict[str, float]:
-    """Measure how often a ConvNet trained on the real training images sees the requested class in samples.
-
-    Parameters
-    ----------
-    x, labels : samples (N, C, H, W) in [-1, 1] and the requested labels (N,)
-    dataset : of the real images
-    width, epochs, learning_rate, strategy, seed : of the ConvNet and its training
-
-    Returns
-    -------
-    `samples`, their number; `sample_class_accuracy`, the accuracy on them; and `classifier_accuracy`, that on real
-    validation images, which is the ceiling. Both are in [0, 1].
-    """
-    real, normalization = dataset.train, dataset.normalization
-    channels, size_px = real.shape[:2]
-    seed = derive(seed, "check")
-    network = build(
-        "convnet",
-        channels=channels,
-        size_px=size_px,
-        classes=len(real.classes),
-        width=width,
-        seed=seed,
-        device=real.device,
-    )
-    network = train(
-        network,
-        partial(real.normalized, normalization),
-        real.labels,
-        epochs=epochs,
-        batch=64,
-        learning_rate=learning_rate,
-        momentum=0.9,
-        weight_decay=5e-4,
-        warm_up=True,
-        ema_decay=None,
-        strategy=strategy,
-        seed=seed,
-    )
-    samples, validation = normalization.normalize(x), partial(dataset.validation.normalized, normalization)
-    return {
-        "samples": len(labels),
-        "sample_class_accuracy": accuracy(network, samples.__getitem__, labels),
-        "classifier_accuracy": accuracy(network, validation, dataset.validation.labels),
-    }
+Check = tuple[Tensor, Tensor, dict[str, float]]
 
 
 def check_prior(
-    prior: Prior, dataset: Dataset, *, samples_per_class: int, steps: int, guidance: float, seed: int, **classifier
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Draw guided samples of a diffusion prior and measure them.
+    prior: Prior, dataset: Dataset, *, samples_per_class: int, steps: int, guidance: float, seed: int, **classifier: Any
+) -> Check:
+    """Draw guided samples of a diffusion prior in `steps` steps and measure how often a ConvNet, trained on the real
+    training images, sees the requested class in them.
 
-    Parameters
-    ----------
-    steps, guidance : of the sampler
-    classifier : the further arguments of `sample_class_accuracy`
+    `classifier` holds the ConvNet's `width` and the `epochs`, `learning_rate` and `strategy` of its training.
 
     Returns
     -------
-    The samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn, their labels, and the record
-    of `sample_class_accuracy`.
+    The samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a record
+    with their number `samples`, the accuracy on them `sample_class_accuracy`, and that on real validation images
+    `classifier_accuracy`, which is the ceiling. Both are in [0, 1].
     """
-    count, size_px = len(dataset.train.classes), dataset.train.shape[-1]
-    labels = torch.arange(count).repeat(samples_per_class)
+    labels = torch.arange(len(dataset.train.classes)).repeat(samples_per_class)
+    size_px = dataset.train.shape[-1]
     chunk = prior_chunk_size(size_px, count=100)
     x = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=chunk, seed=seed)
-    return x, labels, sample_class_accuracy(x, labels, dataset, seed=seed, **classifier)
+    return x, labels, _classified(x, labels, dataset, seed=seed, **classifier)
 
 
-def check_gan(
-    gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **classifier
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Draw samples of a GAN, clamped to [-1, 1], and measure them; returns what `check_prior` returns."""
+def check_gan(gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **classifier: Any) -> Check:
+    """Do what `check_prior` does with samples of a GAN, clamped to [-1, 1]."""
     labels = torch.arange(gan.classes).repeat(samples_per_class)
     noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
     noise = noise.to(dataset.train.device)
     x = torch.cat([gan(*part) for part in zip(noise.split(100), labels.split(100), strict=True)]).clamp(-1, 1)
-    return x, labels, sample_class_accuracy(x, labels, dataset, seed=seed, **classifier)
+    return x, labels, _classified(x, labels, dataset, seed=seed, **classifier)
+
+
+def _classified(
+    x: Tensor, labels: Tensor, dataset: Dataset, *, width: int, seed: int, **recipe: Any
+) -> dict[str, float]:
+    real, validation, normalization = dataset.train, dataset.validation, dataset.normalization
+    seed, (channels, size_px, _) = derive(seed, "check"), real.shape
+    size = {"channels": channels, "size_px": size_px, "classes": len(real.classes), "width": width}
+    network = build("convnet", **size, seed=seed, device=real.device)
+    recipe |= {"batch": 64, "momentum": 0.9, "weight_decay": 5e-4, "warm_up": True, "ema_decay": None}
+    network = train(network, partial(real.normalized, normalization), real.labels, seed=seed, **recipe)
+    return {
+        "samples": len(labels),
+        "sample_class_accuracy": accuracy(network, normalization.normalize(x).__getitem__, labels),
+        "classifier_accuracy": accuracy(network, partial(validation.normalized, normalization), validation.labels),
+    }
 
 
 @torch.no_grad()
 def reconstruct(prior: Prior, x: Tensor) -> Tensor:
-    """Encode, quantise and decode images x, clamped to [-1, 1]."""
+    """Encode, quantize and decode images x (N, C, H, W) in [-1, 1], to which the result is clamped."""
     parts = x.split(prior_chunk_size(x.shape[-1]))
     return torch.cat([prior.decode(prior.encode(part)).clamp(-1, 1) for part in parts])
 
 
 def reconstruction_error(x: Tensor, reconstructed: Tensor) -> dict[str, float]:
-    """Mean squared error on the scale [-1, 1], and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
+    """Compute the mean squared error on [-1, 1], and the peak signal-to-noise ratio in dB (peak to peak is 2)."""
     mse = mse_loss(reconstructed, x).item()
     return {"mse": mse, "psnr_db": 10 * math.log10(4 / mse)}
 
 
 def spread(x: Tensor, labels: Tensor) -> float:
-    """The mean Euclidean distance between two images x (N, C, H, W) of one class, averaged over the classes."""
+    """Compute the mean Euclidean distance between two images x (N, C, H, W) of a class, averaged over the classes."""
     distances = [torch.pdist(x[labels == label].flatten(1)).mean() for label in labels.unique()]
     return torch.stack(distances).mean().item()

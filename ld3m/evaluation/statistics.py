@@ -16,31 +16,24 @@ Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the mean and its 95 % Student t interval.
-
-    Parameters
-    ----------
-    values : sequence of float
-        Independent values, at least two. Paired differences give the interval of the paired t test.
-
-    Returns
-    -------
-    tuple of float
-        Mean, lower and upper end: mean -+ t(0.975, n - 1) s / sqrt(n).
-    """
-    values = np.asarray(values, dtype=float)
-    mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
-    half = stdtrit(len(values) - 1, 0.975) * error
+    """Compute the mean of at least two independent values and the ends of its 95 % Student t interval,
+    mean -+ t(0.975, n - 1) s / sqrt(n). Paired differences give the interval of the paired t test."""
+    mean, error, degrees = _mean_and_error(values)
+    half = stdtrit(degrees, 0.975) * error
     return mean, mean - half, mean + half
 
 
 def p_value(values: Sequence[float]) -> float:
     """Compute the p-value of the two-sided t test that the mean is zero; of paired differences, the paired t test."""
-    values = np.asarray(values, dtype=float)
-    error = values.std(ddof=1) / math.sqrt(len(values))
+    mean, error, degrees = _mean_and_error(values)
     if error == 0:
-        return 1.0 if values.mean() == 0 else 0.0
-    return 2 * stdtr(len(values) - 1, -abs(values.mean()) / error)
+        return 1.0 if mean == 0 else 0.0
+    return 2 * stdtr(degrees, -abs(mean) / error)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
+    values = np.asarray(values, dtype=float)
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)), len(values) - 1
 
 
 def improvement_over_random(*, accuracy: float, random_real: float) -> float:
@@ -72,37 +65,26 @@ def compare(
 ) -> pd.DataFrame:
     """Compute accuracy and every statistic of `STATISTICS` whose arguments are given.
 
-    Parameters
-    ----------
-    accuracies, random_real, full_data : dict
-        {architecture: one accuracy in [0, 1] a network}, of the set, of as many random real images, of all real data.
+    The accuracies are those of the set, of as many random real images, and of all real data. A row is an architecture,
+    and one their mean where there are several. A statistic is that of the mean accuracies; `_low` and `_high` are its
+    95 % interval over networks, paired by network.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row an architecture, and one for their mean where there are several. A statistic is that of the mean
-        accuracies; `_low` and `_high` are its 95 % interval over networks, paired by network.
-
-    Raises
-    ------
-    ValueError
-        An accuracy is outside [0, 1], or the numbers of networks differ.
+    ValueError where an accuracy is outside [0, 1], or where the numbers of networks differ.
     """
     given = {"accuracy": accuracies, "random_real": random_real, "full_data": full_data}
-    given = {name: values for name, values in given.items() if values is not None}
     rows = []
     for architecture in [*accuracies, *(["mean"] if len(accuracies) > 1 else [])]:
-        found = {name: _networks(name, values, architecture) for name, values in given.items()}
+        found = {name: _networks(name, values, architecture) for name, values in given.items() if values is not None}
         if len(set(map(len, found.values()))) > 1:
             counts = ", ".join(f"{len(values)} of {name}" for name, values in found.items())
             raise ValueError(f"{architecture}: numbers of networks differ, {counts}: evaluate all with the same number")
         networks = pd.DataFrame(found)
-        count, means = len(networks), networks.mean()
-        row = {"architecture": architecture, "n": count} | _with_interval("accuracy", networks.accuracy)
+        means = networks.mean()
+        row = {"architecture": architecture, "n": len(networks)} | _with_interval("accuracy", networks.accuracy)
         row |= means.drop("accuracy").to_dict()
         for name, statistic in STATISTICS.items():
             needed = list(inspect.signature(statistic).parameters)
-            if set(needed) <= set(given):
+            if set(needed) <= set(found):
                 values = [statistic(**network) for network in networks[needed].to_dict("records")]
                 row |= _with_interval(name, values) | {name: statistic(**means[needed])}
         rows.append(row)

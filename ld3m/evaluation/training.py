@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ld3m.data.augment import augment_each, draw
@@ -16,18 +18,10 @@ from ld3m.runtime.training_state import require_finite
 
 
 def train(
-    network: nn.Module,
-    fetch: Callable[[Tensor], Tensor],
-    labels: Tensor,
-    *,
-    seed: int,
-    after_epoch: Callable[[nn.Module], None] = lambda network: None,
-    **recipe: Any,
+    network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, seed: int, **recipe: Any
 ) -> nn.Module:
-    """`train_together` of one network."""
-    after = lambda networks: after_epoch(networks[0])  # noqa: E731
-    (trained,) = train_together([network], fetch, labels, seeds=[seed], after_epoch=after, **recipe)
-    return trained
+    """Do `train_together` with one network."""
+    return train_together([network], fetch, labels, seeds=[seed], **recipe)[0]
 
 
 def train_together(
@@ -47,20 +41,22 @@ def train_together(
     clip_norm: float | None = None,
     after_epoch: Callable[[Sequence[nn.Module]], None] = lambda networks: None,
 ) -> list[nn.Module]:
-    """Trains networks of one architecture in place with SGD on hard labels and returns those to evaluate.
+    """Train networks of one architecture in place with SGD on hard labels and return those to evaluate.
+
+    Several networks are computed as one with stacked weights, each what it would be alone up to rounding. Everything
+    random of a network follows from its seed, but dropout from the first one's. ValueError, after the epoch, where a
+    loss is not finite.
 
     `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
-    constant). `clip_norm`: a network's gradient of a larger norm is scaled down to it. `ema_decay`: what is returned
-    are moving averages, updated once an epoch (None: the trained networks themselves). Everything random of a network
-    follows from its seed, but dropout from the first one's: several networks are one with stacked weights, each what it
-    would be alone up to rounding. ValueError, after the epoch, where a loss is not finite.
+    constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
+    themselves). `clip_norm`: a network's gradient of a larger norm is scaled down to it.
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+    optimizer = SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
     schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
-    average: list[Tensor] = []
+    average = [parameter.detach().clone() for parameter in parameters]
     for network in networks:
         network.train()
     with forked(seeds[0], "dropout"):
@@ -74,29 +70,24 @@ def train_together(
                 images = augment_each(fetch(index.flatten()), [size] * count, augmentations)
                 answers = labels[index.flatten()].to(images.device)
                 loss = cross_entropy(logits(images), answers, reduction="none").view(count, size).mean(1)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 loss.sum().backward()
                 if clip_norm is not None:
-                    gradients = [parameter.grad for parameter in parameters]
-                    _clip(gradients if count > 1 else [gradient[None] for gradient in gradients], clip_norm)
+                    _clip([parameter.grad for parameter in parameters], clip_norm, count)
                 optimizer.step()
                 losses.append(loss.detach())
-            advice = f"the training diverges: lower its learning_rate, {learning_rate}, in params.yaml"
-            require_finite(torch.stack(losses), advice=f"{advice} (epoch {epoch})")
+            advice = f"the training diverges in epoch {epoch}: lower learning_rate={learning_rate}"
+            require_finite(torch.stack(losses), advice=advice)
             if schedule is not None:
                 schedule.step()
             if ema_decay is not None:
-                if not average:
-                    average = [parameter.detach().clone() for parameter in parameters]
-                else:
-                    get_ema_multi_avg_fn(ema_decay)(average, parameters, None)
-            if count > 1:
-                _give(parameters, networks)
+                get_ema_multi_avg_fn(ema_decay if epoch else 0.0)(average, parameters, None)
+            _give(parameters, networks)
             after_epoch(networks)
-    trained = [deepcopy(network) for network in networks] if average else list(networks)
-    if average:
-        _give(average, trained)
-    return [network.eval() for network in trained]
+    if ema_decay is not None:
+        networks = [deepcopy(network) for network in networks]
+        _give(average, networks)
+    return [network.eval() for network in networks]
 
 
 def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
@@ -116,9 +107,9 @@ def _as_one(networks: Sequence[nn.Module]) -> tuple[list[Tensor], Callable[[Tens
     return list(stacked.values()), logits
 
 
-def _clip(gradients: Sequence[Tensor], norm: float) -> None:
-    """Scales those of each network, stacked over the networks, down to a norm in place where theirs is larger."""
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+def _clip(gradients: Sequence[Tensor], norm: float, count: int) -> None:
+    """Scale the gradients of each of `count` networks down to a norm in place where theirs is larger."""
+    norms = torch.stack([gradient.reshape(count, -1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     scales = (norm / norms).clamp(max=1)  # 1 at norm 0, too
     for gradient in gradients:
         gradient.mul_(scales.view(-1, *[1] * (gradient.dim() - 1)))
@@ -126,22 +117,22 @@ def _clip(gradients: Sequence[Tensor], norm: float) -> None:
 
 @torch.no_grad()
 def _give(parameters: Sequence[Tensor], networks: Sequence[nn.Module]) -> None:
-    """Copies parameters as `_as_one` has them into the networks."""
+    """Copy parameters as `_as_one` has them into the networks."""
     for k, network in enumerate(networks):
         for parameter, values in zip(network.parameters(), parameters, strict=True):
             parameter.copy_(values[k] if len(networks) > 1 else values)
 
 
-def _warm_up_then_cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+def _warm_up_then_cosine(optimizer: SGD, epochs: int) -> SequentialLR:
     half = max(1, epochs // 2)
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / half, end_factor=1.0, total_iters=half)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, epochs - half))
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[half])
+    rise = LinearLR(optimizer, start_factor=1 / half, total_iters=half)
+    fall = CosineAnnealingLR(optimizer, T_max=max(1, epochs - half))
+    return SequentialLR(optimizer, [rise, fall], milestones=[half])
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
-    """The share of images, in [0, 1], whose class the network names."""
+    """Compute the share of images, in [0, 1], whose class the network names."""
     network.eval()
     parts = torch.arange(len(labels)).split(batch)
     predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])
