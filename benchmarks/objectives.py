@@ -71,8 +71,8 @@ def plain_trajectory(matching: TrajectoryMatching, images: Tensor, labels: Tenso
     images, labels = images.detach().requires_grad_(), labels.to(images.device)
     theta = start.requires_grad_()
     for _ in range(matching.student_steps):
-        index = torch.randperm(len(images), generator=rng)[: matching.student_batch or len(images)]
-        shown = augment(images[index], draw(matching.strategy, count=1, generator=rng))
+        index = torch.randperm(len(images), generator=rng)  # the whole set in every step
+        shown = augment(images[index], draw(matching.strategy, count=len(images), generator=rng))
         logits = functional_call(matching.network, unflatten(theta, matching.network), (shown,))
         loss = cross_entropy(logits, labels[index])
         theta = theta - matching.student_lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
