@@ -107,8 +107,8 @@ def test_training_is_sgd_with_momentum_decay_a_schedule_and_clipped_gradients(ch
 def test_the_moving_average_is_returned_and_the_network_is_trained_as_without():
     network, average, after = trained_linear(epochs=4, ema_decay=0.75)
     expected = after[0]
-    for weights in after[1:]:
-        expected = tuple(0.75 * mean + 0.25 * weight for mean, weight in zip(expected, weights, strict=True))
+    for decay, weights in zip((1 / 2, 2 / 3, 0.75), after[1:], strict=True):
+        expected = tuple(decay * mean + (1 - decay) * weight for mean, weight in zip(expected, weights, strict=True))
     torch.testing.assert_close(tuple(average.parameters()), expected)
     assert average is not network and not average.training
     torch.testing.assert_close(after, trained_linear(epochs=4)[2], rtol=0, atol=0)

@@ -50,7 +50,8 @@ def train_together(
     `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
     CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
     constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
-    themselves). `clip_norm`: a network's gradient of a larger norm is scaled down to it.
+    themselves). The decay rises as k / (k + 1) with the epoch k = 0, 1, ... up to that value, so that the first epochs
+    do not linger. `clip_norm`: a network's gradient of a larger norm is scaled down to it.
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
@@ -81,7 +82,7 @@ def train_together(
             if schedule is not None:
                 schedule.step()
             if ema_decay is not None:
-                get_ema_multi_avg_fn(ema_decay if epoch else 0.0)(average, parameters, None)
+                get_ema_multi_avg_fn(min(ema_decay, epoch / (epoch + 1)))(average, parameters, None)
             _give(parameters, networks)
             after_epoch(networks)
     if ema_decay is not None:
