@@ -37,7 +37,7 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
     """
     operations = () if strategy == "none" else tuple(strategy.split("_"))
     if not set(operations) <= set(OPERATIONS) or len(set(operations)) < len(operations):
-        raise ValueError(f'strategy {strategy!r}: use "none", or names joined by "_", each once: {", ".join(OPERATIONS)}')
+        raise ValueError(f'strategy={strategy!r}: use "none", or join by "_", each once: {", ".join(OPERATIONS)}')
     return operations
 
 
