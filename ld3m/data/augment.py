@@ -58,26 +58,16 @@ def draw(strategy: str, *, count: int, generator: Generator) -> Augmentation:
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
-    """`images` (N, C, H, W) after the augmentation: same shape, dtype, device; twice differentiable.
-
-    ValueError if the parameters were drawn for another count than 1 or N.
-    """
+    """`images` (N, C, H, W) after an augmentation drawn with count 1 or N: same shape, dtype and device; twice
+    differentiable."""
     if augmentation.operation == "none":
         return images
-    for values in augmentation.parameters.values():
-        if len(values) not in (1, len(images)):
-            raise ValueError(
-                f"the {augmentation.operation} was drawn with count={len(values)}, but the batch has "
-                f"{len(images)} images; draw with count={len(images)}, or with count=1 to share one draw"
-            )
     return OPERATIONS[augmentation.operation][0](images, **augmentation.parameters)
 
 
 def augment_each(images: Tensor, counts: Sequence[int], augmentations: Sequence[Augmentation]) -> Tensor:
-    """The first `counts[0]` images after the first augmentation, the next after the second ...: one call an operation.
-
-    ValueError as `augment`.
-    """
+    """The first `counts[0]` images after the first augmentation, the next after the second ...; one call an
+    operation."""
     if len(augmentations) == 1:
         return augment(images, augmentations[0])
     before, after = images.split(list(counts)), {}
