@@ -1,4 +1,4 @@
-"""Normalization, splits, the choice of images, and what `load_dataset` makes of its arguments."""
+"""Normalization, splits, the choice of images, what `load_dataset` makes of its arguments, and images as squares."""
 
 import dataclasses
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_split
+from PIL import Image
 from pyarrow import parquet
 
 from ld3m.data import dataset as data
+from ld3m.data import images as files
 from ld3m.data import mnist5k
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
@@ -184,3 +186,66 @@ def test_embedded_files_are_rebuilt_to_the_byte(embedded, tmp_path, monkeypatch,
         assert kept.read_bytes() == built.read_bytes(), (
             f"{kept} is not what this code builds: run `dvc pull -f data.dvc`"
         )
+
+
+def square(image, channels=3):
+    if isinstance(image, str):
+        with files.open_image(image) as opened:
+            return square(opened, channels)
+    return np.array(files.to_square(image, size_px=8, channels=channels))
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8)])
+def test_the_center_is_cropped_and_keeps_its_pixels(height, width):
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    top, left = (height - 8) // 2, (width - 8) // 2
+    np.testing.assert_array_equal(square(Image.fromarray(array)), array[top : top + 8, left : left + 8])
+
+
+def test_resizing_is_antialiased_and_centered():
+    stripes = np.zeros((64, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # averages to grey; aliased it would be black or white
+    assert abs(square(Image.fromarray(stripes)).astype(int) - 128).max() < 12
+    marked = np.zeros((64, 128, 3), dtype=np.uint8)
+    marked[:, 32:96] = 255  # exactly the center square
+    assert (square(Image.fromarray(marked))[:, 1:-1] > 240).all()
+    assert (square(Image.fromarray(np.roll(marked, 64, axis=1))) < 200).all()
+
+
+def test_alpha_is_composited_onto_black():
+    alpha = np.dstack([np.full((8, 8, 3), 200, np.uint8), np.full((8, 8), 128, np.uint8)])
+    assert abs(square(Image.fromarray(alpha)).astype(int) - 100).max() <= 1
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 255, 255] * 256)
+    palette.info["transparency"] = 0
+    assert square(palette).max() == 0
+
+
+def test_files_of_every_kind_show_the_same_picture(tmp_path):
+    image = Image.new("RGB", (12, 8), (250, 40, 10))
+    image.paste((10, 90, 240), (6, 0, 12, 8))
+    image.save(tmp_path / "rgb.png")
+    image.quantize(4).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    image.convert("YCbCr").save(tmp_path / "ycc.tiff")
+    image.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+    image.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (12, 8), "white")])
+    image.resize((120, 80), Image.Resampling.NEAREST).save(tmp_path / "large.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: to be turned clockwise by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=100, subsampling=0, exif=exif)
+    for file in tmp_path.glob("*.*"):
+        pixels = square(str(file)).astype(int)  # the center 8 x 8: columns 2..9
+        assert abs(pixels[:, 0] - [250, 40, 10]).max() <= 6 and abs(pixels[:, -1] - [10, 90, 240]).max() <= 6
+
+
+def test_grey_files_of_every_depth_show_the_same_picture(tmp_path):
+    ramp = np.repeat(np.linspace(0, 255, 8).round().astype(np.uint8)[None], 8, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.tif")
+    Image.fromarray(ramp).convert("LA").save(tmp_path / "alpha.png")
+    Image.fromarray(ramp).save(tmp_path / "plain.pgm")
+    for file in tmp_path.glob("*.*"):
+        np.testing.assert_array_equal(square(str(file), channels=1), ramp)
+        np.testing.assert_array_equal(square(str(file)), np.repeat(ramp[..., None], 3, axis=2))
