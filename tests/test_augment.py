@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from ld3m.data import augment as dsa
 from ld3m.data.augment import OPERATIONS, augment, draw, parse_strategy
@@ -25,7 +24,6 @@ def random_images(count=4, channels=3, height=9, width=9, dtype=torch.float64):
 def plain(image, operation, p):
     """One image (C, H, W) and its parameters as floats, all in numpy."""
     channels, height, width = image.shape
-    out = np.zeros_like(image)
     if operation == "flip":
         return image[:, :, ::-1] if p["position"] < 0.5 else image
     if operation == "color":
@@ -34,20 +32,19 @@ def plain(image, operation, p):
         image = gray + p["saturation"] * (image - gray)
         return image.mean() + p["contrast"] * (image - image.mean())
     if operation == "cutout":
-        hole_x, hole_y = (width + 1) // 2, (height + 1) // 2
-        center_x = math.floor(p["x"] * (width if hole_x % 2 else width + 1))
-        center_y = math.floor(p["y"] * (height if hole_y % 2 else height + 1))
-        out = image.copy()
-        for row in range(center_y - hole_y // 2, center_y - hole_y // 2 + hole_y):
-            for column in range(center_x - hole_x // 2, center_x - hole_x // 2 + hole_x):
-                if 0 <= row < height and 0 <= column < width:
-                    out[:, row, column] = 0
-        return out
+
+        def covered(fraction, side):
+            hole = (side + 1) // 2
+            first = math.floor(fraction * (side if hole % 2 else side + 1)) - hole // 2
+            return [first <= position < first + hole for position in range(side)]
+
+        return np.where(np.outer(covered(p["y"], height), covered(p["x"], width)), 0, image)
     if operation == "crop":
         pad_x, pad_y = math.floor(width / 8 + 0.5), math.floor(height / 8 + 0.5)
         padded = np.pad(image, ((0, 0), (pad_y, pad_y), (pad_x, pad_x)))
         x, y = math.floor(p["x"] * (2 * pad_x + 1)), math.floor(p["y"] * (2 * pad_y + 1))
         return padded[:, y : y + height, x : x + width]
+    out = np.zeros_like(image)
     for i in range(height):
         for j in range(width):
             x, y = j + 0.5 - width / 2, i + 0.5 - height / 2
@@ -87,18 +84,6 @@ def test_several_augmentations_are_one_call_an_operation(monkeypatch):
     monkeypatch.setattr(dsa, "augment", lambda images, one: asked.append(one.operation) or augment(images, one))
     assert torch.equal(dsa.augment_each(images, counts, drawn), expected)
     assert asked == ["crop", "rotate", "none"]
-
-
-@pytest.mark.parametrize("operation", ["crop", "cutout", "scale", "rotate", "flip"])
-def test_same_picture_at_another_size(operation):
-    """A smooth picture augmented at 32 and at 128 px is the same picture, to the width of a coarse pixel."""
-    x = (torch.arange(128) + 0.5) / 128
-    fine = (torch.sin(3 * x)[:, None] + torch.cos(4 * x)[None, :] + 2).view(1, 1, 128, 128)
-    for seed in range(5):
-        augmentation = draw(operation, count=1, generator=generator(seed))
-        coarse = augment(functional.avg_pool2d(fine, 4), augmentation)
-        difference = functional.avg_pool2d(augment(fine, augmentation), 4) - coarse
-        assert (difference.abs() > 0.15).float().mean() < 0.12  # the rim of holes and borders only
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -159,5 +144,3 @@ def test_strategies():
     for wrong in ("", "blur", "color_none", "Color", "color__crop", "color,crop", "flip_flip"):
         with pytest.raises(ValueError, match=r'"none".*each once: color, crop, cutout, flip, scale, rotate'):
             draw(wrong, count=1, generator=generator())
-    with pytest.raises(ValueError, match=r"count=3.*4 images.*count=4"):
-        augment(images, draw("color", count=3, generator=generator()))

@@ -6,7 +6,6 @@ import pickle
 import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -172,17 +171,12 @@ def test_impossible_labels_are_refused(parquet, labels, feature, message):
         load(parquet)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"image_column": "img"}, r"image_column='img': the columns are \['image', 'label'\]"),
-        ({"label_column": "img"}, r"label_column='img': the columns are \['image', 'label'\]"),
-        ({"image_column": "label"}, "column 'label' holds int64, not images"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(parquet, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load(parquet, **changes)
+def test_columns_that_do_not_fit_are_refused(parquet):
+    for setting in ("image_column", "label_column"):
+        with pytest.raises(ValueError, match=rf"{setting}='img': the columns are \['image', 'label'\]"):
+            load(parquet, **{setting: "img"})
+    with pytest.raises(ValueError, match="column 'label' holds int64, not images"):
+        load(parquet, image_column="label")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -194,13 +188,6 @@ def test_a_chosen_class_without_images_is_named(folder, split):
             load(folder, classes=classes)
         shutil.rmtree(folder / split / "cat", ignore_errors=True)
     assert load(folder, classes=["bee", "ant"]).test.classes == ("bee", "ant")
-
-
-def test_the_folders_of_other_classes_are_not_listed(folder, monkeypatch):
-    listed, rglob = [], Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda place, pattern: listed.append(place.name) or rglob(place, pattern))
-    load(folder, classes=["cat", 1])
-    assert set(listed) == {"bee", "cat"}
 
 
 def test_images_are_decoded_once(folder, decoded, cache):
