@@ -294,7 +294,7 @@ def test_all_broken_images_are_named_and_nothing_is_kept(folder, cache, monkeypa
     for left_out in ("unknown.xyz", "._hidden.png"):
         (place / left_out).write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses only a file twice as large
-    with pytest.raises(ValueError, match="split 'train': replace or remove 5 images that cannot be read") as refused:
+    with pytest.raises(ValueError, match="split 'train': replace or remove 5 unreadable images") as refused:
         load(folder)
     named = [line.split(": ")[0] for line in str(refused.value).splitlines()[1:]]
     assert named == [str(place / name) for name in ("0.bmp", "deeper/cut.png", "huge.png", "text.jpg", "unbounded.tif")]
@@ -312,7 +312,7 @@ def test_all_broken_images_are_named_and_nothing_is_kept(folder, cache, monkeypa
 def test_broken_cells_and_cells_that_name_a_file_are_refused(parquet, cell, message):
     good = {"bytes": png(noise(0)), "path": None}
     write_parquet(parquet / "test.parquet", [1, 1, 0, 0], cells=[good, good, good, cell])
-    with pytest.raises(ValueError, match=rf"(?s)split 'test': replace or remove 1 images .*\n{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)split 'test': replace or remove 1 unreadable images.*\n{message}"):
         load(parquet, classes=["cat"])
     assert len(load(parquet, classes=["dog"]).test) == 2
 

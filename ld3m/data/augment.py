@@ -12,14 +12,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-FLIP_PROBABILITY = 0.5
-SCALE = 1.2  # each axis by a factor in [1/SCALE, SCALE]
-ROTATE_DEGREES = 15.0  # either way
 CROP = 0.125  # largest shift, of the side
 CUTOUT = 0.5  # side of the hole, of the side of the image
-BRIGHTNESS = 1.0  # width of the interval added, centered on 0
-SATURATION = 2.0  # factor in [0, SATURATION]
-CONTRAST = 0.5  # factor in [CONTRAST, 1 + CONTRAST]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +106,7 @@ def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _flip(images: Tensor, position: Tensor) -> Tensor:
-    flipped = (position < FLIP_PROBABILITY).to(images.device).view(-1, 1, 1, 1)
+    flipped = (position < 0.5).to(images.device).view(-1, 1, 1, 1)
     return torch.where(flipped, images.flip(3), images)
 
 
@@ -172,17 +166,10 @@ def _whole(fraction: Tensor, choices: int, images: Tensor) -> Tensor:
 
 
 OPERATIONS = {  # name: (apply it, the ranges of its parameters)
-    "color": (
-        _color,
-        {
-            "brightness": (-BRIGHTNESS / 2, BRIGHTNESS / 2),
-            "saturation": (0, SATURATION),
-            "contrast": (CONTRAST, 1 + CONTRAST),
-        },
-    ),
+    "color": (_color, {"brightness": (-0.5, 0.5), "saturation": (0, 2), "contrast": (0.5, 1.5)}),
     "crop": (_crop, {"x": (0, 1), "y": (0, 1)}),  # where in the range of possible whole-pixel positions
     "cutout": (_cutout, {"x": (0, 1), "y": (0, 1)}),
     "flip": (_flip, {"position": (0, 1)}),
-    "scale": (_scale, {"x": (1 / SCALE, SCALE), "y": (1 / SCALE, SCALE)}),
-    "rotate": (_rotate, {"angle_rad": (-math.radians(ROTATE_DEGREES), math.radians(ROTATE_DEGREES))}),
+    "scale": (_scale, {"x": (1 / 1.2, 1.2), "y": (1 / 1.2, 1.2)}),
+    "rotate": (_rotate, {"angle_rad": (-math.radians(15), math.radians(15))}),
 }

@@ -93,8 +93,7 @@ class Split:
 
     def chunks(self) -> Iterator[Tensor]:
         """Yields all images in order, uint8 (n, C, H, W) on the CPU, some at once."""
-        for index in torch.arange(len(self)).split(256):
-            yield self._at(index).cpu()
+        return (self._at(index).cpu() for index in torch.arange(len(self)).split(256))
 
     def x(self, index: Tensor | None = None) -> Tensor:
         """Returns float32 images (n, C, H, W) in [-1, 1]: those at `index` (n,), default all, on the split's device."""

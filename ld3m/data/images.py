@@ -263,8 +263,7 @@ def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[by
             if not broken:
                 yield b"".join(done)
     if broken:
-        advice = f"{selection.where}: replace or remove {len(broken)} images that cannot be read"
-        raise ValueError("\n".join([advice, *broken]))
+        raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *broken]))
 
 
 def open_images(file: Path) -> Tensor:
@@ -275,8 +274,8 @@ def open_images(file: Path) -> Tensor:
 def to_square(image: Image.Image, *, size_px: int, channels: int) -> Image.Image:
     """Turns any image upright and into an RGB (3 channels) or greyscale (1) square.
 
-    Alpha is composited onto black and 16 bits are scaled to 8. An image of the right size keeps its pixels; for others
-    the short side is resized to `size_px` (Lanczos, antialiased) and the center is cropped.
+    Alpha is composited onto black and 16 bits are scaled to 8. The short side is resized to `size_px` (Lanczos,
+    antialiased), unless it has that size, and the center is cropped.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips

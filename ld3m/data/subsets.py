@@ -32,10 +32,10 @@ def check_name(name: str) -> str:
 
 
 def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> tuple[int, ...]:
-    """Returns the class indices of a subset for a source with the names `classes`; `where` is named in errors.
+    """Returns the class indices of a subset; `where` names the source in errors.
 
-    ValueError for an unknown name, and unless the source has the 1000 classes of ImageNet-1k in their order: named as
-    ImageNet's folders are (n01440764, sorted), by numbers, or from "tench" on, as on the hub.
+    ValueError for an unknown name, and unless the names `classes` are the 1000 of ImageNet-1k in their order: those of
+    its folders (n01440764, sorted), numbers, or words from "tench" on, as on the hub.
     """
     indices = IMAGENET[check_name(name)]
     folders = all(re.fullmatch(r"n\d{8}", known) for known in classes)  # which readers sort
