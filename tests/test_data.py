@@ -125,7 +125,7 @@ def test_a_share_for_validation_is_stratified_and_follows_from_the_seed_alone(em
     assert torch.equal(alone.uint8, dataset.validation.uint8[dataset.validation.of_class(7)])
 
 
-def test_classes_are_kept_and_relabelled_in_order(embedded):
+def test_classes_are_kept_and_relabeled_in_order(embedded):
     dataset = load(classes=["7", 2])
     assert dataset.train.classes == dataset.test.classes == ("7", "2")
     for label, digit in enumerate((7, 2)):
@@ -198,7 +198,7 @@ def test_the_center_is_cropped_and_keeps_its_pixels(height, width):
 
 def test_resizing_is_antialiased_and_centered():
     stripes = np.zeros((64, 128, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255  # averages to grey; aliased it would be black or white
+    stripes[:, ::2] = 255  # averages to gray; aliased it would be black or white
     assert abs(square(Image.fromarray(stripes)).astype(int) - 128).max() < 12
     marked = np.zeros((64, 128, 3), dtype=np.uint8)
     marked[:, 32:96] = 255  # exactly the center square
@@ -233,11 +233,11 @@ def test_files_of_every_kind_show_the_same_picture(tmp_path):
         assert abs(pixels[:, 0] - [250, 40, 10]).max() <= 6 and abs(pixels[:, -1] - [10, 90, 240]).max() <= 6
 
 
-def test_grey_files_of_every_depth_show_the_same_picture(tmp_path):
+def test_gray_files_of_every_depth_show_the_same_picture(tmp_path):
     ramp = np.repeat(np.linspace(0, 255, 8).round().astype(np.uint8)[None], 8, axis=0)
-    Image.fromarray(ramp).save(tmp_path / "grey.png")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.tif")
+    Image.fromarray(ramp).save(tmp_path / "gray.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray16.tif")
     Image.fromarray(ramp).convert("LA").save(tmp_path / "alpha.png")
     Image.fromarray(ramp).save(tmp_path / "plain.pgm")
     for file in tmp_path.glob("*.*"):

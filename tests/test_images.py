@@ -212,7 +212,8 @@ def test_train_and_validation_share_the_stored_images(folder):
         assert torch.equal(part.x(index), part.x()[index])
         assert torch.equal(torch.cat(list(part.chunks())), part.uint8)
         assert part.shape == (3, 8, 8) and part.device == torch.device("cpu") and part.to("cpu") is part
-        assert torch.equal(part.to("meta").labels, part.labels) and len(part.to("meta").uint8) == len(part)
+        moved = part.to("meta")
+        assert torch.equal(moved.labels, part.labels) and len(moved.stored) == len(part) and moved.rows is None
     expected = dataset.fingerprint
     dataset.train.stored.zero_()  # in memory, not in the file
     assert load(folder).fingerprint == expected
@@ -247,6 +248,8 @@ def test_a_changed_parquet_file_is_noticed(parquet, decoded):
     load(parquet)
     write_parquet(parquet / "test.parquet", [1, 0])
     assert load(parquet).test.labels.tolist() == [1, 0] and len(decoded) == 26
+    cats, dogs = (load(parquet, classes=[name]).test.uint8[0] for name in ("cat", "dog"))
+    assert not torch.equal(cats, dogs)
 
 
 def test_a_damaged_file_is_decoded_again(folder, decoded, cache):

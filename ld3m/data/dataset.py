@@ -54,13 +54,13 @@ class Normalization:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Holds labelled images, on any device; labels and all indices into the split are on the CPU."""
+    """Holds labeled images, on any device; labels and all indices into the split are on the CPU."""
 
     stored: Tensor  # (M, C, H, W), uint8
     labels: Tensor  # (N,), int64
     classes: tuple[str, ...]  # the name of each label
     rows: Tensor | None = None  # (N,), which of the stored images are the split's; default: all
-    file: Path | None = None  # maps `stored`; a pickled split holds its name instead, so that processes share memory
+    file: Path | None = None  # of `stored`; a pickled split holds its name alone, so that processes share memory
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -201,7 +201,7 @@ def load_dataset(
     name : str
         Names the dataset in errors and results; nothing else depends on it.
     size_px, channels : int
-        Images become squares of this side, with 1 (grey) or 3 (RGB) channels: see `images.to_square`.
+        Images become squares of this side, with 1 (gray) or 3 (RGB) channels: see `images.to_square`.
     splits : mapping
         The source's split for train, validation and test. Validation may be a share of train, in (0, 1), drawn by
         `seed` from each class.

@@ -126,7 +126,7 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
         if column not in table.schema.names:
             raise ValueError(f"{where}: {setting}={column!r}: the columns are {table.schema.names}, name one of them")
     kind = table.schema.field(image_column).type
-    if not types.is_struct(kind) or not {"bytes", "path"} <= set(kind.names):
+    if not types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
         raise ValueError(f"{where}: column {image_column!r} holds {kind}, not images")
     names, labels = _labels(table, label_column, where=f"{where}, column {label_column!r}")
 
@@ -272,7 +272,7 @@ def open_images(file: Path) -> Tensor:
 
 
 def to_square(image: Image.Image, *, size_px: int, channels: int) -> Image.Image:
-    """Turns any image upright and into an RGB (3 channels) or greyscale (1) square.
+    """Turns any image upright and into an RGB (3 channels) or grayscale (1) square.
 
     Alpha is composited onto black and 16 bits are scaled to 8. The short side is resized to `size_px` (Lanczos,
     antialiased), unless it has that size, and the center is cropped.
