@@ -23,16 +23,10 @@ from ld3m.models.gan import build_generator, load_generator, save_generator
 from ld3m.models.prior_io import load_prior, save_prior
 from ld3m.pipeline import profiles
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.storage import read_tensors, tensors_hash, write_tensors
+from ld3m.runtime.storage import tensors_hash, write_tensors
 
 IMAGES, LABELS = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8))
-
-
-def tensors(folder, dataset):
-    file = folder / "some.safetensors"
-    write_tensors(file, {"images": IMAGES}, {})
-    return [file], [lambda: read_tensors(file)]
 
 
 def artefact(folder, dataset):
@@ -106,7 +100,7 @@ def parameters(folder, dataset):
     return [file, profile], [read, apply]
 
 
-READERS = [tensors, artefact, checkpoint, expert, prior, generator, set_of_tensors, dc_file, image, parquet, parameters]
+READERS = [artefact, checkpoint, expert, prior, generator, set_of_tensors, dc_file, image, parquet, parameters]
 
 
 class Harmful:

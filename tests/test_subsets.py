@@ -40,20 +40,11 @@ def test_an_unknown_subset_lists_those_that_exist():
         load_params({"datasets.mnist5k.classes": "dogs"})
 
 
-@pytest.mark.parametrize(
-    "names, known",
-    [
-        ([f"n{index:08d}" for index in range(1000)], True),
-        (["tench, Tinca tinca", *(f"class {index}" for index in range(999))], True),
-        ([str(index) for index in range(1000)], True),
-        (sorted(str(index) for index in range(1000)), False),
-        ([f"animal {index:03d}" for index in range(1000)], False),
-        ([str(index) for index in range(10)], False),
-    ],
-)
-def test_a_subset_needs_the_thousand_classes_in_imagenet_s_order(names, known):
-    if known:
+def test_a_subset_needs_the_thousand_classes_in_imagenet_s_order():
+    numbers = [str(index) for index in range(1000)]
+    words = ["tench, Tinca tinca", *(f"class {index}" for index in range(999))]
+    for names in (numbers, words, [f"n{index:08d}" for index in range(1000)]):
         assert of_imagenet("nette", names, where="toy") == IMAGENET["nette"]
-    else:
+    for names in (sorted(numbers), numbers[:10], [f"animal {index:03d}" for index in range(1000)]):
         with pytest.raises(ValueError, match=r"toy: classes='nette' needs the 1000 .*: name the folders n01440764"):
             of_imagenet("nette", names, where="toy")

@@ -40,8 +40,7 @@ class Normalization:
         return ((x + 1) / 2 - mean) / std
 
     def normalize_uint8(self, uint8: Tensor) -> Tensor:
-        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, in a third of the
-        time."""
+        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, but faster."""
         normalized = uint8.float()
         mean, std = self._statistics(normalized)
         return normalized.sub_(255 * mean).div_(255 * std)
@@ -191,7 +190,7 @@ def load_dataset(
 ) -> Dataset:
     """Reads a dataset as uint8 images; decodes them once and then maps them from files (see `images`).
 
-    FileNotFoundError if data are missing, ValueError if they are broken or an argument does not fit them.
+    Raises FileNotFoundError if data are missing, ValueError if they are broken or an argument does not fit them.
 
     Parameters
     ----------
@@ -261,10 +260,8 @@ def _divide(split: Split, share: float, *, seed: int, where: str) -> dict[str, S
         members = split.of_class(label)
         count = round(share * len(members))
         if not 0 < count < len(members):
-            raise ValueError(
-                f"{where}: splits.validation={share} is {count} of the {len(members)} training images of class "
-                f"{name!r}: train and validation both need some"
-            )
+            given = f"splits.validation={share} is {count} of the {len(members)} training images of class {name!r}"
+            raise ValueError(f"{where}: {given}: train and validation both need some")
         order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name))
         held[members[order[:count]]] = True
     rows = {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}

