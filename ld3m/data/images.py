@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +57,7 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
     """Finds a split in a folder (relative: to the repository root) or, if the source is no path, on the hub.
 
     A folder holds `<split>/<class>/<image files>`, or `<split>.parquet` or `<split>-*.parquet`, also in any one folder
-    inside it. Only the folders of selected classes are listed. `where` names the split in errors: FileNotFoundError for
-    a missing source, ValueError for a broken one.
+    inside it. `where` names the split in errors: FileNotFoundError for a missing source, ValueError for a broken one.
     """
     folder = ROOT / Path(source).expanduser()
     advice = f"place {split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
@@ -216,15 +215,14 @@ def _hub_table(source: str, split: str, *, advice: str, where: str) -> Table:
     return Table(table.data.schema, lambda column: iter(table.data.column(column).chunks), identity, files)
 
 
-@contextmanager
-def open_image(content: Encoded) -> Iterator[Image.Image]:
+def open_image(content: Encoded) -> Image.Image:
     """Opens an image safely; ValueError where it is none or has too many pixels."""
     if content is None:
         raise ValueError("there are no bytes of an image, at most the name of a file")
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        yield image
+    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
+    return image
 
 
 def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tensor, Path]:
@@ -284,9 +282,7 @@ def to_square(image: Image.Image, *, size_px: int, channels: int) -> Image.Image
         raise ValueError(f"images of mode {image.mode!r} have no fixed range, convert them to 8 or 16 bits")
     elif image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    if channels == 1:
-        image = image.convert("L")
+    image = image.convert("RGB").convert("L" if channels == 1 else "RGB")
     if min(image.size) != size_px:
         scale = size_px / min(image.size)
         size = (max(size_px, round(image.width * scale)), max(size_px, round(image.height * scale)))
