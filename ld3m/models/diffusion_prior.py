@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +14,7 @@ from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.seeds import forked
 
 if TYPE_CHECKING:
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        DiTTransformer2DModel,
-        SchedulerMixin,
-        UNet2DConditionModel,
-        UNet2DModel,
-        VQModel,
-    )  # takes 3 s, hence inside the functions
+    from diffusers import DDIMScheduler, ModelMixin  # takes 3 s, hence inside the functions
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
@@ -30,7 +23,7 @@ class IncompatiblePrior(ValueError):
     """The prior can be read, but does not fit the data set or the settings."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Spacing:
     """The timesteps of training that the sampler takes, in the words of diffusers; the default is CompVis's.
 
@@ -38,7 +31,7 @@ class Spacing:
     """
 
     kind: Literal["leading", "trailing", "linspace"] = "leading"
-    offset: int = 1
+    offset: pydantic.NonNegativeInt = 1
     ends_clean: bool = False  # whether alpha_bar after the last step is 1, or that of the first timestep of training
 
 
@@ -64,7 +57,7 @@ class Prior:
 
     Parameters
     ----------
-    unet : the denoiser, a U-Net or a transformer (DiT)
+    unet : the denoiser, of a class in `DENOISERS`
     autoencoder : with a codebook (VQModel) or a posterior (AutoencoderKL)
     embedding : (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
     alpha_bar : (T,) float64 on the CPU, the products of 1 - beta of eq. 1
@@ -74,8 +67,8 @@ class Prior:
     recordings : see `with_cuda_graphs`
     """
 
-    unet: "UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel"
-    autoencoder: "VQModel | AutoencoderKL"
+    unet: "ModelMixin"
+    autoencoder: "ModelMixin"
     embedding: nn.Embedding
     alpha_bar: Tensor
     prediction: Prediction = "epsilon"
@@ -94,7 +87,7 @@ class Prior:
 
     @property
     def has_quantizer(self) -> bool:
-        """Whether latents are quantised to a codebook."""
+        """Whether the autoencoder has a codebook."""
         return hasattr(self.autoencoder, "quantize")
 
     @property
@@ -103,8 +96,7 @@ class Prior:
 
     @property
     def latent_channels(self) -> int:
-        given = self.autoencoder.config
-        return given.get("vq_embed_dim") or given.latent_channels
+        return self.autoencoder.config.get("vq_embed_dim") or self.autoencoder.config.latent_channels
 
     @property
     def downsampling(self) -> int:
@@ -130,7 +122,7 @@ class Prior:
             raise IncompatiblePrior(f"classes={classes}: this prior has {self.classes}")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantiser."""
+        """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantizer."""
         encoded = self.autoencoder.encode(x)
         z = encoded.latents if self.has_quantizer else encoded.latent_dist.mode()
         return (z - self._shift) * self.autoencoder.config.scaling_factor
@@ -143,7 +135,7 @@ class Prior:
         return self.autoencoder.quantize(z / scale)[0] * scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents z to images x, through the quantiser if there is one; not clamped."""
+        """Latents z to images x, through the quantizer if there is one; not clamped."""
         return self.recordings.get("decode", self._decode)(z)
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -202,9 +194,8 @@ class Prior:
     def with_cuda_graphs(self) -> "Prior":
         """A prior whose denoiser and decoder are CUDA graphs, see `GraphedFunction`: the gradient of a call must be
         taken before the next call. On a CPU nothing changes."""
-        return replace(
-            self, recordings={"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
-        )
+        recordings = {"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
+        return replace(self, recordings=recordings)
 
     def freeze_(self) -> "Prior":
         """Set evaluation mode and switch gradients of the weights off, in place."""
@@ -243,7 +234,7 @@ def build_prior(
     conditioning_width: int,
     seed: int,
 ) -> Prior:
-    """Build a prior with random weights, a smaller `cin256-v2`.
+    """Build a prior with random weights, a smaller `cin256-v2`; the global generator is untouched.
 
     Parameters
     ----------
@@ -254,7 +245,6 @@ def build_prior(
     unet_widths : channels of the U-Net's levels; all but the first attend to the class token
     unet_blocks : residual blocks of a level
     conditioning_width : D, the width of the class token
-    seed : of the weights; the global generator is untouched
     """
     from diffusers import UNet2DConditionModel, VQModel
 
@@ -310,7 +300,7 @@ def cin256_schedule() -> "DDIMScheduler":
     )
 
 
-def alpha_bar_of(scheduler: "SchedulerMixin") -> Tensor:
+def alpha_bar_of(scheduler: "DDIMScheduler") -> Tensor:
     """The products of 1 - beta, (T,) float64."""
     return torch.cumprod(1 - scheduler.betas.double(), dim=0)
 

@@ -73,6 +73,6 @@ def with_random_weights(prior: Prior, *, seed: int) -> Prior:
 
 @torch.no_grad()
 def spread_codes(autoencoder: "VQModel") -> None:
-    """Draw the codes of an untrained quantiser so that latents have unit variance: from codes near zero, the gradient
+    """Draw the codes of an untrained quantizer so that latents have unit variance: from codes near zero, the gradient
     through many steps leaves the range of float32."""
     autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)
