@@ -60,20 +60,11 @@ class Geglu(nn.Module):
         return x * gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(Geglu(width), nn.Dropout(0.0), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, width, context_width):
         super().__init__()
         self.attn1 = CrossAttention(width, width)
-        self.ff = FeedForward(width)
+        self.ff = nn.ModuleDict({"net": nn.Sequential(Geglu(width), nn.Dropout(0.0), nn.Linear(4 * width, width))})
         self.attn2 = CrossAttention(width, context_width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
@@ -81,7 +72,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         x = self.attn1(normed, normed) + x
         x = self.attn2(self.norm2(x), context) + x
-        return self.ff(self.norm3(x)) + x
+        return self.ff.net(self.norm3(x)) + x
 
 
 class SpatialTransformer(nn.Module):
@@ -265,45 +256,21 @@ class Decoder(nn.Module):
         return self.conv_out(silu(self.norm_out(x)))
 
 
-class Codebook(nn.Module):
-    def __init__(self, entries, width):
-        super().__init__()
-        self.embedding = nn.Embedding(entries, width)
-
-
-class FirstStage(nn.Module):
-    def __init__(self, *, channels, z_channels, widths, codebook):
-        super().__init__()
-        self.encoder = Encoder(channels=channels, z_channels=z_channels, widths=widths)
-        self.decoder = Decoder(channels=channels, z_channels=z_channels, widths=widths)
-        self.quantize = Codebook(codebook, z_channels)
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(z_channels, z_channels, 1) for _ in range(2))
-
-
-class ClassEmbedder(nn.Module):
-    def __init__(self, classes, width):
-        super().__init__()
-        self.embedding = nn.Embedding(classes + 1, width)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, diffusion_model):
-        super().__init__()
-        self.diffusion_model = diffusion_model
-
-
 class LatentDiffusion(nn.Module):
     def __init__(self, *, width, multipliers, classes, context_width, first_stage_widths, codebook):
         super().__init__()
-        unet = UNet(
-            channels=3,
-            width=width,
-            multipliers=multipliers,
-            context_width=context_width,
+        unet = UNet(channels=3, width=width, multipliers=multipliers, context_width=context_width)
+        self.model = nn.ModuleDict({"diffusion_model": unet})
+        self.first_stage_model = nn.ModuleDict(
+            {
+                "encoder": Encoder(channels=3, z_channels=3, widths=first_stage_widths),
+                "decoder": Decoder(channels=3, z_channels=3, widths=first_stage_widths),
+                "quantize": nn.ModuleDict({"embedding": nn.Embedding(codebook, 3)}),
+                "quant_conv": nn.Conv2d(3, 3, 1),
+                "post_quant_conv": nn.Conv2d(3, 3, 1),
+            }
         )
-        self.model = Wrapper(unet)
-        self.first_stage_model = FirstStage(channels=3, z_channels=3, widths=first_stage_widths, codebook=codebook)
-        self.cond_stage_model = ClassEmbedder(classes, context_width)
+        self.cond_stage_model = nn.ModuleDict({"embedding": nn.Embedding(classes + 1, context_width)})
 
     def unet(self, x, t, context=None):
         return self.model.diffusion_model(x, t, context)

@@ -15,13 +15,7 @@ def tiny(name, *, size_px=32, channels=2, classes=3, seed=0, **options):
     if name == "vit":
         options.setdefault("depth", 2)
     return build(
-        name,
-        width=TINY_WIDTH[name],
-        channels=channels,
-        size_px=size_px,
-        classes=classes,
-        seed=seed,
-        **options,
+        name, width=TINY_WIDTH[name], channels=channels, size_px=size_px, classes=classes, seed=seed, **options
     ).eval()
 
 

@@ -358,9 +358,7 @@ def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing)
         if expected[-1] < 1000:
             assert timesteps(steps, total=1000, spacing=prior.spacing) == expected
         else:
-            with pytest.raises(
-                ValueError, match=f"steps={steps}: .* into the 1000 timesteps .*from [13]"
-            ):
+            with pytest.raises(ValueError, match=f"steps={steps}: .* into the 1000 timesteps .*from [13]"):
                 timesteps(steps, total=1000, spacing=prior.spacing)
     assert prior.spacing.ends_clean == scheduler.config.set_alpha_to_one
 
