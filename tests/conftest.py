@@ -1,5 +1,7 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -97,3 +99,16 @@ def directional_derivative(function, points, directions, *, h=1e-6):
         ahead = function(*(p + h * d for p, d in zip(points, directions, strict=True)))
         behind = function(*(p - h * d for p, d in zip(points, directions, strict=True)))
     return (float(ahead) - float(behind)) / (2 * h)
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory):
+    """A DiT and an AutoencoderKL in a folder, laid out as the released DiT-XL/2. Do not change it."""
+    from tiny_priors import write  # imports diffusers, which takes 3 s
+
+    return write(tmp_path_factory.mktemp("priors") / "dit")
+
+
+@pytest.fixture
+def dit_copy(dit_folder, tmp_path):
+    return shutil.copytree(dit_folder, tmp_path / "copied")
