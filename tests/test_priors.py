@@ -60,9 +60,7 @@ def test_a_missing_folder_or_part_is_named(saved, tmp_path):
             load_prior(source)
     folder = shutil.copytree(saved, tmp_path / "broken")
     (folder / "vqvae").rename(tmp_path / "vqvae")
-    with pytest.raises(
-        FileNotFoundError, match=f"no prior in .*broken: vqvae or vae missing; .*{EMBEDDER}; .*name the"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"no prior in .*broken: vqvae or vae missing; .*{EMBEDDER}"):
         load_prior(folder)
 
 
@@ -104,9 +102,7 @@ def test_files_of_others_are_not_replaced(tmp_path, dit_folder, other):
         (folder / other).write_bytes(b"the only copy")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for write_to in (partial(save_prior, make_prior(seed=1)), partial(link_prior, source=str(dit_folder), **TO_WOOF)):
-        with pytest.raises(
-            FileExistsError, match=f"cin256-v2 is a file, or has files of no prior .*{other}.*new or empty"
-        ):
+        with pytest.raises(FileExistsError, match=f"cin256-v2 is a file, or has files of no prior .*{other}.*lost"):
             write_to(folder=folder)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 

@@ -213,7 +213,7 @@ def _read_folder(folder: Path) -> Prior:
         raise FileNotFoundError(f"no prior in {folder}: {', '.join(missing)} missing; {LAYOUT}")
     unet, vae, scheduler = (there[0] for there in found.values())
     denoiser, autoencoder = _read_model(unet, DENOISERS), _read_model(vae, ("VQModel", "AutoencoderKL"))
-    embedding = _read_embedding(denoiser, folder)
+    embedding = _read_embedding(denoiser, unet)
     prior = Prior(denoiser, autoencoder, embedding, *_read_schedule(scheduler / "scheduler_config.json"))
     inputs, outputs, latent = denoiser.config.in_channels, denoiser.config.out_channels, prior.latent_channels
     if inputs != latent or (outputs or latent) not in (latent, 2 * latent):
@@ -256,15 +256,15 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> "ModelMixin":
 
 
 def _read_embedding(denoiser: "ModelMixin", folder: Path) -> nn.Embedding:
-    """The class embeddings of a denoiser: its own, or of a file for a UNet2DConditionModel."""
-    kind = type(denoiser).__name__
+    """The class embeddings of a denoiser in `folder`: for a UNet2DConditionModel, those of a file beside it."""
+    kind, file = type(denoiser).__name__, folder.parent / EMBEDDER
     if kind == "UNet2DModel":
         return nn.Embedding.from_pretrained(torch.zeros(1, 1))
     if kind == "DiTTransformer2DModel":
-        with _named(folder / "transformer"):
+        with _named(folder):
             return take_label_table(denoiser)
-    with _named(folder / EMBEDDER):
-        weight, width = load_file(folder / EMBEDDER)["weight"].float(), denoiser.config.cross_attention_dim
+    with _named(file):
+        weight, width = load_file(file)["weight"].float(), denoiser.config.cross_attention_dim
         if weight.ndim != 2 or len(weight) < 2 or weight.shape[1] != width:
             raise ValueError(f"weight has the shape {tuple(weight.shape)}, which must be (classes + 1, {width})")
         return nn.Embedding.from_pretrained(weight)
