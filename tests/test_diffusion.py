@@ -96,7 +96,7 @@ def test_build_depends_on_the_seed_alone_and_takes_other_numbers_of_channels():
     assert make_prior().fingerprint() == first != make_prior(seed=1).fingerprint()
     prior = make_prior(channels=3, latent_channels=4).freeze_()
     z = prior.encode(torch.zeros(2, 3, 16, 16))
-    assert prior.channels == 3 and z.shape == (2, 4, 4, 4) == (2, *prior.latent_shape(16))
+    assert z.shape == (2, 4, 4, 4) == (2, *prior.latent_shape(16))
     assert prior.denoise(z, 1, prior.null(2)).shape == z.shape and prior.decode(z).shape == (2, 3, 16, 16)
 
 

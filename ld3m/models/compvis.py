@@ -28,7 +28,6 @@ class Kind:
     classes: int = 1000  # without the null class
     conditioning_width: int = 512
     autoencoder_widths: tuple[int, ...] = (128, 256, 512)  # ch times ch_mult
-    latent_channels: int = 3
     codebook: int = 8192
 
 
@@ -108,8 +107,8 @@ def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embe
     lower = len(kind.unet_widths) - 1  # levels with attention
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=kind.latent_channels,
-        out_channels=kind.latent_channels,
+        in_channels=3,
+        out_channels=3,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
         up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
         block_out_channels=kind.unet_widths,
@@ -124,7 +123,7 @@ def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embe
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=kind.autoencoder_widths,
         layers_per_block=2,
-        latent_channels=kind.latent_channels,
+        latent_channels=3,
         sample_size=256,
         num_vq_embeddings=kind.codebook,
         norm_num_groups=32,

@@ -91,33 +91,24 @@ class Prior:
         return hasattr(self.autoencoder, "quantize")
 
     @property
-    def channels(self) -> int:
-        return self.autoencoder.config.in_channels
-
-    @property
     def latent_channels(self) -> int:
         return self.autoencoder.config.get("vq_embed_dim") or self.autoencoder.config.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent position along one axis."""
-        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images; IncompatiblePrior for a size that the prior cannot take."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
-        unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
+        downsampling = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        unit = downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
             raise IncompatiblePrior(f"size_px={size_px}: this prior takes {'' if is_fixed else 'multiples of '}{unit}")
-        side = size_px // self.downsampling
-        return self.latent_channels, side, side
+        return self.latent_channels, size_px // downsampling, size_px // downsampling
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raise IncompatiblePrior where the prior does not fit the images and the number of classes of a data set."""
         self.latent_shape(size_px)
-        if channels != self.channels:
-            raise IncompatiblePrior(f"channels={channels}: this prior has {self.channels}")
+        if channels != (own := self.autoencoder.config.in_channels):
+            raise IncompatiblePrior(f"channels={channels}: this prior has {own}")
         if self.is_conditional and classes != self.classes:
             raise IncompatiblePrior(f"classes={classes}: this prior has {self.classes}")
 
@@ -186,8 +177,7 @@ class Prior:
         return self
 
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
-        """A prior whose denoiser and decoder compute in that type, if its device supports it; inputs and outputs keep
-        their own."""
+        """A prior whose denoiser and decoder compute in that type, if its device supports it; results keep theirs."""
         usable = usable_precision(precision, self.embedding.weight.device)
         return replace(self, precision=getattr(torch, usable), recordings={})
 

@@ -12,7 +12,6 @@ A prior is a CompVis checkpoint (`model.ckpt`), a folder or hub repository of di
                             each class, and last that of the null class
 """
 
-import argparse
 import json
 import re
 import sys
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
 LINK_FILE = "source.json"
 EMBEDDER = "class_embedder/model.safetensors"
-MODEL_FOLDERS = ("unet", "transformer", "vqvae", "vae")
 PART_FOLDERS = (("unet", "transformer"), ("vqvae", "vae"), ("scheduler",))
 LEGACY_CLASS_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # in released DiTs
 UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim", "latents_mean")
@@ -189,18 +187,19 @@ def _fetch(hub_id: str) -> Path:
     """The local copy of the parts of a hub repository; downloads only what it lacks."""
     from huggingface_hub import snapshot_download
 
-    files = ("config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors")
-    patterns = ["scheduler/*.json", EMBEDDER, *(f"{model}/{file}" for model in MODEL_FOLDERS for file in files)]
+    weights = "diffusion_pytorch_model"
+    files = ("config.json", f"{weights}.safetensors*", f"{weights}-*.safetensors")
+    models = ("unet", "transformer", "vqvae", "vae")
+    patterns = ["scheduler/*.json", EMBEDDER, *(f"{model}/{file}" for model in models for file in files)]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
         pickled = [file.parent for file in folder.glob("*/config.json") if not [*file.parent.glob("*.safetensors*")]]
         if pickled:
-            snapshot_download(hub_id, allow_patterns=[f"{model.name}/diffusion_pytorch_model.bin" for model in pickled])
+            snapshot_download(hub_id, allow_patterns=[f"{model.name}/{weights}.bin" for model in pickled])
     except Exception as error:  # offline, unknown and gated repositories raise errors of many kinds
         raise FileNotFoundError(
-            f"source={hub_id!r} is no folder, and the hub repository of that name could not be read "
-            f"({type(error).__name__}: {error}). Without a network, or with HF_HUB_OFFLINE set, place its parts in a "
-            f"folder and name that: {LAYOUT}"
+            f"source={hub_id!r} is no folder, and could not be read from the hub ({error!r}). Without a network, or "
+            f"with HF_HUB_OFFLINE set, place its parts in a folder and name that: {LAYOUT}"
         ) from error
     return folder
 
@@ -287,18 +286,11 @@ def _read_schedule(file: Path) -> tuple[Tensor, Prediction, Spacing]:
     return alpha_bar, prediction, spacing
 
 
-def main() -> None:
-    """Convert a CompVis checkpoint, see the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("folder", type=Path)
-    given = parser.parse_args()
-    require_own(given.folder)  # before a minute of reading
-    save_prior(load_checkpoint(given.checkpoint), given.folder, dtype=torch.float32)
-
-
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
-        main()
+        require_own(Path(sys.argv[2]))  # before a minute of reading
+        save_prior(load_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), dtype=torch.float32)
     except (ValueError, OSError) as problem:
         sys.exit(str(problem))
