@@ -32,15 +32,9 @@ WEIGHT = "model.diffusion_model.middle_block.0.in_layers.0.weight"
 
 def original(kind: Kind) -> LatentDiffusion:
     """CompVis's model with random weights, none at a value where a confusion of two tensors would not show."""
-    width = kind.unet_widths[0]
     torch.manual_seed(0)
     model = LatentDiffusion(
-        width=width,
-        multipliers=[level // width for level in kind.unet_widths],
-        classes=kind.classes,
-        context_width=kind.conditioning_width,
-        first_stage_widths=kind.autoencoder_widths,
-        codebook=kind.codebook,
+        kind.unet_widths, kind.classes, kind.conditioning_width, kind.autoencoder_widths, kind.codebook
     ).requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms start at one and zero
