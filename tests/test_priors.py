@@ -131,10 +131,13 @@ def test_pickled_weights_are_read_without_executing_them(dit_folder, tmp_path):
 def test_tensors_that_are_missing_or_unknown_are_named(dit_copy):
     file = dit_copy / "transformer/diffusion_pytorch_model.safetensors"
     state = load_file(file)
-    state["blocks.0.weight"] = state.pop("proj_out_1.weight")
-    save_file(state, file)
-    with pytest.raises(ValueError, match=r"missing \['proj_out_1.weight'\], unknown \['blocks.0.weight'\]"):
-        load_prior(dit_copy)
+    for broken, message in (
+        (state | {"blocks.0.weight": torch.ones(1)}, r"missing \[\], unknown \['blocks.0.weight'\]"),
+        ({key: tensor for key, tensor in state.items() if "proj_out_1.w" not in key}, r"\['proj_out_1.weight'\], un"),
+    ):
+        save_file(broken, file)
+        with pytest.raises(ValueError, match=f"{file} cannot be used .*{message}"):
+            load_prior(dit_copy)
 
 
 @pytest.mark.parametrize(
