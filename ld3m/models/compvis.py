@@ -135,9 +135,6 @@ def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embe
 class _Placeholder:
     """Stand for an object of the training program: take any argument, do nothing."""
 
-    def __new__(cls, *args: Any, **options: Any) -> "_Placeholder":
-        return super().__new__(cls)
-
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
 

@@ -226,15 +226,9 @@ def build_prior(
 ) -> Prior:
     """Build a prior with random weights, a smaller `cin256-v2`; the global generator is untouched.
 
-    Parameters
-    ----------
-    channels, classes : of the data set
-    latent_size, latent_channels : side and channels of the latents
-    codebook : entries of the VQ autoencoder
-    autoencoder_widths : channels of its levels, each at half the resolution of the one before
-    unet_widths : channels of the U-Net's levels; all but the first attend to the class token
-    unet_blocks : residual blocks of a level
-    conditioning_width : D, the width of the class token
+    Latents have `latent_size` positions a side; each level of the autoencoder has half the resolution of the one
+    before, and `codebook` is the number of its entries. All levels of the U-Net but the first attend to the class
+    token, of `conditioning_width`; each has `unet_blocks` residual blocks.
     """
     from diffusers import UNet2DConditionModel, VQModel
 

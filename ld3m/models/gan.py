@@ -24,13 +24,8 @@ class Generator(nn.Module):
 
     Shapes: noise (B, noise_width), labels (B,) int64, one code w (B, w_width), codes of the layers from n on
     (B, layers - n, w_width), images x (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps
-    features f (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the image.
-
-    Parameters
-    ----------
-    channels, classes : of the data set
-    noise_width, w_width : of the noise, and of a code
-    widths : channels of the features at 4, 8, 16 ... px; their number sets the size of the image
+    features f (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the image. `widths` are the
+    channels of the features at 4, 8, 16 ... px; their number sets the size of the image.
     """
 
     def __init__(self, *, channels: int, classes: int, noise_width: int, w_width: int, widths: tuple[int, ...]):

@@ -249,16 +249,9 @@ def build(
 ) -> Network:
     """Build a network with random weights, the same on every device; the global generator is untouched.
 
-    Parameters
-    ----------
-    name : a key of `ARCHITECTURES`, unless there is a `factory`
-    channels, size_px, classes : of the data set
-    factory : makes a network of your own, called with channels, size_px, classes and the options
-    options : `width`; `depth` of convnet and vit; `norms` of vit. None takes the published value
-
-    Raises
-    ------
-    ValueError : an unknown name, an option that the architecture does not have, or a value that it cannot have
+    `name` is a key of `ARCHITECTURES`. A `factory` makes a network of your own; it is called with channels, size_px,
+    classes and the options: `width`, `depth` (convnet and vit) and `norms` (vit), where None takes the published value.
+    ValueError for an unknown name, an option that the architecture does not have, or a value it cannot have.
     """
     if factory is None and name not in ARCHITECTURES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(ARCHITECTURES)}")

@@ -65,19 +65,10 @@ def fit_gan(
 ) -> list[dict[str, float]]:
     """Train the generator in place with the non-saturating loss; it ends as the moving average (EMA) of its weights.
 
-    Parameters
-    ----------
-    gan, split : the generator, and the training images
-    discriminator_widths : channels of the `Discriminator`
-    steps, batch, learning_rate : of Adam, for both networks; `batch` is a multiple of 4
-    r1, r1_every : the R1 penalty, r1 / 2 times the squared gradient of the logit at real images, every `r1_every` steps
-        and as many times as large
-    strategy : DSA of real and generated images alike
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The losses of each step, {"generator": ..., "discriminator": ...}. ValueError if one is not finite.
+    Both networks have Adam with `learning_rate`. The R1 penalty, `r1` / 2 times the squared gradient of the logit at
+    real images, is taken every `r1_every` steps and as many times as large. `batch` is a multiple of 4; `strategy` is
+    the DSA of real and generated images alike. An interrupted run goes on from `checkpoint`, to the same bits. Returns
+    the losses of each step, {"generator": ..., "discriminator": ...}; ValueError if one is not finite.
     """
     device = split.device
     with forked(seed, "discriminator"):

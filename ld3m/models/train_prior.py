@@ -31,19 +31,10 @@ def fit_autoencoder(
 ) -> list[float]:
     """Train the VQ autoencoder in place, and set its scaling factor to one over the standard deviation of `z`.
 
-    The loss is the absolute and the squared error of the reconstruction plus the commitment loss of the quantizer.
-
-    Parameters
-    ----------
-    prior, split : the model, and the training images
-    steps, batch, learning_rate : of Adam; the rate falls as a cosine
-    continuous_steps : train first without the quantizer; the codebook then starts from encoded training images, so that
-        no entry is unused from the start
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The loss of each step. ValueError if one is not finite.
+    The loss is the absolute and the squared error of the reconstruction plus the commitment loss of the quantizer; the
+    rate of Adam falls as a cosine. The first `continuous_steps` run without the quantizer, whose codebook then starts
+    from encoded training images, so that no entry is unused from the start. An interrupted run goes on from
+    `checkpoint`, to the same bits. Returns the loss of each step; ValueError if one is not finite.
     """
     autoencoder = prior.autoencoder
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
@@ -89,18 +80,9 @@ def fit_denoiser(
 ) -> list[float]:
     """Train the U-Net and the class embeddings in place on encoded images; they end as their moving averages (EMA).
 
-    The loss is the squared error of the predicted noise at uniform timesteps, eq. 1.
-
-    Parameters
-    ----------
-    prior, split : the model, with a trained autoencoder, and the training images
-    steps, batch, learning_rate : of AdamW; the rate falls as a cosine
-    null_share : share of the labels replaced by the null class, for classifier-free guidance
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The loss of each step. ValueError if one is not finite.
+    The loss is the squared error of the predicted noise at uniform timesteps, eq. 1; the rate of AdamW falls as a
+    cosine. `null_share` of the labels are replaced by the null class, for classifier-free guidance. An interrupted run
+    goes on from `checkpoint`, to the same bits. Returns the loss of each step; ValueError if one is not finite.
     """
     z_all = _encode_all(prior, split)
     alpha_bar = prior.alpha_bar.float()
