@@ -14,7 +14,7 @@ from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.seeds import forked
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, ModelMixin  # takes 3 s, hence inside the functions
+    from diffusers import DDIMScheduler  # takes 3 s, hence inside the functions
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
@@ -67,8 +67,8 @@ class Prior:
     recordings : see `with_cuda_graphs`
     """
 
-    unet: "ModelMixin"
-    autoencoder: "ModelMixin"
+    unet: nn.Module
+    autoencoder: nn.Module
     embedding: nn.Embedding
     alpha_bar: Tensor
     prediction: Prediction = "epsilon"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, TypeAdapter
@@ -42,9 +42,6 @@ from ld3m.models.diffusion_prior import (
 from ld3m.models.prior_variants import take_label_table, with_classes
 from ld3m.runtime import paths
 from ld3m.runtime.storage import new_folder, write_json
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 LINK_FILE = "source.json"
 EMBEDDER = "class_embedder/model.safetensors"
@@ -229,7 +226,7 @@ def _named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be used ({error}): {LAYOUT}") from error
 
 
-def _read_model(folder: Path, allowed: Sequence[str]) -> "ModelMixin":
+def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
     """A model of diffusers with every tensor of its file and no other; pickles are read without executing them."""
     import diffusers
 
@@ -254,7 +251,7 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> "ModelMixin":
     return model
 
 
-def _read_embedding(denoiser: "ModelMixin", folder: Path) -> nn.Embedding:
+def _read_embedding(denoiser: nn.Module, folder: Path) -> nn.Embedding:
     """The class embeddings of a denoiser in `folder`: for a UNet2DConditionModel, those of a file beside it."""
     kind, file = type(denoiser).__name__, folder.parent / EMBEDDER
     if kind == "UNet2DModel":
