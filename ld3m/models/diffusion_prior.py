@@ -54,27 +54,16 @@ class Prior:
     Images x are (B, C, H, W) in [-1, 1]; latents z (B, c, h, w) with about unit variance; the conditioning c is
     (B, 1, D); labels are (B,) int64. `to` and `freeze_` change the modules in place, as in torch; all other methods
     that return a Prior return a new one with the same modules.
-
-    Parameters
-    ----------
-    unet : the denoiser, of a class in `DENOISERS`
-    autoencoder : with a codebook (VQModel) or a posterior (AutoencoderKL)
-    embedding : (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
-    alpha_bar : (T,) float64 on the CPU, the products of 1 - beta of eq. 1
-    prediction : what the denoiser was trained to predict
-    spacing : the timesteps that the sampler takes
-    precision : in which `denoise` and `decode` compute, see `in_precision`
-    recordings : see `with_cuda_graphs`
     """
 
-    unet: nn.Module
-    autoencoder: nn.Module
-    embedding: nn.Embedding
-    alpha_bar: Tensor
-    prediction: Prediction = "epsilon"
-    spacing: Spacing = COMPVIS
-    precision: torch.dtype = torch.float32
-    recordings: dict[str, GraphedFunction] = field(default_factory=dict)
+    unet: nn.Module  # the denoiser, of a class in `DENOISERS`
+    autoencoder: nn.Module  # with a codebook (VQModel) or a posterior (AutoencoderKL)
+    embedding: nn.Embedding  # (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
+    alpha_bar: Tensor  # (T,) float64 on the CPU, the products of 1 - beta of eq. 1
+    prediction: Prediction = "epsilon"  # what the denoiser was trained for
+    spacing: Spacing = COMPVIS  # the timesteps that the sampler takes
+    precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute, see `in_precision`
+    recordings: dict[str, GraphedFunction] = field(default_factory=dict)  # see `with_cuda_graphs`
 
     @property
     def classes(self) -> int:
