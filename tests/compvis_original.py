@@ -60,20 +60,11 @@ class Geglu(nn.Module):
         return x * gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(Geglu(width), nn.Dropout(0.0), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, width, context_width):
         super().__init__()
         self.attn1 = CrossAttention(width, width)
-        self.ff = FeedForward(width)
+        self.ff = nn.ModuleDict({"net": nn.Sequential(Geglu(width), nn.Dropout(0.0), nn.Linear(4 * width, width))})
         self.attn2 = CrossAttention(width, context_width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
@@ -81,7 +72,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         x = self.attn1(normed, normed) + x
         x = self.attn2(self.norm2(x), context) + x
-        return self.ff(self.norm3(x)) + x
+        return self.ff.net(self.norm3(x)) + x
 
 
 class SpatialTransformer(nn.Module):
@@ -118,39 +109,35 @@ class Plain(nn.Conv2d):
 
 
 class UNet(nn.Module):
-    def __init__(self, *, channels, width, multipliers, context_width, blocks=2):
+    def __init__(self, widths, context_width):
         super().__init__()
-        time_width = 4 * width
+        width, time_width = widths[0], 4 * widths[0]
         self.width = width
 
         def attention(inputs):
             return SpatialTransformer(inputs, context_width)
 
         self.time_embed = nn.Sequential(nn.Linear(width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Plain(channels, width, 3, padding=1)])])
-        skips, now = [width], width
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
-                layers = [ResBlock(now, multiplier * width, time_width)]
-                now = multiplier * width
-                layers += [attention(now)] if level else []
-                self.input_blocks.append(nn.ModuleList(layers))
+        blocks, skips, now = [[Plain(3, width, 3, padding=1)]], [width], width
+        for level, outputs in enumerate(widths):
+            for _ in range(2):
+                residual, now = ResBlock(now, outputs, time_width), outputs
+                blocks.append([residual, attention(now)] if level else [residual])
                 skips.append(now)
-            if level < len(multipliers) - 1:
-                self.input_blocks.append(nn.ModuleList([Resample("op", now)]))
+            if level < len(widths) - 1:
+                blocks.append([Resample("op", now)])
                 skips.append(now)
-        self.middle_block = nn.ModuleList(
-            [ResBlock(now, now, time_width), attention(now), ResBlock(now, now, time_width)]
-        )
-        self.output_blocks = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for block in range(blocks + 1):
-                layers = [ResBlock(now + skips.pop(), multiplier * width, time_width)]
-                now = multiplier * width
-                layers += [attention(now)] if level else []
-                layers += [Resample("conv", now)] if level and block == blocks else []
-                self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(norm(now, 1e-5), nn.SiLU(), nn.Conv2d(now, channels, 3, padding=1))
+        self.input_blocks = nn.ModuleList(map(nn.ModuleList, blocks))
+        first, last = ResBlock(now, now, time_width), ResBlock(now, now, time_width)
+        self.middle_block = nn.ModuleList([first, attention(now), last])
+        blocks = []
+        for level, outputs in reversed(list(enumerate(widths))):
+            for block in range(3):
+                residual, now = ResBlock(now + skips.pop(), outputs, time_width), outputs
+                blocks.append([residual, attention(now)] if level else [residual])
+                blocks[-1] += [Resample("conv", now)] if level and block == 2 else []
+        self.output_blocks = nn.ModuleList(map(nn.ModuleList, blocks))
+        self.out = nn.Sequential(norm(now, 1e-5), nn.SiLU(), nn.Conv2d(now, 3, 3, padding=1))
 
     def forward(self, x, t, context):
         time = self.time_embed(timestep_embedding(t, self.width).to(x))
@@ -204,106 +191,71 @@ class Sampler(nn.Module):
         return self.conv(pad(x, (0, 1, 0, 1)) if self.down else interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels):
+    first, last = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
+    return nn.ModuleDict({"block_1": first, "attn_1": AttnBlock(channels), "block_2": last})
 
 
-class Level(nn.Module):
-    def __init__(self, inputs, outputs, blocks, resample):
-        super().__init__()
-        self.block = nn.ModuleList([ResnetBlock(outputs if i else inputs, outputs) for i in range(blocks)])
-        if resample:
-            self.add_module(resample, Sampler(outputs, down=resample == "downsample"))
-        self.resample = resample
+def level(inputs, outputs, *, blocks, resample):
+    block = nn.ModuleList([ResnetBlock(outputs if i else inputs, outputs) for i in range(blocks)])
+    further = {resample: Sampler(outputs, down=resample == "downsample")} if resample else {}
+    return nn.ModuleDict({"block": block} | further)
 
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        return getattr(self, self.resample)(x) if self.resample else x
+
+def run(x, modules):
+    """Apply modules in their order, those within lists and dictionaries too."""
+    for module in modules:
+        if isinstance(module, nn.ModuleDict):
+            x = run(x, module.values())
+        else:
+            x = run(x, module) if isinstance(module, nn.ModuleList) else module(x)
+    return x
 
 
 class Encoder(nn.Module):
-    def __init__(self, *, channels, z_channels, widths, blocks=2):
+    def __init__(self, widths):
         super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, now = nn.ModuleList(), widths[0]
-        for level, width in enumerate(widths):
-            self.down.append(Level(now, width, blocks, "downsample" if level < len(widths) - 1 else None))
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down, now, last = nn.ModuleList(), widths[0], len(widths) - 1
+        for k, width in enumerate(widths):
+            self.down.append(level(now, width, blocks=2, resample="downsample" if k < last else None))
             now = width
-        self.mid = Middle(now)
-        self.norm_out, self.conv_out = norm(now, 1e-6), nn.Conv2d(now, z_channels, 3, padding=1)
+        self.mid = middle(now)
+        self.norm_out, self.conv_out = norm(now, 1e-6), nn.Conv2d(now, 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(self.mid(x))))
+        return self.conv_out(silu(self.norm_out(run(x, [self.conv_in, self.down, self.mid]))))
 
 
 class Decoder(nn.Module):
-    def __init__(self, *, channels, z_channels, widths, blocks=2):
+    def __init__(self, widths):
         super().__init__()
-        now = widths[-1]
-        self.conv_in, self.mid = nn.Conv2d(z_channels, now, 3, padding=1), Middle(now)
-        levels = []
-        for level in reversed(range(len(widths))):
-            levels.insert(0, Level(now, widths[level], blocks + 1, "upsample" if level else None))
-            now = widths[level]
+        now, levels = widths[-1], []
+        self.conv_in, self.mid = nn.Conv2d(3, now, 3, padding=1), middle(now)
+        for k in reversed(range(len(widths))):
+            levels.insert(0, level(now, widths[k], blocks=3, resample="upsample" if k else None))
+            now = widths[k]
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(now, 1e-6), nn.Conv2d(now, channels, 3, padding=1)
+        self.norm_out, self.conv_out = norm(now, 1e-6), nn.Conv2d(now, 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(x)))
-
-
-class Codebook(nn.Module):
-    def __init__(self, entries, width):
-        super().__init__()
-        self.embedding = nn.Embedding(entries, width)
-
-
-class FirstStage(nn.Module):
-    def __init__(self, *, channels, z_channels, widths, codebook):
-        super().__init__()
-        self.encoder = Encoder(channels=channels, z_channels=z_channels, widths=widths)
-        self.decoder = Decoder(channels=channels, z_channels=z_channels, widths=widths)
-        self.quantize = Codebook(codebook, z_channels)
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(z_channels, z_channels, 1) for _ in range(2))
-
-
-class ClassEmbedder(nn.Module):
-    def __init__(self, classes, width):
-        super().__init__()
-        self.embedding = nn.Embedding(classes + 1, width)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, diffusion_model):
-        super().__init__()
-        self.diffusion_model = diffusion_model
+        return self.conv_out(silu(self.norm_out(run(z, [self.conv_in, self.mid, *reversed(self.up)]))))
 
 
 class LatentDiffusion(nn.Module):
-    def __init__(self, *, width, multipliers, classes, context_width, first_stage_widths, codebook):
+    def __init__(self, unet_widths, classes, context_width, first_stage_widths, codebook):
         super().__init__()
-        unet = UNet(
-            channels=3,
-            width=width,
-            multipliers=multipliers,
-            context_width=context_width,
+        self.model = nn.ModuleDict({"diffusion_model": UNet(unet_widths, context_width)})
+        self.first_stage_model = nn.ModuleDict(
+            {
+                "encoder": Encoder(first_stage_widths),
+                "decoder": Decoder(first_stage_widths),
+                "quantize": nn.ModuleDict({"embedding": nn.Embedding(codebook, 3)}),
+                "quant_conv": nn.Conv2d(3, 3, 1),
+                "post_quant_conv": nn.Conv2d(3, 3, 1),
+            }
         )
-        self.model = Wrapper(unet)
-        self.first_stage_model = FirstStage(channels=3, z_channels=3, widths=first_stage_widths, codebook=codebook)
-        self.cond_stage_model = ClassEmbedder(classes, context_width)
+        self.cond_stage_model = nn.ModuleDict({"embedding": nn.Embedding(classes + 1, context_width)})
 
     def unet(self, x, t, context=None):
         return self.model.diffusion_model(x, t, context)

@@ -1,9 +1,11 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
+import shutil
+
 import pytest
 import torch
 
-from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.data.dataset import Dataset, Normalization, Split, measure_normalization
 from ld3m.method.spaces import start_latents
 from ld3m.models.diffusion_prior import build_prior
 from ld3m.runtime import paths
@@ -45,6 +47,21 @@ def make_split(per_class, *, seed):
     labels = torch.arange(CLASSES).repeat(per_class)  # interleaved: nothing may rely on an order
     uint8 = torch.randint(256, (len(labels), 1, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=draw)
     return Split(uint8, labels, ("a", "b", "c"))
+
+
+def make_halves(*, background, brightness):
+    """Two classes that differ at a glance: a bright upper or lower half, of a brightness in that range."""
+    draw = torch.Generator().manual_seed(0)
+
+    def split(count):
+        labels = torch.arange(count) % 2
+        images = torch.randint(0, background, (count, 1, 16, 16), generator=draw, dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, 8 * label : 8 * label + 8] += int(torch.randint(*brightness, (), generator=draw))
+        return Split(images, labels, ("upper", "lower"))
+
+    train = split(64)
+    return Dataset("halves", train, split(16), split(16), measure_normalization(train))
 
 
 def start_ld3m(x, labels, prior, **changes):
@@ -97,3 +114,16 @@ def directional_derivative(function, points, directions, *, h=1e-6):
         ahead = function(*(p + h * d for p, d in zip(points, directions, strict=True)))
         behind = function(*(p - h * d for p, d in zip(points, directions, strict=True)))
     return (float(ahead) - float(behind)) / (2 * h)
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory):
+    """A DiT and an AutoencoderKL in a folder, laid out as the released DiT-XL/2. Do not change it."""
+    from tiny_priors import write  # imports diffusers, which takes 3 s
+
+    return write(tmp_path_factory.mktemp("priors") / "dit")
+
+
+@pytest.fixture
+def dit_copy(dit_folder, tmp_path):
+    return shutil.copytree(dit_folder, tmp_path / "copied")

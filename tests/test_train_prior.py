@@ -4,38 +4,28 @@ import math
 
 import pytest
 import torch
+from conftest import make_halves
+from torch.testing import assert_close
 
-from ld3m.data.dataset import Dataset, Split, measure_normalization
 from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error
 from ld3m.models.diffusion_prior import build_prior
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 
 
 @pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    """Two classes that differ at a glance: a bright upper or lower half, with noise."""
-    draw = torch.Generator().manual_seed(0)
-
-    def split(count: int) -> Split:
-        labels = torch.arange(count) % 2
-        images = torch.randint(0, 60, (count, 1, 16, 16), generator=draw, dtype=torch.uint8)
-        for image, label in zip(images, labels.tolist(), strict=True):
-            image[:, 8 * label : 8 * label + 8] += 180
-        return Split(images, labels, ("upper", "lower"))
-
-    train = split(64)
-    return Dataset("halves", train, split(16), split(16), measure_normalization(train))
+def dataset():
+    return make_halves(background=60, brightness=(180, 181))
 
 
-def trained(dataset: Dataset):
-    prior = build_prior(
-        channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
-        unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
-    )  # fmt: skip
-    images = fit_autoencoder(prior, dataset.train, steps=30, continuous_steps=10, batch=16, learning_rate=5e-3, seed=0)
-    noise = fit_denoiser(
-        prior, dataset.train, steps=40, batch=16, learning_rate=2e-3, null_share=0.1, ema_decay=0.9, seed=0
-    )
+def untrained():
+    widths = dict(autoencoder_widths=(8, 8, 16), unet_widths=(32, 32), unet_blocks=1, conditioning_width=16)
+    return build_prior(channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, seed=0, **widths)
+
+
+def trained(dataset):
+    prior, given = untrained(), dict(batch=16, seed=0)
+    images = fit_autoencoder(prior, dataset.train, steps=30, continuous_steps=10, learning_rate=5e-3, **given)
+    noise = fit_denoiser(prior, dataset.train, steps=40, learning_rate=2e-3, null_share=0.1, ema_decay=0.9, **given)
     return prior, images, noise
 
 
@@ -51,14 +41,10 @@ def test_both_losses_fall_the_latents_have_unit_variance_and_a_second_run_gives_
 
 
 def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
-    prior = build_prior(
-        channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, autoencoder_widths=(8, 8, 16),
-        unet_widths=(32, 32), unet_blocks=1, conditioning_width=16, seed=0,
-    ).freeze_()  # fmt: skip
-    real = dataset.validation.x()
+    prior, real = untrained().freeze_(), dataset.validation.x()
     monkeypatch.setattr("ld3m.evaluation.prior_quality.prior_chunk_size", lambda size_px: 5)
     drawn = reconstruct(prior, real)
-    torch.testing.assert_close(drawn, prior.decode(prior.encode(real)).clamp(-1, 1))
+    assert_close(drawn, prior.decode(prior.encode(real)).clamp(-1, 1))
     error = reconstruction_error(real, drawn)
     mse = sum((a - b) ** 2 for a, b in zip(real.double().flatten().tolist(), drawn.flatten().tolist(), strict=True))
     assert error["mse"] == pytest.approx(mse / real.numel(), rel=1e-5)
@@ -66,18 +52,15 @@ def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
 
 
 def test_a_classifier_of_real_images_sees_the_class_of_the_samples(dataset, monkeypatch):
-    prior, _, _ = trained(dataset)
-    arguments = dict(
-        samples_per_class=3, steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0
-    )
-    pixels, labels, record = check_prior(prior, dataset, **arguments)
+    arguments = dict(steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0)
+    arguments["samples_per_class"] = 3
+    pixels, labels, record = check_prior(untrained().freeze_(), dataset, **arguments)
     assert pixels.shape == (6, 1, 16, 16) and labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert record["samples"] == 6 and record["classifier_accuracy"] == 1.0
 
     def real(prior, labels, **_):
         return dataset.train.x(torch.tensor([int(label) for label in labels]))
 
-    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", real)
-    assert check_prior(prior, dataset, **arguments)[2]["sample_class_accuracy"] == 1.0
-    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", lambda prior, labels, **k: real(prior, 1 - labels))
-    assert check_prior(prior, dataset, **arguments)[2]["sample_class_accuracy"] == 0.0
+    for sample, expected in ((real, 1.0), (lambda prior, labels, **_: real(prior, 1 - labels), 0.0)):
+        monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", sample)
+        assert check_prior(untrained(), dataset, **arguments)[2]["sample_class_accuracy"] == expected

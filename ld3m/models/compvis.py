@@ -6,7 +6,7 @@ placeholders, any other object is an error. diffusers renames the tensors of the
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from ld3m.models.diffusion_prior import Prior, cin256_alpha_bar
 from ld3m.models.prior_variants import spread_codes
 from ld3m.runtime.seeds import forked
 
-Weights = Literal["auto", "ema", "model"]
-
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 LOSS = f"{AUTOENCODER}loss."  # the discriminator and LPIPS, which trained the autoencoder
 HARMLESS = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.")  # become placeholders, nothing is imported
@@ -24,14 +22,12 @@ HARMLESS = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.")  # becom
 
 @dataclass(frozen=True)
 class Kind:
-    """Sizes of a class-conditional latent diffusion model with a VQ autoencoder; the defaults are those of
-    `cin256-v2`."""
+    """Sizes of a class-conditional latent diffusion model with a VQ autoencoder; by default those of `cin256-v2`."""
 
     unet_widths: tuple[int, ...] = (192, 384, 576, 960)  # model_channels times channel_mult
     classes: int = 1000  # without the null class
     conditioning_width: int = 512
     autoencoder_widths: tuple[int, ...] = (128, 256, 512)  # ch times ch_mult
-    latent_channels: int = 3
     codebook: int = 8192
 
 
@@ -46,87 +42,73 @@ def build(kind: Kind = CIN256, *, seed: int) -> Prior:
     return prior
 
 
-def load_checkpoint(file: Path, *, kind: Kind = CIN256, weights: Weights = "auto") -> Prior:
-    """Load a CompVis checkpoint.
+def load_checkpoint(file: Path, *, kind: Kind = CIN256) -> Prior:
+    """Load a CompVis checkpoint, saved by PyTorch 1.6 or later: a frozen prior, in float32 on the CPU.
 
-    Parameters
-    ----------
-    file : path of `model.ckpt`, saved by PyTorch 1.6 or later
-    kind : the sizes of the model in it
-    weights : which U-Net to take. "auto": the moving average (`model_ema`) where the file has one, as CompVis's own
-        sampling does; "ema": the moving average; "model": the weights of the last training step
-
-    Returns
-    -------
-    The prior, frozen, in float32 on the CPU.
-
-    Raises
-    ------
-    ValueError : the file is broken, holds code, another model, another noise schedule, or a weight that is not finite
+    The U-Net is the moving average (`model_ema`) where the file has one, as in CompVis's own sampling. ValueError where
+    the file is broken, holds code, another model, another noise schedule, or a weight that is not finite.
     """
-    if weights not in ("auto", "ema", "model"):
-        raise ValueError(f"weights={weights!r}: must be 'auto', 'ema' or 'model'")
     state = _read(Path(file))
+    try:
+        return _convert(state, kind)
+    except Exception as error:  # diffusers' converters raise errors of many kinds for missing and misshapen tensors
+        raise ValueError(f"{file} is not the latent diffusion model it should be: {error}") from error
+
+
+def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
     if f"{UNET}input_blocks.0.0.weight" not in state:
-        raise ValueError(f"{file} has no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:20])}")
+        raise ValueError(f"no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:20])}")
     scale = state.get("scale_factor", torch.ones(()))
     if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
-        raise ValueError(f"{file} has scale_factor={scale.tolist()}: must be one positive number")
+        raise ValueError(f"scale_factor={scale.tolist()}: must be one positive number")
     given, ours = state.get("alphas_cumprod"), cin256_alpha_bar()
     if given is not None and (given.shape != ours.shape or not torch.allclose(given.double(), ours, rtol=1e-3)):
-        raise ValueError(
-            f"{file} was trained with another noise schedule than 1000 steps, linear_start 0.0015, linear_end 0.0195: "
-            "it cannot be used"
-        )
-    if weights == "ema" or weights == "auto" and any(key.startswith("model_ema.diffusion_model") for key in state):
-        averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in _part(state, UNET)}
+        raise ValueError("another noise schedule than 1000 steps, linear_start 0.0015, linear_end 0.0195")
+    if any(key.startswith("model_ema.diffusion_model") for key in state):
+        names = [key for key in state if key.startswith(UNET)]
+        averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in names}
         if missing := sorted(set(averages.values()) - state.keys()):
-            raise ValueError(f"{file} has no moving average of the whole U-Net; missing: {', '.join(missing)}")
+            raise ValueError(f"no moving average of the whole U-Net; missing: {', '.join(missing)}")
         state = state | {key: state[average] for key, average in averages.items()}
     with torch.device("meta"):  # nothing is allocated before the shapes of the file fit
         unet, autoencoder, embedding = _modules(kind, scale=scale.item())
-    try:
-        _fill(unet, _part(state, UNET), _convert_unet)
-        _fill(autoencoder, {k: t for k, t in _part(state, AUTOENCODER).items() if not k.startswith(LOSS)}, _convert_vq)
-        _fill(embedding, _part(state, EMBEDDER), lambda part, _: {"weight": part[f"{EMBEDDER}embedding.weight"]})
-    except Exception as error:  # diffusers' converters raise errors of many kinds for missing and misshapen tensors
-        raise ValueError(f"{file} is not the latent diffusion model it should be: {error}") from error
+    part = _part(state, UNET)
+    _fill(unet, part, convert_ldm_unet_checkpoint(part, unet.config))
+    part = _part(state, AUTOENCODER)
+    codes = {"quantize.embedding.weight": part[f"{AUTOENCODER}quantize.embedding.weight"]}  # which a VAE has not
+    _fill(autoencoder, part, convert_ldm_vae_checkpoint(part, autoencoder.config) | codes)
+    part = _part(state, EMBEDDER)
+    _fill(embedding, part, {"weight": part[f"{EMBEDDER}embedding.weight"]})
     return Prior(unet, autoencoder, embedding, ours).freeze_()
 
 
-def _fill(module: nn.Module, part: dict[str, Tensor], convert: Any) -> None:
-    """Gives a module on the device `meta` the tensors of its part of a checkpoint: each of them, and no other."""
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The finite tensors of one module, without the losses that trained it."""
+    part = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and not key.startswith(LOSS)}
     if broken := [key for key, tensor in part.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(broken)} tensors not finite: {', '.join(broken)}")
-    converted = convert(part, getattr(module, "config", None))
+    return part
+
+
+def _fill(module: nn.Module, part: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
+    """Give a module on the device `meta` the tensors of its part of a checkpoint: each of them, and no other."""
     used = {tensor.data_ptr() for tensor in converted.values()}  # the converters give views
     if unknown := [key for key, tensor in part.items() if tensor.data_ptr() not in used]:
         raise ValueError(f"{len(unknown)} tensors unknown: {', '.join(unknown)}")
     module.load_state_dict({key: tensor.float().clone() for key, tensor in converted.items()}, assign=True)
 
 
-def _convert_unet(part: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    return convert_ldm_unet_checkpoint(part, config)
-
-
-def _convert_vq(part: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    codes = f"{AUTOENCODER}quantize.embedding.weight"  # which a VAE has not
-    return convert_ldm_vae_checkpoint(part, config) | {"quantize.embedding.weight": part[codes]}
-
-
 def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embedding]:
-    """U-Net, autoencoder and class embeddings, with the modules' own initialisation."""
+    """U-Net, autoencoder and class embeddings, with the modules' own initialization."""
     from diffusers import UNet2DConditionModel, VQModel
 
     lower = len(kind.unet_widths) - 1  # levels with attention
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=kind.latent_channels,
-        out_channels=kind.latent_channels,
+        in_channels=3,
+        out_channels=3,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
         up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
         block_out_channels=kind.unet_widths,
@@ -141,7 +123,7 @@ def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embe
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=kind.autoencoder_widths,
         layers_per_block=2,
-        latent_channels=kind.latent_channels,
+        latent_channels=3,
         sample_size=256,
         num_vq_embeddings=kind.codebook,
         norm_num_groups=32,
@@ -151,10 +133,7 @@ def _modules(kind: Kind, *, scale: float) -> tuple[nn.Module, nn.Module, nn.Embe
 
 
 class _Placeholder:
-    """Stands for an object of the training program: takes any argument, does nothing."""
-
-    def __new__(cls, *args: Any, **options: Any) -> "_Placeholder":
-        return super().__new__(cls)
+    """Stand for an object of the training program: take any argument, do nothing."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -171,8 +150,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         refused = sorted(name for name in objects if not name.startswith(HARMLESS))
         if not refused:
-            placeholders = [(type("Placeholder", (_Placeholder,), {}), name) for name in objects]
-            with torch.serialization.safe_globals(placeholders):
+            with torch.serialization.safe_globals([(_Placeholder, name) for name in objects]):
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken file raises errors of many kinds; torch's message proposes to run the code
         raise ValueError(
@@ -184,16 +162,6 @@ def _read(file: Path) -> dict[str, Tensor]:
             "save its weights alone: torch.save({'state_dict': weights}, 'model.ckpt')"
         )
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and _has_numbers(tensor) for key, tensor in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} has no 'state_dict' of tensors: it is not a checkpoint of latent diffusion")
     return state
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +14,7 @@ from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.seeds import forked
 
 if TYPE_CHECKING:
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        DiTTransformer2DModel,
-        SchedulerMixin,
-        UNet2DConditionModel,
-        UNet2DModel,
-        VQModel,
-    )  # takes 3 s, hence inside the functions
+    from diffusers import DDIMScheduler  # takes 3 s, hence inside the functions
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
@@ -30,7 +23,7 @@ class IncompatiblePrior(ValueError):
     """The prior can be read, but does not fit the data set or the settings."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Spacing:
     """The timesteps of training that the sampler takes, in the words of diffusers; the default is CompVis's.
 
@@ -38,7 +31,7 @@ class Spacing:
     """
 
     kind: Literal["leading", "trailing", "linspace"] = "leading"
-    offset: int = 1
+    offset: pydantic.NonNegativeInt = 1
     ends_clean: bool = False  # whether alpha_bar after the last step is 1, or that of the first timestep of training
 
 
@@ -61,27 +54,16 @@ class Prior:
     Images x are (B, C, H, W) in [-1, 1]; latents z (B, c, h, w) with about unit variance; the conditioning c is
     (B, 1, D); labels are (B,) int64. `to` and `freeze_` change the modules in place, as in torch; all other methods
     that return a Prior return a new one with the same modules.
-
-    Parameters
-    ----------
-    unet : the denoiser, a U-Net or a transformer (DiT)
-    autoencoder : with a codebook (VQModel) or a posterior (AutoencoderKL)
-    embedding : (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
-    alpha_bar : (T,) float64 on the CPU, the products of 1 - beta of eq. 1
-    prediction : what the denoiser was trained to predict
-    spacing : the timesteps that the sampler takes
-    precision : in which `denoise` and `decode` compute, see `in_precision`
-    recordings : see `with_cuda_graphs`
     """
 
-    unet: "UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel"
-    autoencoder: "VQModel | AutoencoderKL"
-    embedding: nn.Embedding
-    alpha_bar: Tensor
-    prediction: Prediction = "epsilon"
-    spacing: Spacing = COMPVIS
-    precision: torch.dtype = torch.float32
-    recordings: dict[str, GraphedFunction] = field(default_factory=dict)
+    unet: nn.Module  # the denoiser, of a class in `DENOISERS`
+    autoencoder: nn.Module  # with a codebook (VQModel) or a posterior (AutoencoderKL)
+    embedding: nn.Embedding  # (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
+    alpha_bar: Tensor  # (T,) float64 on the CPU, the products of 1 - beta of eq. 1
+    prediction: Prediction = "epsilon"  # what the denoiser was trained for
+    spacing: Spacing = COMPVIS  # the timesteps that the sampler takes
+    precision: torch.dtype = torch.float32  # in which `denoise` and `decode` compute, see `in_precision`
+    recordings: dict[str, GraphedFunction] = field(default_factory=dict)  # see `with_cuda_graphs`
 
     @property
     def classes(self) -> int:
@@ -94,43 +76,33 @@ class Prior:
 
     @property
     def has_quantizer(self) -> bool:
-        """Whether latents are quantised to a codebook."""
+        """Whether the autoencoder has a codebook."""
         return hasattr(self.autoencoder, "quantize")
 
     @property
-    def channels(self) -> int:
-        return self.autoencoder.config.in_channels
-
-    @property
     def latent_channels(self) -> int:
-        given = self.autoencoder.config
-        return given.get("vq_embed_dim") or given.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent position along one axis."""
-        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        return self.autoencoder.config.get("vq_embed_dim") or self.autoencoder.config.latent_channels
 
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images; IncompatiblePrior for a size that the prior cannot take."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
-        unit = self.downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
+        downsampling = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        unit = downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
             raise IncompatiblePrior(f"size_px={size_px}: this prior takes {'' if is_fixed else 'multiples of '}{unit}")
-        side = size_px // self.downsampling
-        return self.latent_channels, side, side
+        return self.latent_channels, size_px // downsampling, size_px // downsampling
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raise IncompatiblePrior where the prior does not fit the images and the number of classes of a data set."""
         self.latent_shape(size_px)
-        if channels != self.channels:
-            raise IncompatiblePrior(f"channels={channels}: this prior has {self.channels}")
+        if channels != (own := self.autoencoder.config.in_channels):
+            raise IncompatiblePrior(f"channels={channels}: this prior has {own}")
         if self.is_conditional and classes != self.classes:
             raise IncompatiblePrior(f"classes={classes}: this prior has {self.classes}")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantiser."""
+        """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantizer."""
         encoded = self.autoencoder.encode(x)
         z = encoded.latents if self.has_quantizer else encoded.latent_dist.mode()
         return (z - self._shift) * self.autoencoder.config.scaling_factor
@@ -143,7 +115,7 @@ class Prior:
         return self.autoencoder.quantize(z / scale)[0] * scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents z to images x, through the quantiser if there is one; not clamped."""
+        """Latents z to images x, through the quantizer if there is one; not clamped."""
         return self.recordings.get("decode", self._decode)(z)
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -194,17 +166,15 @@ class Prior:
         return self
 
     def in_precision(self, precision: Literal["float32", "bfloat16"]) -> "Prior":
-        """A prior whose denoiser and decoder compute in that type, if its device supports it; inputs and outputs keep
-        their own."""
+        """A prior whose denoiser and decoder compute in that type, if its device supports it; results keep theirs."""
         usable = usable_precision(precision, self.embedding.weight.device)
         return replace(self, precision=getattr(torch, usable), recordings={})
 
     def with_cuda_graphs(self) -> "Prior":
         """A prior whose denoiser and decoder are CUDA graphs, see `GraphedFunction`: the gradient of a call must be
         taken before the next call. On a CPU nothing changes."""
-        return replace(
-            self, recordings={"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
-        )
+        recordings = {"predict": GraphedFunction(self._predict), "decode": GraphedFunction(self._decode)}
+        return replace(self, recordings=recordings)
 
     def freeze_(self) -> "Prior":
         """Set evaluation mode and switch gradients of the weights off, in place."""
@@ -243,18 +213,11 @@ def build_prior(
     conditioning_width: int,
     seed: int,
 ) -> Prior:
-    """Build a prior with random weights, a smaller `cin256-v2`.
+    """Build a prior with random weights, a smaller `cin256-v2`; the global generator is untouched.
 
-    Parameters
-    ----------
-    channels, classes : of the data set
-    latent_size, latent_channels : side and channels of the latents
-    codebook : entries of the VQ autoencoder
-    autoencoder_widths : channels of its levels, each at half the resolution of the one before
-    unet_widths : channels of the U-Net's levels; all but the first attend to the class token
-    unet_blocks : residual blocks of a level
-    conditioning_width : D, the width of the class token
-    seed : of the weights; the global generator is untouched
+    Latents have `latent_size` positions a side; each level of the autoencoder has half the resolution of the one
+    before, and `codebook` is the number of its entries. All levels of the U-Net but the first attend to the class
+    token, of `conditioning_width`; each has `unet_blocks` residual blocks.
     """
     from diffusers import UNet2DConditionModel, VQModel
 
@@ -298,19 +261,11 @@ def cin256_schedule() -> "DDIMScheduler":
     """The noise schedule of `cin256-v2`."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.0015,
-        beta_end=0.0195,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    )
+    betas = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def alpha_bar_of(scheduler: "SchedulerMixin") -> Tensor:
+def alpha_bar_of(scheduler: "DDIMScheduler") -> Tensor:
     """The products of 1 - beta, (T,) float64."""
     return torch.cumprod(1 - scheduler.betas.double(), dim=0)
 

@@ -24,28 +24,19 @@ class Generator(nn.Module):
 
     Shapes: noise (B, noise_width), labels (B,) int64, one code w (B, w_width), codes of the layers from n on
     (B, layers - n, w_width), images x (B, channels, size_px, size_px) around [-1, 1], not clamped. Layer n maps
-    features f (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the image.
-
-    Parameters
-    ----------
-    channels, classes : of the data set
-    noise_width, w_width : of the noise, and of a code
-    widths : channels of the features at 4, 8, 16 ... px; their number sets the size of the image
+    features f (B, C_n, h_n, h_n) to those that enter layer n + 1; the last layer gives the image. `widths` are the
+    channels of the features at 4, 8, 16 ... px; their number sets the size of the image.
     """
 
     def __init__(self, *, channels: int, classes: int, noise_width: int, w_width: int, widths: tuple[int, ...]):
         super().__init__()
-        self.config = {
-            "channels": channels,
-            "classes": classes,
-            "noise_width": noise_width,
-            "w_width": w_width,
-            "widths": list(widths),
-        }
+        self.config = {"channels": channels, "classes": classes, "widths": list(widths)}
+        self.config |= {"noise_width": noise_width, "w_width": w_width}
+        self.classes, self.noise_width = classes, noise_width
+        self.size_px = SMALLEST_PX * 2 ** (len(widths) - 1)
         self.embedding = nn.Embedding(classes, noise_width)
         self.to_w = nn.Sequential(
-            *(_linear(2 * noise_width, w_width), nn.LeakyReLU(0.2)),
-            *(_linear(w_width, w_width), nn.LeakyReLU(0.2)),
+            *(_linear(2 * noise_width, w_width), nn.LeakyReLU(0.2)), *(_linear(w_width, w_width), nn.LeakyReLU(0.2))
         )
         self.constant = nn.Parameter(torch.randn(widths[0], SMALLEST_PX, SMALLEST_PX))
         layers = [StyleLayer(widths[0], widths[0], w_width)]
@@ -54,34 +45,20 @@ class Generator(nn.Module):
         self.synthesis = nn.ModuleList([*layers, StyleLayer(widths[-1], channels, w_width, is_last=True)])
 
     @property
-    def classes(self) -> int:
-        return self.config["classes"]
-
-    @property
-    def noise_width(self) -> int:
-        return self.config["noise_width"]
-
-    @property
-    def size_px(self) -> int:
-        return SMALLEST_PX * 2 ** (len(self.config["widths"]) - 1)
-
-    @property
     def layers(self) -> int:
-        """The number of layers of the synthesis network, and of codes w for one image."""
+        """Layers of the synthesis network, and codes w of one image."""
         return len(self.synthesis)
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raise ValueError where the generator does not fit the images and the number of classes of a data set."""
-        given = {"size_px": size_px, "channels": channels, "classes": classes}
         own = {"size_px": self.size_px, "channels": self.config["channels"], "classes": self.classes}
-        for key, value in given.items():
+        for key, value in {"size_px": size_px, "channels": channels, "classes": classes}.items():
             if value != own[key]:
                 raise ValueError(f"{key}={value}: this GAN has {own[key]}")
 
     def mapping(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One code w (B, w_width) for standard normal noise (B, noise_width) and labels (B,)."""
-        asked = torch.cat([_unit(noise), _unit(self.embedding(labels.to(noise.device)))], dim=1)
-        return self.to_w(asked)
+        return self.to_w(torch.cat([_unit(noise), _unit(self.embedding(labels.to(noise.device)))], dim=1))
 
     def features(self, w: Tensor, n: int) -> Tensor:
         """The features that enter layer n, from the codes w (B, n, w_width) of the layers before it."""
@@ -131,7 +108,7 @@ class StyleLayer(nn.Module):
         s = self.style(w)  # (B, inputs)
         kernel = self.gain * self.kernel
         scaled = features * s[:, :, None, None]
-        if self.doubles:  # nearest neighbour; torch's interpolate has no deterministic gradient on CUDA
+        if self.doubles:  # nearest neighbor; torch's interpolate has no deterministic gradient on CUDA
             scaled = scaled.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         maps = conv2d(scaled, kernel, padding=kernel.shape[-1] // 2)
         if self.is_last:
@@ -159,9 +136,7 @@ def load_generator(folder: Path) -> Generator:
 
     FileNotFoundError for a missing file, ValueError for a broken one or a weight that is not finite.
     """
-    folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise FileNotFoundError(f"no GAN in {folder}: {', '.join(missing)} missing")
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -37,7 +37,7 @@ class Network(nn.Module):
 class ConvNet(Network):
     """`depth` times [3x3 convolution, norm, ReLU, average pool 2]; linear on the flattened map.
 
-    Depth None leaves a map of 4x4, as published: 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
+    Depth None leaves a map of 4x4, as published: 3 at 32 px, 5 at 128.
     """
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 128, depth: int | None = None):
@@ -57,7 +57,7 @@ class ConvNet(Network):
 
 
 class _AveragePool(nn.Module):
-    """`nn.AvgPool2d(2)` in sums of slices, which are vectorised on the CPU."""
+    """`nn.AvgPool2d(2)` in sums of slices, which are vectorized on the CPU."""
 
     def forward(self, maps: Tensor) -> Tensor:
         height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2  # an odd last row or column is left out
@@ -91,9 +91,8 @@ class AlexNet(Network):
 class VGG11(Network):
     """Eight 3x3 convolutions with norm, five max pools, one linear layer on a map of at most 7x7.
 
-    After the five pools the map is 1x1 at 32 px and 4x4 at 128 px; both stay as they are, because an adaptive
-    pool to 7x7 would only repeat their values. 8x8 at 256 px is max-pooled to 7x7, in overlapping windows.
-    `width` is that of the first layer.
+    A larger map, 8x8 at 256 px, is max-pooled to 7x7, in overlapping windows; a smaller one stays as it is, because an
+    adaptive pool would only repeat its values. `width` is that of the first layer.
     """
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
@@ -105,9 +104,8 @@ class VGG11(Network):
                 layers += _conv_norm_relu(inputs, multiple * width)
                 inputs = multiple * width
             layers.append(nn.MaxPool2d(2))
-        side = size_px // 32
-        if side > 7:
-            side = 7
+        side = min(size_px // 32, 7)
+        if size_px // 32 > side:
             layers.append(nn.AdaptiveMaxPool2d(side))
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs * side**2, classes)
@@ -122,11 +120,9 @@ class ResNet18(Network):
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
         super().__init__()
         _require_size("resnet18", size_px, smallest_px=16)
-        layers: list[nn.Module] = [*_conv_norm_relu(channels, width, bias=False)]
-        inputs = width
-        for stage in range(4):
-            outputs = width * 2**stage
-            layers.append(_Residual(inputs, outputs, stride=1 if stage == 0 else 2))
+        layers, inputs = [*_conv_norm_relu(channels, width, bias=False)], width
+        for outputs in (width, 2 * width, 4 * width, 8 * width):
+            layers.append(_Residual(inputs, outputs, stride=1 if outputs == width else 2))
             layers.append(_Residual(outputs, outputs, stride=1))
             inputs = outputs
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
@@ -142,10 +138,9 @@ class _Residual(nn.Module):
             nn.GroupNorm(outputs, outputs),
         )
         self.shortcut = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.GroupNorm(outputs, outputs)
-            )
+        if stride != 1:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.GroupNorm(outputs, outputs))
 
     def forward(self, maps: Tensor) -> Tensor:
         return torch.relu(self.branch(maps) + self.shortcut(maps))
@@ -154,10 +149,10 @@ class _Residual(nn.Module):
 class ViT(Network):
     """Vision transformer with a class token, pre-norm blocks, dropout 0.1, and positions drawn from N(0, 1).
 
-    The patch is size_px // 8, at most 16: 4 at 32 px, 8 at 64 px, 16 from 128 px. `width` is the width of tokens and
-    of the hidden layers of the MLPs, a multiple of 32: a head has 64 dimensions if `width` is a multiple of 64 and at
-    least 256, else 32. Depth None is the published 6 up to 32 px, 10 above. `norms=False` is the ViT of the released
-    code, which comments every LayerNorm out. In training mode dropout draws from the global generator.
+    The side of a patch is size_px // 8, at most 16. `width` is that of tokens and of the hidden layers of the MLPs, a
+    multiple of 32: a head has 64 dimensions if `width` is a multiple of 64 and at least 256, else 32. Depth None is the
+    published 6 up to 32 px, 10 above. `norms=False` is the ViT of the released code, which comments every LayerNorm
+    out. In training mode dropout draws from the global generator.
     """
 
     def __init__(
@@ -238,13 +233,7 @@ def _require_size(name: str, size_px: int, *, smallest_px: int) -> None:
         raise ValueError(f"size_px={size_px}: {name} takes at least {smallest_px}")
 
 
-ARCHITECTURES: dict[str, type[Network]] = {
-    "convnet": ConvNet,
-    "alexnet": AlexNet,
-    "vgg11": VGG11,
-    "resnet18": ResNet18,
-    "vit": ViT,
-}
+ARCHITECTURES = {"convnet": ConvNet, "alexnet": AlexNet, "vgg11": VGG11, "resnet18": ResNet18, "vit": ViT}
 
 
 def build(
@@ -258,34 +247,24 @@ def build(
     factory: Callable[..., Network] | None = None,
     **options: int | bool | None,
 ) -> Network:
-    """Build a network with random weights.
+    """Build a network with random weights, the same on every device; the global generator is untouched.
 
-    Parameters
-    ----------
-    name : a key of `ARCHITECTURES`, unless there is a `factory`
-    channels, size_px, classes : of the data set
-    seed : of the weights, which are the same on every device; the global generator is untouched
-    device : of the network
-    factory : makes a network of your own, called with channels, size_px, classes and the options
-    options : `width`; `depth` of convnet and vit; `norms` of vit. None takes the published value
-
-    Raises
-    ------
-    ValueError : an unknown name, an option that the architecture does not have, or a value that it cannot have
+    `name` is a key of `ARCHITECTURES`. A `factory` makes a network of your own; it is called with channels, size_px,
+    classes and the options: `width`, `depth` (convnet and vit) and `norms` (vit), where None takes the published value.
+    ValueError for an unknown name, an option that the architecture does not have, or a value it cannot have.
     """
     if factory is None and name not in ARCHITECTURES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(ARCHITECTURES)}")
     architecture = factory or ARCHITECTURES[name]
     options = {key: value for key, value in options.items() if value is not None}
-    for key, value in options.items():
-        if key not in inspect.signature(architecture).parameters:
+    given = {"channels": channels, "size_px": size_px, "classes": classes, **options}
+    for key, value in given.items():
+        if key in options and key not in inspect.signature(architecture).parameters:
             raise ValueError(f"{key}={value}: {name} has no {key}")
-    for key, value in {"channels": channels, "size_px": size_px, "classes": classes, **options}.items():
         if key != "norms" and factory is None and value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
     with seeds.forked(seed, "network", name):
-        network = architecture(channels=channels, size_px=size_px, classes=classes, **options)
-    return network.to(device)
+        return architecture(**given).to(device)
 
 
 def flat_parameters(network: nn.Module) -> Tensor:
@@ -297,6 +276,4 @@ def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
     """Views of `flat` (P,) by parameter name, for `torch.func.functional_call`; gradients reach `flat`."""
     named = dict(network.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
-    if flat.shape != (sum(sizes),):
-        raise ValueError(f"flat has shape {tuple(flat.shape)}, but the network has {sum(sizes)} parameters")
     return {name: part.view_as(named[name]) for name, part in zip(named, flat.split(sizes), strict=True)}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,11 +9,8 @@ from torch import nn
 from ld3m.models.diffusion_prior import Prior
 from ld3m.runtime.seeds import forked
 
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel, VQModel
 
-
-def take_label_table(dit: "DiTTransformer2DModel") -> nn.Embedding:
+def take_label_table(dit: nn.Module) -> nn.Embedding:
     """Remove the label table (classes + 1, D) from a DiT and return it; the DiT then takes rows of it, (B, D).
 
     In diffusers each block has a table. In a released model they are copies of one; ValueError if they differ.
@@ -26,7 +22,7 @@ def take_label_table(dit: "DiTTransformer2DModel") -> nn.Embedding:
     return table
 
 
-def _remove_label_tables(dit: "DiTTransformer2DModel") -> None:
+def _remove_label_tables(dit: nn.Module) -> None:
     for block in dit.transformer_blocks:
         block.norm1.emb.class_embedder = nn.Identity()
 
@@ -72,7 +68,7 @@ def with_random_weights(prior: Prior, *, seed: int) -> Prior:
 
 
 @torch.no_grad()
-def spread_codes(autoencoder: "VQModel") -> None:
-    """Draw the codes of an untrained quantiser so that latents have unit variance: from codes near zero, the gradient
+def spread_codes(autoencoder: nn.Module) -> None:
+    """Draw the codes of an untrained quantizer so that latents have unit variance: from codes near zero, the gradient
     through many steps leaves the range of float32."""
     autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)

@@ -1,5 +1,7 @@
 """Train the small class-conditional GAN of the space `glad` on the training split."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
@@ -21,14 +23,13 @@ class Discriminator(nn.Module):
     """Strided convolutions to 4 px and a projection on the class (Miyato and Koyama, 2018).
 
     The minibatch standard deviation of each group (Karras et al., 2018) shows it a generator that ignores its noise.
+    `widths` are the channels at half the image's side, at a quarter, ... and at 4 px.
     """
 
     def __init__(self, *, channels: int, classes: int, widths: tuple[int, ...]):
-        """`widths` are the channels at half the image's side, at a quarter, ... and at 4 px."""
         super().__init__()
-        inputs = (channels, *widths)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(inputs, widths, strict=False)
+            nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip((channels, *widths), widths, strict=False)
         )
         self.hidden = nn.Linear((widths[-1] + 1) * SMALLEST_PX**2, widths[-1])
         self.realness = nn.Linear(widths[-1], 1)
@@ -64,33 +65,20 @@ def fit_gan(
 ) -> list[dict[str, float]]:
     """Train the generator in place with the non-saturating loss; it ends as the moving average (EMA) of its weights.
 
-    Parameters
-    ----------
-    gan, split : the generator, and the training images
-    discriminator_widths : channels of the discriminator, see `Discriminator`
-    steps, batch, learning_rate : of Adam, for both networks; `batch` is a multiple of 4
-    r1, r1_every : the R1 penalty, r1 / 2 times the squared gradient of the logit at real images, every `r1_every` steps
-        and as many times as large
-    ema_decay : of the moving average
-    strategy : DSA of real and generated images alike
-    seed : of the discriminator, batches and noise
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The losses of each step, {"generator": ..., "discriminator": ...}. ValueError if one is not finite.
+    Both networks have Adam with `learning_rate`. The R1 penalty, `r1` / 2 times the squared gradient of the logit at
+    real images, is taken every `r1_every` steps and as many times as large. `batch` is a multiple of 4; `strategy` is
+    the DSA of real and generated images alike. An interrupted run goes on from `checkpoint`, to the same bits. Returns
+    the losses of each step, {"generator": ..., "discriminator": ...}; ValueError if one is not finite.
     """
+    device = split.device
     with forked(seed, "discriminator"):
         discriminator = Discriminator(channels=gan.config["channels"], classes=gan.classes, widths=discriminator_widths)
-    device = split.device
     discriminator.to(device)
     average = AveragedModel(gan, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    optimizers = [
-        torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.0, 0.99)) for network in (gan, discriminator)
-    ]
+    adam = partial(torch.optim.Adam, lr=learning_rate, betas=(0.0, 0.99))
+    optimizers = {"optimizer 0": adam(gan.parameters()), "optimizer 1": adam(discriminator.parameters())}
     training = TrainingState(
-        {"generator": gan, "discriminator": discriminator, "average": average}
-        | {f"optimizer {k}": optimizer for k, optimizer in enumerate(optimizers)},
+        {"generator": gan, "discriminator": discriminator, "average": average, **optimizers},
         losses=torch.zeros(steps, 2, device=device),
         advice="lower the learning rate of the gan",
     )
@@ -107,18 +95,18 @@ def fit_gan(
 
                 with torch.no_grad():
                     fake = augment(gan(noise[0], labels), augmentation)
-                is_penalised = step % r1_every == 0
-                logits = discriminator(real.requires_grad_(is_penalised), labels)
+                is_penalized = step % r1_every == 0
+                logits = discriminator(real.requires_grad_(is_penalized), labels)
                 loss_d = softplus(-logits).mean() + softplus(discriminator(fake, labels)).mean()
                 penalty = 0.0
-                if is_penalised:
+                if is_penalized:
                     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
                     penalty = r1 / 2 * gradient.square().sum(dim=(1, 2, 3)).mean()
-                _step(optimizers[1], loss_d + r1_every * penalty)
+                _step(optimizers["optimizer 1"], loss_d + r1_every * penalty)
 
                 discriminator.requires_grad_(False)
                 loss_g = softplus(-discriminator(augment(gan(noise[1], labels), augmentation), labels)).mean()
-                _step(optimizers[0], loss_g)
+                _step(optimizers["optimizer 0"], loss_g)
                 discriminator.requires_grad_(True)
                 average.update_parameters(gan)
                 training.record(torch.stack([loss_g.detach(), loss_d.detach()]))

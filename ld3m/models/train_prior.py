@@ -31,24 +31,14 @@ def fit_autoencoder(
 ) -> list[float]:
     """Train the VQ autoencoder in place, and set its scaling factor to one over the standard deviation of `z`.
 
-    The loss is the absolute and the squared error of the reconstruction plus the commitment loss of the quantiser.
-
-    Parameters
-    ----------
-    prior, split : the model, and the training images
-    steps, batch, learning_rate : of Adam; the rate falls as a cosine
-    continuous_steps : train first without the quantiser; the codebook then starts from encoded training images, so that
-        no entry is unused from the start
-    seed : of the batches
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The loss of each step. ValueError if one is not finite.
+    The loss is the absolute and the squared error of the reconstruction plus the commitment loss of the quantizer; the
+    rate of Adam falls as a cosine. The first `continuous_steps` run without the quantizer, whose codebook then starts
+    from encoded training images, so that no entry is unused from the start. An interrupted run goes on from
+    `checkpoint`, to the same bits. Returns the loss of each step; ValueError if one is not finite.
     """
     autoencoder = prior.autoencoder
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    schedule = _cosine(optimizer, steps)
     training = TrainingState(
         {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule},
         losses=torch.zeros(steps, device=split.device),
@@ -90,27 +80,16 @@ def fit_denoiser(
 ) -> list[float]:
     """Train the U-Net and the class embeddings in place on encoded images; they end as their moving averages (EMA).
 
-    The loss is the squared error of the predicted noise at uniform timesteps, eq. 1.
-
-    Parameters
-    ----------
-    prior, split : the model, with a trained autoencoder, and the training images
-    steps, batch, learning_rate : of AdamW; the rate falls as a cosine
-    null_share : share of the labels replaced by the null class, for classifier-free guidance
-    ema_decay : of the moving average
-    seed : of the batches, timesteps and noise
-    checkpoint : an interrupted run goes on from it, to the same bits
-
-    Returns
-    -------
-    The loss of each step. ValueError if one is not finite.
+    The loss is the squared error of the predicted noise at uniform timesteps, eq. 1; the rate of AdamW falls as a
+    cosine. `null_share` of the labels are replaced by the null class, for classifier-free guidance. An interrupted run
+    goes on from `checkpoint`, to the same bits. Returns the loss of each step; ValueError if one is not finite.
     """
     z_all = _encode_all(prior, split)
     alpha_bar = prior.alpha_bar.float()
     trained = torch.nn.ModuleList([prior.unet.train(), prior.embedding])
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    schedule = _cosine(optimizer, steps)
     training = TrainingState(
         {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule},
         losses=torch.zeros(steps, device=split.device),
@@ -160,5 +139,5 @@ def _encode_all(prior: Prior, split: Split) -> Tensor:
     return torch.cat([prior.encode(split.x(index)) for index in parts])
 
 
-def _cosine(step: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def _cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
