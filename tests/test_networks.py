@@ -35,6 +35,8 @@ def random_images(count=2, *, size_px=32, channels=2, dtype=torch.float32):
         ("alexnet", 32, {}, 76 * 128 + 3201 * 192 + 1729 * 256 + 2305 * 192 + 1729 * 192 + 3073 * 10),
         # the widely used CIFAR versions of the two; GroupNorm has as many parameters as BatchNorm
         ("vgg11", 32, {}, 9_231_114),
+        ("vgg11", 64, {}, 9_476_874),
+        ("vgg11", 128, {}, 9_476_874),
         ("resnet18", 32, {}, 11_173_962),
         ("vit", 32, {}, 9_523_722),
         ("vit", 128, {}, 16_198_154),
@@ -89,7 +91,7 @@ def test_convnet_takes_a_few_images_at_a_time(monkeypatch):
 FEATURES = {  # at the tiny widths and 32, 64, 128, 256 px
     "convnet": (4 * 16, 4 * 16, 4 * 16, 4 * 16),
     "alexnet": (6 * 16, 6 * 64, 6 * 256, 6 * 1024),
-    "vgg11": (16, 16 * 4, 16 * 16, 16 * 49),
+    "vgg11": (16, 16 * 49, 16 * 49, 16 * 49),
     "resnet18": (16, 16, 16, 16),
     "vit": (32, 32, 32, 32),
 }
@@ -103,6 +105,15 @@ def test_features_then_classifier(name):
         assert features.shape == (2, count) and logits.shape == (2, 3) and logits.std() > 1e-4
         torch.testing.assert_close(network.classifier(features), logits, atol=0, rtol=0)
         torch.testing.assert_close(network(images[1:]), logits[1:])  # no image sees the rest of its batch
+
+
+def test_vgg11_pools_to_seven_by_seven():
+    network, images = tiny("vgg11", size_px=128), random_images(size_px=128)
+    maps, windows = network.body[:-1](images), [(4 * i // 7, -(-4 * (i + 1) // 7)) for i in range(7)]
+    assert maps.shape[2:] == (4, 4)
+    expected = [maps[:, :, a:b, c:d].amax((2, 3)) for a, b in windows for c, d in windows]
+    torch.testing.assert_close(network.features(images), torch.stack(expected, dim=2).flatten(1))
+    assert sum((b - a) * (d - c) > 1 for a, b in windows for c, d in windows) == 33
 
 
 class Plain:

@@ -89,10 +89,10 @@ class AlexNet(Network):
 
 
 class VGG11(Network):
-    """Eight 3x3 convolutions with norm, five max pools, one linear layer on a map of at most 7x7.
+    """Eight 3x3 convolutions with norm, five max pools, one linear layer.
 
-    A larger map, 8x8 at 256 px, is max-pooled to 7x7, in overlapping windows; a smaller one stays as it is, because an
-    adaptive pool would only repeat its values. `width` is that of the first layer.
+    From 64 px on, as published, the last map is pooled adaptively to 7x7: of a 4x4 map (128 px) 33 of the 49 values are
+    maxima of two or four neighbors. `width` is that of the first layer.
     """
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
@@ -104,8 +104,8 @@ class VGG11(Network):
                 layers += _conv_norm_relu(inputs, multiple * width)
                 inputs = multiple * width
             layers.append(nn.MaxPool2d(2))
-        side = min(size_px // 32, 7)
-        if size_px // 32 > side:
+        side = 7 if size_px >= 64 else 1
+        if side > 1:
             layers.append(nn.AdaptiveMaxPool2d(side))
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs * side**2, classes)
