@@ -95,7 +95,7 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
     """The embedded prior in the place of a released one, for two of its classes."""
     source = trained["prior"].rename(tmp_path / "elsewhere")
     given = {"prior.source": str(source), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
-    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, classes 7, 3"
+    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, its class of each class: 7 = 7, 3 = 3"
     for changes, words in [
         ({}, "the data set has 2 classes, .* 10; list for each class"),
         ({"prior.classes": [7]}, "classes has 1 entries, but the data set has 2 classes"),

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import shutil
+import unicodedata
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -323,3 +324,63 @@ def test_a_file_that_would_never_end_is_named(folder):
     os.mkfifo(folder / "train/cat/pipe.png")
     with pytest.raises(ValueError, match=r"split 'train': .*train/cat/pipe\.png is no regular file: remove it"):
         load(folder)
+
+
+# Folders as people have them
+
+
+def test_a_folder_too_deep_is_named(folder):
+    for split in ("train", "test"):
+        (folder / split).rename(folder / "images")
+        (folder / split).mkdir()
+        (folder / "images").rename(folder / split / "images")
+    with pytest.raises(ValueError, match=r"one class, 'images', that holds the folders 'ant', 'bee', .*'train/images'"):
+        load(folder)
+    splits = {"train": "train/images", "validation": 0.25, "test": "test/images"}
+    assert load(folder, splits=splits).train.classes == ("ant", "bee", "cat")
+
+
+def test_numbers_are_classes_in_the_order_of_their_values(folder, parquet):
+    for split in ("train", "test"):
+        for name, number in {"ant": "10", "bee": "2", "cat": "1"}.items():
+            (folder / split / name).rename(folder / split / number)
+        write_parquet(parquet / f"{split}.parquet", ["10", "2", "1"] * 4, feature=datasets.Value("string"))
+    dataset, table = load(folder), load(parquet)
+    assert dataset.train.classes == table.train.classes == ("1", "2", "10")
+    assert torch.equal(table.test.labels, torch.tensor([2, 1, 0] * 4))
+    assert torch.equal(dataset.test.uint8[0], torch.from_numpy(noise(202)).movedim(2, 0))  # that of "cat", now "1"
+
+
+@pytest.mark.parametrize("left", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])
+def test_what_systems_leave_is_no_class(folder, left):
+    for split in ("train", "test"):
+        shutil.copytree(folder / split / "ant", folder / split / left)
+    assert load(folder).train.classes == ("ant", "bee", "cat")
+
+
+def test_unicode_forms_of_a_name_are_one_class_and_names_that_differ_in_case_are_refused(folder):
+    (folder / "train/ant").rename(folder / "train" / unicodedata.normalize("NFD", "Bä"))
+    (folder / "test/ant").rename(folder / "test" / unicodedata.normalize("NFC", "Bä"))
+    assert load(folder).train.classes == ("Bä", "bee", "cat")
+    (folder / "test/bee").rename(folder / "test/Bee")
+    with pytest.raises(ValueError, match="classes 'Bee' and 'bee' differ in case only: rename one"):
+        load(folder)
+
+
+def test_images_of_almost_one_color_are_named(folder):
+    for k in range(13):  # of 24: 12 bits in 16
+        file = folder / "train" / ("ant", "bee", "cat")[k % 3] / f"{k // 3}.bmp"
+        file.unlink()
+        Image.fromarray(noise(k)[:, :, 0].astype(np.uint16) * 16).save(file.with_suffix(".png"))
+    with pytest.raises(ValueError, match=r"split 'train': 13 of 24 images have almost one color .*12 bits") as refused:
+        load(folder)
+    assert str(folder / "train/ant/0.png") in str(refused.value) and "and 8 more" in str(refused.value)
+
+
+def test_of_many_broken_images_five_are_shown(parquet):
+    cells = [{"bytes": b"nonsense", "path": f"{k}.png"} for k in range(300)]
+    write_parquet(parquet / "test.parquet", [0, 1] * 150, cells=cells)
+    with pytest.raises(ValueError, match="replace or remove 300 unreadable images") as refused:
+        load(parquet)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 7 and lines[-1] == "and 295 more"

@@ -28,7 +28,7 @@ from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import PROFILES, load_params
 from ld3m.runtime import paths
 
-FITTING = dict(size_px=SIZE_PX, channels=3, labels=10, classes=None, subset=None)
+FITTING = dict(size_px=SIZE_PX, channels=3, names=tuple("abcdefghij"), classes=None, subset=None)
 TO_WOOF = FITTING | {"subset": "woof"}
 
 
@@ -76,6 +76,16 @@ def test_a_missing_or_broken_file_is_named(saved, tmp_path, part):
             with pytest.raises(ValueError, match=f"^{file} cannot be used"):
                 load_prior(folder)
             file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", EMBEDDER])
+def test_weights_that_are_not_finite_are_refused(saved, tmp_path, part):
+    folder = shutil.copytree(saved, tmp_path / "broken")
+    tensors = load_file(folder / part)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, folder / part)
+    with pytest.raises(ValueError, match=f"^{folder / part} cannot be used .*finite"):
+        load_prior(folder)
 
 
 def test_a_prior_and_a_link_replace_each_other(dit_folder, tmp_path):
@@ -199,8 +209,9 @@ def test_only_the_parts_of_a_hub_repository_are_fetched(dit_copy, monkeypatch):
     ("changes", "classes"),
     [
         (dict(subset="woof"), IMAGENET["woof"]),
-        (dict(labels=1000), tuple(range(1000))),
-        (dict(labels=2, classes=[7, 3]), (7, 3)),
+        (dict(names=range(1000), subset="woof", classes=range(1000)), tuple(range(1000))),
+        (dict(names=("n03888257", "tench")), (701, 0)),
+        (dict(names=("a", "b"), classes=[7, 3]), (7, 3)),
         (dict(subset="woof", classes=range(10)), tuple(range(10))),
     ],
 )
@@ -217,7 +228,8 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
     [
         (dict(), "the data set has 10 classes, dit 1000; list for each class"),
         (dict(classes=[1, 2]), "classes has 2 entries, but the data set has 10 classes"),
-        (dict(labels=2, classes=[1, 1000]), r"classes=\[1000\]: the prior has no such classes, only 0 to 999"),
+        (dict(names=("a", "b"), classes=[1, 1000]), r"classes=\[1000\]: the prior has no such classes, only 0 to 999"),
+        (dict(names=("a", "b"), classes=[1, 1]), r"classes=\[1, 1\] repeats a class"),
         (dict(subset="woof", size_px=64), "size_px=64: this prior takes 32"),
         (dict(subset="woof", channels=1), "channels=1: this prior has 3"),
     ],

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ld3m.data.dataset import load_dataset
-from ld3m.data.subsets import IMAGENET, of_imagenet
+from ld3m.data.subsets import IMAGENET, imagenet_classes, imagenet_indices, of_imagenet
 from ld3m.pipeline.profiles import load_params
 
 
@@ -40,11 +40,17 @@ def test_an_unknown_subset_lists_those_that_exist():
         load_params({"datasets.mnist5k.classes": "dogs"})
 
 
-def test_a_subset_needs_the_thousand_classes_in_imagenet_s_order():
-    numbers = [str(index) for index in range(1000)]
-    words = ["tench, Tinca tinca", *(f"class {index}" for index in range(999))]
-    for names in (numbers, words, [f"n{index:08d}" for index in range(1000)]):
-        assert of_imagenet("nette", names, where="toy") == IMAGENET["nette"]
+def test_a_subset_is_found_by_wnid_or_word_or_in_imagenet_s_order():
+    wnids, words = ([entry[key] for entry in imagenet_classes()] for key in ("wnid", "name"))
+    assert len(set(wnids)) == 1000 and wnids == sorted(wnids) and (wnids[0], words[701]) == ("n01440764", "parachute")
+    numbers, fake = [str(index) for index in range(1000)], [f"n{index:08d}" for index in range(1000)]
+    for names in (numbers, ["tench, Tinca tinca", *words[1:]], fake, wnids):
+        assert of_imagenet("nette", names, where="toy") == [names[index] for index in IMAGENET["nette"]]
+    for names in (wnids, words):
+        ten = [names[index] for index in IMAGENET["woof"]]
+        assert of_imagenet("woof", sorted(ten), where="toy") == ten  # just those ten, in any order
+        assert imagenet_indices(ten) == IMAGENET["woof"] and imagenet_indices([*ten, "0"]) is None
+    assert imagenet_indices(["crane"]) is None  # a bird and a machine
     for names in (sorted(numbers), numbers[:10], [f"animal {index:03d}" for index in range(1000)]):
-        with pytest.raises(ValueError, match=r"toy: classes='nette' needs the 1000 .*: name the folders n01440764"):
+        with pytest.raises(ValueError, match=r"toy: classes='nette' needs the folders n01440764, .*rename the folders"):
             of_imagenet("nette", names, where="toy")

@@ -1,14 +1,15 @@
 """Training the prior: it learns, repeats bit for bit, and measures itself by the formulas."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import make_halves
 from torch.testing import assert_close
 
-from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error
-from ld3m.models.diffusion_prior import build_prior
+from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error, require_classes
+from ld3m.models.diffusion_prior import IncompatiblePrior, build_prior
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 
 
@@ -64,3 +65,19 @@ def test_a_classifier_of_real_images_sees_the_class_of_the_samples(dataset, monk
     for sample, expected in ((real, 1.0), (lambda prior, labels, **_: real(prior, 1 - labels), 0.0)):
         monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", sample)
         assert check_prior(untrained(), dataset, **arguments)[2]["sample_class_accuracy"] == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        ([0, 1, 2, 3, 4], None),
+        ([1, 2, 3, 4, 0], r"a shows b, .*e shows a\); list its classes as positions \[4, 0, 1, 2, 3\] of the present"),
+        ([2, 2, 2, 2, 2], "20% of the cases, which is chance, .*95% of real images: it is no prior of these classes"),
+    ],
+)
+def test_a_prior_of_other_classes_or_in_another_order_is_refused(seen, message):
+    labels = torch.arange(5).repeat(20)
+    seen = torch.tensor(seen)[labels]
+    record = {"sample_class_accuracy": (seen == labels).double().mean().item(), "classifier_accuracy": 0.95}
+    with pytest.raises(IncompatiblePrior, match=message) if message else nullcontext():
+        require_classes(record, labels, seen, tuple("abcde"))

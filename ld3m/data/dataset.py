@@ -232,6 +232,7 @@ def load_dataset(
             advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
             raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
         uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
+        images.require_contrast(uint8, selection)
         loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
     if "validation" not in loaded:
         loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
@@ -240,8 +241,12 @@ def load_dataset(
 
 
 def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: str) -> list[str]:
+    alike = {name.casefold(): name for name in names}
+    if len(alike) < len(names):
+        pairs = [(alike[name.casefold()], name) for name in names if alike[name.casefold()] != name]
+        raise ValueError(f"{where}: the classes {pairs[0][0]!r} and {pairs[0][1]!r} differ in case only: rename one")
     if classes is None:
-        return names
+        classes = names
     if isinstance(classes, str):
         classes = subsets.of_imagenet(classes, names, where=where)
     kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]

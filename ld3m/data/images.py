@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +32,8 @@ from ld3m.runtime.storage import require_space, write_parts
 
 # Formats that Pillow decodes itself: for others it may start a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
+LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+FLAT_RANGE = 16  # of 255: an image whose values span no more shows nothing
 CHUNK = 512  # images whose encoded bytes are in memory at once
 SQUARE_VERSION = 1  # raise it when `to_square` changes a pixel: images are then decoded again
 
@@ -76,21 +79,37 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
 
 
 def some(names: Sequence[str]) -> str:
-    """At most twenty names for an error message."""
-    return ", ".join(map(repr, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    """At most five names for an error message."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Numbers by their value, so that 2 comes before 10; other names as text."""
+    names = list(names)
+    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
 def open_image_folder(folder: Path, *, where: str) -> Source:
-    """An image folder `<class>/<image files>`; files with the suffix of no image are left out."""
-    names = sorted(entry.name for entry in folder.glob("[!.]*/"))
-    if not names:
-        raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
+    """An image folder `<class>/<image files>`; files with the suffix of no image, and the folders that systems leave
+    beside others, are left out. A class is the folder's name in the Unicode form NFC."""
+    entries = [entry for entry in folder.glob("[!.@]*/") if entry.name not in LEFT_BY_SYSTEMS]
+    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in entries}
+    names = in_order(folders)
+    if not names or len(folders) < len(entries):
+        problem = "two folders whose names differ in their Unicode form only" if names else "no class folders"
+        raise ValueError(f"{where}: {folder} has {problem}: place its images in <class>/<image files>")
+    inside = sorted(entry.name for entry in folders[names[0]].glob("[!.@]*/"))
+    if len(names) == 1 and len(inside) > 1:
+        raise ValueError(
+            f"{where}: {folder} has one class, {names[0]!r}, that holds the folders {some(inside)}: if these are the "
+            f"classes, set the split to '{folder.name}/{names[0]}'"
+        )
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
 
     def select(classes: Sequence[str]) -> Selection:
         labels, files = [], []
         for name in filter(classes.__contains__, names):
-            present = (folder / name).rglob("[!.]*")
+            present = folders[name].rglob("[!.]*")
             found = sorted(str(file) for file in present if file.suffix.lower() in suffixes)
             labels += [classes.index(name)] * len(found)
             files += found
@@ -155,8 +174,9 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
     values = [value for piece in table.pieces(column) for value in piece.to_pylist()]
     kinds = set(map(type, values))
     if kinds == {str} and all(values):
-        names, labels = np.unique(values, return_inverse=True)
-        return names.tolist(), labels
+        names = in_order(set(values))
+        index = {name: label for label, name in enumerate(names)}
+        return names, np.array([index[value] for value in values])
     try:
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         names = [str(name) for name in features[column]["names"]]
@@ -261,7 +281,20 @@ def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[by
             if not broken:
                 yield b"".join(done)
     if broken:
-        raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *broken]))
+        shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
+        raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
+
+
+def require_contrast(uint8: Tensor, selection: Selection) -> None:
+    """ValueError where most images (N, C, H, W) of a selection have almost one color."""
+    flat = torch.cat([(part.amax((1, 2, 3)) - part.amin((1, 2, 3))) <= FLAT_RANGE for part in uint8.split(CHUNK)])
+    if 2 * int(flat.sum()) > len(flat):
+        names = [name for (name, _), is_flat in zip(selection.read(), flat.tolist(), strict=True) if is_flat]
+        raise ValueError(
+            f"{selection.where}: {len(names)} of {len(flat)} images have almost one color (their values span at most "
+            f"{FLAT_RANGE} of 255): {some(names)}. Are these 12 bits in 16-bit files, or fully transparent? Scale them "
+            "to the full range, or remove them"
+        )
 
 
 def open_images(file: Path) -> Tensor:

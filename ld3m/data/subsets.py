@@ -1,7 +1,11 @@
 """Subsets of ImageNet-1k that the literature distils, by name: ten class indices each, in the published order."""
 
+import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 IMAGENET = {
     "a": (255, 376, 984, 364, 500, 986, 333, 576, 148, 135),
@@ -20,7 +24,13 @@ IMAGENET = {
     "mammals": (386, 387, 354, 340, 338, 104, 103, 279, 334, 366),
     "marine": (148, 2, 397, 327, 33, 150, 107, 108, 119, 392),
 }
-IMAGENET_CLASSES = 1000
+
+
+@cache
+def imagenet_classes() -> tuple[dict[str, str], ...]:
+    """The 1000 classes of ImageNet-1k in their order: `wnid`, the name of their folder, and `name`, a word for it."""
+    with Path(__file__).with_name("imagenet_classes.csv").open(newline="") as file:
+        return tuple(csv.DictReader(file))
 
 
 def check_name(name: str) -> str:
@@ -31,18 +41,33 @@ def check_name(name: str) -> str:
     return name
 
 
-def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> tuple[int, ...]:
-    """Returns the class indices of a subset; `where` names the source in errors.
+def imagenet_indices(names: Sequence[str]) -> tuple[int, ...] | None:
+    """Returns the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
+    words = Counter(entry["name"] for entry in imagenet_classes())
+    known = {entry["wnid"]: index for index, entry in enumerate(imagenet_classes())}
+    known |= {entry["name"]: index for index, entry in enumerate(imagenet_classes()) if words[entry["name"]] == 1}
+    found = [known.get(name.split(",")[0]) for name in names]
+    return None if None in found else tuple(found)
 
-    ValueError for an unknown name, and unless the names `classes` are the 1000 of ImageNet-1k in their order: those of
-    its folders (n01440764, sorted), numbers, or words from "tench" on, as on the hub.
+
+def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> list[str]:
+    """Returns the names of a subset's classes, in the published order, out of the names `classes` of a source.
+
+    They are found by wnid (folders n01440764 ...), whichever other classes the source has, or by word ("tench"). Of
+    sources with 1000 classes the index decides: those of folders in their order, of numbers, or from "tench" on, as on
+    the hub. ValueError for an unknown name, or where `where`, the source, has other names.
     """
     indices = IMAGENET[check_name(name)]
+    for key in ("wnid", "name"):
+        wanted = [imagenet_classes()[index][key] for index in indices]
+        if set(wanted) <= set(classes):
+            return wanted
+    wnids = [imagenet_classes()[index]["wnid"] for index in indices]
     folders = all(re.fullmatch(r"n\d{8}", known) for known in classes)  # which readers sort
     ordered = folders or classes[0].startswith("tench") or list(classes) == list(map(str, range(len(classes))))
-    if len(classes) != IMAGENET_CLASSES or not ordered:
+    if len(classes) != 1000 or not ordered:
         raise ValueError(
-            f"{where}: classes={name!r} needs the {IMAGENET_CLASSES} classes of ImageNet-1k in their order, not "
-            f"{len(classes)} from {classes[0]!r} on: name the folders n01440764 ... or give a list of class names"
+            f"{where}: classes={name!r} needs the folders {', '.join(wnids)}, or the 1000 classes of ImageNet-1k in "
+            f"their order, not {len(classes)} from {classes[0]!r} on: rename the folders or give a list of class names"
         )
-    return indices
+    return [classes[index] for index in indices]

@@ -26,7 +26,7 @@ from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ld3m.data.subsets import IMAGENET, IMAGENET_CLASSES
+from ld3m.data.subsets import IMAGENET, imagenet_indices
 from ld3m.models.compvis import load_checkpoint
 from ld3m.models.diffusion_prior import (
     COMPVIS,
@@ -91,15 +91,18 @@ def fitted(
     source: str,
     size_px: int,
     channels: int,
-    labels: int,
+    names: Sequence[str],
     classes: Sequence[int] | None,
     subset: str | None,
 ) -> tuple[Prior, tuple[int, ...]]:
     """Restrict the prior of `source` to the classes of a data set, and return their indices in it.
 
-    `classes` names the prior's class of each of the data set's `labels` classes. None takes those of `subset`, a subset
-    of ImageNet-1k, from a prior with 1000 classes, else all. ValueError where prior and data set do not fit.
+    `classes` lists the prior's class of each class of the data set, whose names are `names`. With None, a prior with
+    1000 classes is taken for one of ImageNet-1k: its classes are those of `subset`, or those with the wnids or words
+    `names`. Any other prior must have as many classes as the data set, in the same order. ValueError where they do not
+    fit.
     """
+    labels, of_imagenet = len(names), imagenet_indices(names) if subset is None else IMAGENET[subset]
     if not prior.is_conditional:
         if classes is not None:
             raise ValueError(f"classes={list(classes)}, but {source} has no classes: must be None")
@@ -107,8 +110,10 @@ def fitted(
     elif classes is not None:
         if len(classes) != labels:
             raise ValueError(f"classes has {len(classes)} entries, but the data set has {labels} classes: one for each")
-    elif subset is not None and prior.classes == IMAGENET_CLASSES:
-        classes = IMAGENET[subset]
+        if len(set(classes)) < labels:
+            raise ValueError(f"classes={list(classes)} repeats a class of the prior: each of the data set has its own")
+    elif prior.classes == 1000 and of_imagenet is not None:
+        classes = of_imagenet
     elif prior.classes == labels:
         classes = range(labels)
     else:
@@ -248,6 +253,8 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
         missing, unknown = sorted(read["missing_keys"]), sorted(read["unexpected_keys"])
         if missing or unknown:
             raise ValueError(f"not the {name} of config.json: missing {missing[:20]}, unknown {unknown[:20]}")
+        if broken := [key for key, weight in model.state_dict().items() if not weight.isfinite().all()]:
+            raise ValueError(f"{len(broken)} tensors are not finite: {', '.join(broken[:5])}")
     return model
 
 
@@ -263,6 +270,8 @@ def _read_embedding(denoiser: nn.Module, folder: Path) -> nn.Embedding:
         weight, width = load_file(file)["weight"].float(), denoiser.config.cross_attention_dim
         if weight.ndim != 2 or len(weight) < 2 or weight.shape[1] != width:
             raise ValueError(f"weight has the shape {tuple(weight.shape)}, which must be (classes + 1, {width})")
+        if not weight.isfinite().all():
+            raise ValueError("weight is not finite")
         return nn.Embedding.from_pretrained(weight)
 
 

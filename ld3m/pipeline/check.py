@@ -55,8 +55,9 @@ def check(params: Params) -> Iterator[str]:
     yield "nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters"
     size["classes"] = len(train.classes)
     if params.prior.source:
-        _, classes = fitted(prior, labels=len(train.classes), **params.prior_source_arguments())
-        yield f"prior   {params.prior.source}, classes {', '.join(map(str, classes[:10])) or 'none'}"
+        _, classes = fitted(prior, names=train.classes, **params.prior_source_arguments())
+        pairs = [f"{name} = {index}" for name, index in zip(train.classes, classes, strict=False)]
+        yield f"prior   {params.prior.source}, its class of each class: {', '.join(pairs) or 'it has none'}"
     else:
         yield f"prior   {_trained(params, 'prior', runs_path(params.dataset, 'prior'), load_prior, size)}"
     yield f"gan     {_trained(params, 'gan', runs_path(params.dataset, 'gan'), load_generator, size)}"

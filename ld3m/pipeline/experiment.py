@@ -65,13 +65,16 @@ class Experiment:
 
     def _load_dataset(self) -> data.Dataset:
         given = self.params.data
-        return data.load_dataset(
+        dataset = data.load_dataset(
             **given.model_dump(exclude={"augmentation", "normalization"}),
             name=self.params.dataset,
             normalization=given.normalization and data.Normalization(**given.normalization.model_dump()),
             seed=self.params.seed,
             device=self.params.on_device,
         )
+        if len(dataset.train.classes) < 2:
+            raise ValueError(f"datasets.{self.params.dataset} has one class, {dataset.train.classes}: two are needed")
+        return dataset
 
     @property
     def prior(self) -> Prior:

@@ -224,7 +224,7 @@ class Params(Model):
         return self.checkpoint(part, given | shared)
 
     def prior_source_arguments(self) -> dict[str, Any]:
-        """The arguments of `prior_io.fitted` except the number of labels."""
+        """The arguments of `prior_io.fitted` but the prior and the names of the classes."""
         given = {"source": self.prior.source, "size_px": self.data.size_px, "channels": self.data.channels}
         subset = self.data.classes if isinstance(self.data.classes, str) else None
         return given | {"classes": self.prior.classes, "subset": subset}
