@@ -5,19 +5,23 @@ import itertools
 import os
 import pickle
 import shutil
+import threading
 import unicodedata
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from ld3m.data import dataset as data
 from ld3m.data import images
 from ld3m.runtime import paths, storage
+from ld3m.runtime.hub import go_offline_if_unreachable
 
 SPLITS = {"train": "train", "validation": 0.25, "test": "test"}
 SETTINGS = {"name": "toy", "size_px": 8, "channels": 3, "splits": SPLITS}
@@ -384,3 +388,21 @@ def test_of_many_broken_images_five_are_shown(parquet):
         load(parquet)
     lines = str(refused.value).splitlines()
     assert len(lines) == 7 and lines[-1] == "and 295 more"
+
+
+@pytest.mark.parametrize("answer", [None, 200, 405])
+def test_a_hub_that_does_not_answer_is_not_asked(monkeypatch, answer):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(answer)
+            self.end_headers()
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        if answer:
+            threading.Thread(target=server.handle_request, daemon=True).start()
+        else:
+            server.server_close()
+        go_offline_if_unreachable()
+    assert constants.HF_HUB_OFFLINE == (answer is None)

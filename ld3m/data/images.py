@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ld3m.runtime import paths
+from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.paths import ROOT
 from ld3m.runtime.progress import progress
 from ld3m.runtime.storage import require_space, write_parts
@@ -223,7 +224,8 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def _hub_table(source: str, split: str, *, advice: str, where: str) -> Table:
-    import datasets  # takes 1.5 s
+    go_offline_if_unreachable()
+    import datasets  # takes 1.5 s, and reads whether it is offline
 
     try:
         table = datasets.load_dataset(source, split=split)

@@ -41,6 +41,7 @@ from ld3m.models.diffusion_prior import (
 )
 from ld3m.models.prior_variants import take_label_table, with_classes
 from ld3m.runtime import paths
+from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.storage import new_folder, write_json
 
 LINK_FILE = "source.json"
@@ -189,6 +190,7 @@ def _fetch(hub_id: str) -> Path:
     """The local copy of the parts of a hub repository; downloads only what it lacks."""
     from huggingface_hub import snapshot_download
 
+    go_offline_if_unreachable()
     weights = "diffusion_pytorch_model"
     files = ("config.json", f"{weights}.safetensors*", f"{weights}-*.safetensors")
     models = ("unet", "transformer", "vqvae", "vae")
