@@ -123,6 +123,24 @@ def test_a_dc_file_is_read_with_the_numbers_it_carries(tmp_path, dataset, x, lab
         read_set(file, dataset=dataset, form="unit", experiment=2)
 
 
+def test_one_pair_in_a_file_is_read_and_cut(tmp_path, dataset, x, labels):
+    torch.save([x, labels], tmp_path / "set.pt")
+    check(read_set(tmp_path / "set.pt", dataset=dataset, form="signed"), x, labels)
+    found, kinds = read_set(tmp_path / "set.pt", dataset=dataset, form="signed", factor=2)
+    assert len(found) == 4 * len(x) and torch.equal(kinds, labels.repeat_interleave(4))
+    for k, part in enumerate((x[..., :8, :8], x[..., :8, 8:], x[..., 8:, :8], x[..., 8:, 8:])):
+        large = torch.nn.functional.interpolate(part, size=(16, 16), mode="bilinear")
+        torch.testing.assert_close(dataset.normalization.denormalize(found[k::4]), large, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="factor=3: must divide the side of the images, 16"):
+        read_set(tmp_path / "set.pt", dataset=dataset, form="signed", factor=3)
+
+
+def test_whitened_images_are_refused(tmp_path, dataset, x):
+    torch.save(x, tmp_path / "images_zca_best.pt")
+    with pytest.raises(ValueError, match=r"images_zca_best.pt: by its name it holds whitened \(ZCA\) values"):
+        read_set(tmp_path / "images_zca_best.pt", dataset=dataset)
+
+
 def test_an_artefact_is_read_whatever_its_normalization_and_class_order(tmp_path, dataset, x, labels):
     folder = artefact(tmp_path / "set", 1.2 * x, labels, normalization=Normalization((0.1,), (0.7,)))
     check(read_set(folder, dataset=dataset), 1.2 * x, labels)
@@ -140,14 +158,13 @@ def test_what_is_exported_is_read_back(tmp_path, dataset, x, labels, form, chann
     given = x.expand(-1, channels, -1, -1)
     source = artefact(tmp_path / "set", given, labels, normalization=normalization, z=labels.float())
     export(source, form, tmp_path / "exported")
-    values = {"form": "normalized", "mean": [0.1] * channels, "std": [0.5] * channels} if form == "ddranking" else {}
-    check(read_set(tmp_path / "exported", dataset=dataset, **values), x, labels)
+    check(read_set(tmp_path / "exported", dataset=dataset), x, labels)
 
 
 def test_ddranking_gets_tensors_and_the_learned_rate(tmp_path, x, labels):
     source = artefact(tmp_path / "set", x, labels, student_lr=torch.tensor(0.25))
     export(source, "ddranking", tmp_path / "exported")
-    loaded = {file.stem: torch.load(file, weights_only=True) for file in (tmp_path / "exported").iterdir()}
+    loaded = {file.stem: torch.load(file, weights_only=True) for file in (tmp_path / "exported").glob("*.pt")}
     expected = {"images": NORMALIZATION.normalize(x), "labels": labels, "lr": torch.tensor(0.25)}
     torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
@@ -228,7 +245,7 @@ def test_mean_and_std_are_those_of_the_form(tmp_path, dataset, x, labels, values
     images = (x + 1) / 2 if values["form"] == "unit" else 1.5 * x
     with pytest.raises(ValueError, match=reason):
         read_set(pair(tmp_path / "set", images, labels), dataset=dataset, **values)
-    with pytest.raises(ValueError, match=r"form, mean and std are for \.pt files"):
+    with pytest.raises(ValueError, match=r"form, mean, std and factor are for \.pt files"):
         read_set(image_folder(tmp_path / "folder", x, labels), dataset=dataset, **values)
 
 

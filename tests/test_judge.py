@@ -89,6 +89,13 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     assert "was evaluated with other parameters or data" in capsys.readouterr().out
 
 
+def test_accuracies_far_below_chance_are_reported(experiment, monkeypatch, capsys):
+    found = {0: {"convnet": [0.02, 0.0], "vit": [0.4, 0.6]}}
+    monkeypatch.setattr(runs, "_evaluate", lambda *work, **given: found)
+    assert runs.evaluate_foreign(experiment, *experiment.control("random_real", 1), "theirs") == found[0]
+    assert capsys.readouterr().out == "convnet is far below chance, 50%: the set's classes may be in another order\n"
+
+
 def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(experiment):
     first, second = (replace(experiment, run=run).initial(1)[0] for run in (0, 1))
     assert not torch.equal(first, second)

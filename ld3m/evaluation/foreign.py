@@ -2,13 +2,14 @@
 
 - a folder with `distilled.safetensors`: an artefact of ours
 - `images_best.pt` with `labels_best.pt` (MTT), `images.pt` with `labels.pt` (DD-Ranking): tensors (N, C, H, W), (N,)
-- a `.pt` file of a dict whose `data` is [[images, labels], ...], one pair an experiment (DC, DSA, DM)
+- a `.pt` file of a dict whose `data` is [[images, labels], ...], one pair an experiment (DC, DSA, DM), or of one pair
 - a folder of `train.parquet` or `train-*.parquet`, there or one folder down: a Hugging Face dataset
 - a folder `<class>/<image files>`, its folders named by class, by index, or by both ("003 truck")
 
 Sets in ZCA space are no images and are refused.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ld3m.data import images as files
 from ld3m.data.dataset import Dataset, Normalization
@@ -36,6 +38,7 @@ def read_set(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     experiment: int = 0,
+    factor: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Read a distilled set for evaluation on a dataset; an error names a set that does not fit or cannot be read.
 
@@ -45,9 +48,12 @@ def read_set(
         The set, relative to the repository root.
     form, mean, std : optional
         The values of a `.pt` file, which does not say them: "unit" for [0, 1], "signed" for [-1, 1], "uint8" for
-        [0, 255], or "normalized" for (unit - mean) / std with one number a channel.
+        [0, 255], or "normalized" for (unit - mean) / std with one number a channel. Left out, they are those of
+        `normalization.json` beside the file, where there is one.
     experiment : int
         The pair to take from a DC file.
+    factor : int
+        Cut every image of a `.pt` file into `factor` x `factor` images of its class, enlarged bilinearly (IDC).
 
     Returns
     -------
@@ -57,10 +63,13 @@ def read_set(
     if not path.is_dir() and not (path.is_file() and path.suffix in (".pt", ".pth")):
         raise FileNotFoundError(f"{path} is neither a folder of images or of a distilled set nor a .pt file: give one")
     pair = _load_pair(path, experiment)
-    if not pair and (form, mean, std) != (None, None, None):
-        raise ValueError(f"form, mean and std are for .pt files, {path} says what its values are: leave them out")
+    if not pair and (form, mean, std, factor) != (None, None, None, 1):
+        raise ValueError(f"form, mean, std and factor are for .pt files, {path} says what it holds: leave them out")
     if pair:
         images, labels = pair
+        beside = (path if path.is_dir() else path.parent) / "normalization.json"
+        if form is None and beside.is_file():
+            form, (mean, std) = "normalized", _read_normalization(beside)
     elif (path / "distilled.safetensors").is_file():
         tensors, metadata = read_artefact(path)
         label_of = _labels_of(path, metadata["classes"], dataset.train.classes)
@@ -70,12 +79,31 @@ def read_set(
         images, labels = _read_images(path, dataset)
     _check(path, images, labels, dataset)
     x = _to_x(path, images, form, mean, std) if pair else images
+    if factor != 1:
+        x, labels = _cut(x, labels, factor)
     channels = dataset.train.shape[0]
     if channels == 1 and not torch.equal(x, x[:, :1].expand_as(x)):
         raise ValueError(f"{path}: the images are colored, {dataset.name} is not: convert them first")
     normalized = dataset.normalization.normalize(x[:, :1] if channels == 1 else x.expand(-1, 3, -1, -1))
     order = labels.argsort(stable=True)
     return normalized[order].to(dataset.train.device), labels[order].long()
+
+
+def _read_normalization(file: Path) -> tuple[Sequence[float], Sequence[float]]:
+    try:
+        read = Normalization(**json.loads(file.read_text()))
+        return tuple(map(float, read.mean)), tuple(map(float, read.std))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no mean and std ({error}): correct it, or remove it and give form") from error
+
+
+def _cut(x: Tensor, labels: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    count, channels, size_px, _ = x.shape
+    if factor < 1 or size_px % factor:
+        raise ValueError(f"factor={factor}: must divide the side of the images, {size_px}")
+    side_px = size_px // factor
+    parts = x.view(count, channels, factor, side_px, factor, side_px).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return interpolate(parts, size=(size_px, size_px), mode="bilinear"), labels.repeat_interleave(factor**2)
 
 
 def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
@@ -106,15 +134,22 @@ def _load_pair(path: Path, experiment: int) -> tuple[Any, Any] | None:
         if not found:
             return None
         path = found[0]
+    if "zca" in path.name.lower():
+        raise ValueError(
+            f"{path}: by its name it holds whitened (ZCA) values, which are no images and cannot be evaluated: name a "
+            "file of images"
+        )
     loaded = _load(path)
     if "images" in path.name:
         return loaded, _load(path.with_name(path.name.replace("images", "labels")))
+    if isinstance(loaded, (list, tuple)) and len(loaded) == 2:
+        return loaded[0], loaded[1]
     try:
         images, labels = loaded["data"][experiment]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"experiment={experiment}: {path} has no such [images, labels] in its list 'data'; others are images*.pt "
-            "with labels*.pt"
+            f"experiment={experiment}: {path} has no such [images, labels] in its list 'data', and is no such list "
+            "itself; others are images*.pt with labels*.pt"
         ) from error
     return images, labels
 

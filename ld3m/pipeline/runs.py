@@ -53,7 +53,12 @@ def evaluate_foreign(experiment: Experiment, images: Tensor, labels: Tensor, nam
     """Evaluate a set that no stage made as `evaluate_runs` does ours."""
     jobs, found = {0: experiment.evaluation_job(images, labels)}, {0: (images, labels)}
     folder = evaluated_folder(experiment.params.dataset, name)
-    return _evaluate(experiment, name, f"evaluated-{name}", jobs, found, folder=folder, images=images)[0]
+    accuracies = _evaluate(experiment, name, f"evaluated-{name}", jobs, found, folder=folder, images=images)[0]
+    chance = 1 / len(experiment.dataset.train.classes)
+    for architecture, values in accuracies.items():
+        if sum(values) / len(values) < chance / 2:
+            print(f"{architecture} is far below chance, {chance:.0%}: the set's classes may be in another order")
+    return accuracies
 
 
 def _evaluate(

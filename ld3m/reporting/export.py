@@ -3,10 +3,10 @@
     python -m ld3m.reporting.export runs/mnist5k/main/distilled/dm-ld3m-1/run-0 ddranking TARGET
 
 ddranking    images.pt, labels.pt and, where a rate was learned, lr.pt: what DD-Ranking's quick start loads and passes
-             to `compute_metrics` (README of NUS-HPC-AI-Lab/DD-Ranking). It trains on the images as they are and
-             normalises test images itself (its ddranking/utils/data.py): CIFAR with mean 0.4914 0.4822 0.4465 and std
-             0.2023 0.1994 0.2010, ImageNet with 0.485 0.456 0.406 and 0.229 0.224 0.225. Distil with these as
-             `normalization` in params.yaml.
+             to `compute_metrics` (README of NUS-HPC-AI-Lab/DD-Ranking); normalization.json has the mean and std of the
+             images. DD-Ranking trains on the images as they are and normalizes test images itself (its
+             ddranking/utils/data.py): CIFAR with mean 0.4914 0.4822 0.4465 and std 0.2023 0.1994 0.2010, ImageNet with
+             0.485 0.456 0.406 and 0.229 0.224 0.225. Distill with these as `normalization` in params.yaml.
 folder       <class>/<k>.png, 8 bit
 huggingface  data/train-00000-of-00001.parquet, 8 bit, and a card: `datasets.load_dataset(TARGET)` reads it
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ld3m.data.dataset import Normalization
 from ld3m.evaluation.artefact import read_artefact, to_pil, write_images
-from ld3m.runtime.storage import new_folder
+from ld3m.runtime.storage import new_folder, write_json
 
 
 def export(folder: Path, form: str, target: Path) -> None:
@@ -41,6 +41,7 @@ def export(folder: Path, form: str, target: Path) -> None:
 def _ddranking(target: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     torch.save(tensors["images"].clone(), target / "images.pt")
     torch.save(tensors["labels"].clone(), target / "labels.pt")
+    write_json(target / "normalization.json", metadata["normalization"])
     if "student_lr" in tensors:
         torch.save(tensors["student_lr"].clone(), target / "lr.pt")
 

@@ -5,7 +5,7 @@ from urllib.request import Request, urlopen
 
 
 def go_offline_if_unreachable() -> None:
-    """Let this process read local copies alone where the hub does not answer in 3 seconds: it would retry for longer."""
+    """Let this process read local copies alone if the hub does not answer in 3 seconds: it would retry for longer."""
     from huggingface_hub import constants
 
     try:
