@@ -28,7 +28,7 @@ from torch import Tensor
 from ld3m.runtime import paths
 from ld3m.runtime.paths import ROOT
 from ld3m.runtime.progress import progress
-from ld3m.runtime.storage import require_space, write_parts
+from ld3m.runtime.storage import locked, require_space, write_bytes
 
 # Formats that Pillow decodes itself: for others it may start a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
@@ -276,11 +276,14 @@ def decoded(selection: Selection, *, name: str, size_px: int, channels: int, whe
     file = paths.DECODED / f"{stem}-{digest[:20]}.npy"
     with suppress(FileNotFoundError, ValueError):
         return open_images(file, shape=shape), file
-    require_space(file.parent, math.prod(shape))
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    chunks = _decode(selection, size_px=size_px, channels=channels, where=where)
-    write_parts(file, chain([header.getvalue()], chunks))
+    with locked(file, wait=True):  # another process may decode the same images
+        with suppress(FileNotFoundError, ValueError):
+            return open_images(file, shape=shape), file
+        require_space(file.parent, math.prod(shape))
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        chunks = _decode(selection, size_px=size_px, channels=channels, where=where)
+        write_bytes(file, chain([header.getvalue()], chunks))
     return open_images(file, shape=shape), file
 
 
