@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from ld3m.models.networks import build
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
 from ld3m.runtime import parallel
-from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
 
@@ -55,12 +56,11 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     """Everything that fans out asks for the cluster, whatever `processes` is."""
     asked = []
 
-    def arriving(calls, cluster, signals):
+    def on_cluster(cluster):
         asked.append(cluster)
-        for function, k, task in calls:
-            yield k, function(**task)
+        return partial(ThreadPoolExecutor(1).submit, parallel._on_one_thread), 1, wait
 
-    monkeypatch.setattr(parallel, "_from_cluster", arriving)
+    monkeypatch.setattr(parallel, "_on_cluster", on_cluster)
     params = load_params({"cluster": "auto", "processes": 2})
     where = {"cluster": params.trajectories_arguments()["cluster"], "processes": 1}
     experts(tmp_path / "experts", **where)
@@ -88,9 +88,11 @@ def test_a_connection_that_the_caller_opened_stays_open(monkeypatch, is_callers)
         is_initialized=lambda: is_open[-1],
         init=lambda **given: is_open.append(True),
         shutdown=lambda: is_open.append(False),
+        cluster_resources=lambda: {"CPU": 2.0},
+        remote=lambda **given: lambda function: function,
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    assert parallel._connected("auto") is ray and is_open[-1]
+    assert parallel._on_cluster("auto")[1] == 2 and is_open[-1]
     end_workers()
     assert is_open[-1] is is_callers
 
@@ -154,7 +156,7 @@ def test_a_signal_ends_the_tasks_of_a_cluster_too(cluster, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=send, daemon=True).start()
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         tasks = [{"folder": tmp_path, "k": k} for k in range(3)]
         fan_out(waits, tasks, processes=1, cluster=cluster.address, label="tasks")
     end = time.monotonic() + 30
