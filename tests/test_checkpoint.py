@@ -85,7 +85,7 @@ def test_a_changed_byte_is_found_and_a_pickle_with_the_right_hash_is_not_execute
     hostile = buffer.getvalue()
     for content in (whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], hashlib.sha256(hostile).digest() + hostile):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="run.safetensors is broken or not written by ld3m: to start over delete"):
+        with pytest.raises(ValueError, match="run.safetensors is broken or not of this run .*: to start over delete"):
             read(checkpoint)
     assert not (tmp_path / "executed").exists()
 
@@ -101,14 +101,14 @@ def test_another_configuration_and_values_that_do_not_fit_are_named(made, file):
     now = {"same": 1, "a": {"b": 2, "c": [2]}, "new": None}
     with pytest.raises(ValueError, match=r"changed since: a.b 1 -> 2\. Restore .* or to start over delete .*run"):
         read(Checkpoint(file, configuration=now))
-    with pytest.raises(ValueError, match=r"does not hold the state of this run \(KeyError.*delete .*run"):
+    with pytest.raises(ValueError, match=r"not of this run \(KeyError.*delete .*run"):
         Checkpoint(file, configuration=now | {"a": {"b": 1, "c": [2]}}).resume(lambda state: {}["weight"])
 
 
 def test_a_step_is_finished_written_and_the_run_ended(file):
     steps = []
     with pytest.raises(
-        Interrupted, match="ended by a signal. Last written: .*run.safetensors; the same command goes on"
+        Interrupted, match="ended by a signal. Last written: .*run.safetensors; the same command resumes"
     ):
         with Checkpoint(file) as checkpoint:
             for step in range(5):

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -40,21 +39,9 @@ class Checkpoint:
     The state is written after a step when `minutes` have passed since the last time, when a signal came, and at the
     end of the block. The file is replaced in one step (atomic write): a kill at any moment leaves a whole state.
     Inside the block SIGINT and SIGTERM finish the current step, write the state and raise `Interrupted`; a second
-    SIGINT does not wait for the step.
+    SIGINT does not wait for the step. BlockingIOError if another process is in a block of the same file.
 
-    Parameters
-    ----------
-    file
-        Where the state is kept. `<name>.lock` beside it is held while the block runs.
-    minutes
-        Time between two writes.
-    configuration
-        JSON values that a resumed run must find unchanged.
-
-    Raises
-    ------
-    BlockingIOError
-        On entering the block: another process runs on the same file.
+    A resumed run must find `configuration` (JSON values) unchanged.
     """
 
     def __init__(
@@ -115,54 +102,41 @@ class Checkpoint:
             raise Interrupted
 
     def _save(self) -> None:
-        if self.file is None or self._unwritten is None:
-            return
-        buffer = io.BytesIO()
-        torch.save({"configuration": self.configuration, "state": self._unwritten()}, buffer)
-        data = buffer.getvalue()
-        write_bytes(self.file, hashlib.sha256(data).digest() + data)
-        self._unwritten, self._written_at = None, time.monotonic()
+        if self.file is not None and self._unwritten is not None:
+            buffer = io.BytesIO()
+            torch.save({"configuration": self.configuration, "state": self._unwritten()}, buffer)
+            write_bytes(self.file, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+            self._unwritten, self._written_at = None, time.monotonic()
 
     def resume(self, restore: Callable[[State], Any]) -> None:
-        """Call `restore(state)`, with tensors on the CPU, if the file holds a state.
+        """Call `restore(state)`, with tensors on the CPU, if the file is there.
 
-        Raises
-        ------
-        ValueError
-            The file is broken, or its configuration is another one; the message names what changed.
+        ValueError if it is broken or has another configuration; the message names what changed.
         """
         if self.file is None or not self.file.exists():
             return
         data = self.file.read_bytes()
+        start_over = f"to start over delete {self.file}" + (f" and {self.folder}" if self.folder.is_dir() else "")
         try:
             if data[:32] != hashlib.sha256(data[32:]).digest():
                 raise ValueError("its hash is not that of its content")
             content = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)  # executes no pickle
-        except Exception as error:
-            raise ValueError(f"{self.file} is broken or not written by ld3m: {self._start_over()}") from error
-        if changed := sorted(_differences(content["configuration"], self.configuration)):
+            if not (changed := sorted(_differences(content["configuration"], self.configuration))):
+                restore(content["state"])
+        except Exception as error:  # wrong values raise about anything
+            raise ValueError(f"{self.file} is broken or not of this run ({error!r}): {start_over}") from error
+        if changed:
             raise ValueError(
                 f"{self.file} belongs to an interrupted run with another configuration; changed since: "
-                f"{', '.join(changed)}. Restore these values to finish that run, or {self._start_over()}"
+                f"{', '.join(changed)}. Restore these values to finish that run, or {start_over}"
             )
-        try:
-            restore(content["state"])
-        except Exception as error:  # wrong values raise about anything
-            raise ValueError(
-                f"{self.file} does not hold the state of this run ({type(error).__name__}: {error}): "
-                f"{self._start_over()}"
-            ) from error
-        print(f"resumes an interrupted run; {self._start_over()}", flush=True)
-
-    def _start_over(self) -> str:
-        beside = f" and {os.path.relpath(self.folder)}" if self.folder.is_dir() else ""
-        return f"to start over delete {os.path.relpath(self.file)}{beside}"
+        print(f"resumes an interrupted run; {start_over}", flush=True)
 
     def status(self) -> str:
         """Return what is on disk and how to go on."""
         if self.file is None or not self.file.exists():
             return "Last written: nothing"
-        return f"Last written: {os.path.relpath(self.file)}; the same command goes on from there; {self._start_over()}"
+        return f"Last written: {self.file}; the same command resumes from it, or starts over if you delete it"
 
     def remove(self) -> None:
         """Remove the file and the folder, once the result is written."""

@@ -23,12 +23,10 @@ from ld3m.runtime.checkpoint import SIGNALS, Checkpoint
 from ld3m.runtime.progress import progress
 
 POLL_SECONDS = 0.5
-RAY_RETRIES = 2  # of a task whose cluster node was lost
 _open: dict[str, Callable[[], Any]] = {}  # ends the worker processes, and the connection to a cluster
 _runs_task = False  # in a worker process
 
-# Calls of the function (function, k, task), how many of them run at once, what ends the running ones
-Pool = tuple[Callable[..., Future], int, Callable[[set[Future]], Any]]
+Pool = tuple[Callable[..., Future], int, Callable[[set[Future]], Any]]  # submits, how many at once, ends what runs
 
 
 def fan_out(
@@ -44,6 +42,8 @@ def fan_out(
     """Compute `[function(**task) for task in tasks]` in parallel.
 
     A signal or an error ends the running tasks: one with a `Checkpoint` finishes its step, others end at once.
+    TerminatedWorkerError if a worker process died, most often because memory ran out. On a cluster Ray runs the tasks
+    of lost workers again.
 
     Parameters
     ----------
@@ -60,13 +60,6 @@ def fan_out(
         Stores every result (JSON values or tensors). Tasks whose result it holds are not run again.
     receive
         Called as `receive(k, result)` in this process when task k has ended; its value replaces the result.
-
-    Raises
-    ------
-    Interrupted
-        A signal ended the call; `checkpoint` holds the results so far.
-    TerminatedWorkerError
-        A worker of this machine died, most often because memory ran out. No task is run again.
     """
     results: dict[int, Any] = {}
     try:
@@ -131,17 +124,17 @@ def _on_this_machine(processes: int) -> Pool:
 
 
 def _start_worker(parent: int) -> None:
-    """End this worker with its parent, even a killed one: else the task would hold its checkpoint until its end."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
     for number in SIGNALS:
         signal.signal(number, _end_task)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def _watch(parent: int) -> None:
+    """End this worker with its parent, even a killed one: else the task would hold its checkpoint until its end."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _in_worker(function: Callable[..., Any], k: int, task: dict[str, Any]) -> tuple[int, Any]:
@@ -182,7 +175,7 @@ def _on_cluster(cluster: str) -> Pool:
     kind = "GPU" if gpus else "CPU"
     if not (at_once := int(ray.cluster_resources().get(kind, 0))):
         raise ValueError(f"cluster={cluster!r}: has no {kind}; start its nodes with some, or choose another device")
-    run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_on_one_thread)
+    run = ray.remote(num_cpus=1, num_gpus=gpus)(_on_one_thread)
 
     def end(running: set[Future]) -> None:
         for task in running:

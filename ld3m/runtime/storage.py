@@ -24,10 +24,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed_bytes / 2**20:.1f} MiB needed in {folder}, {free / 2**20:.1f} MiB are free: make room",
-        )
+        needed, free = (f"{count / 2**20:.1f} MiB" for count in (needed_bytes, free))
+        raise OSError(errno.ENOSPC, f"{needed} needed in {folder}, {free} are free: make room")
 
 
 def write_bytes(file: Path, data: bytes | Iterable[bytes]) -> None:
@@ -41,10 +39,8 @@ def write_bytes(file: Path, data: bytes | Iterable[bytes]) -> None:
             os.fsync(opened.fileno())
         os.replace(partial, file)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            error.errno, f"{file} could not be written ({reason}); what was there before is unchanged"
-        ) from error
+        message = f"{file} could not be written ({error.strerror or error}); what was there before is unchanged"
+        raise OSError(error.errno, message) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -60,9 +56,8 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(
-            errno.EWOULDBLOCK, f"another process runs on {file}: wait for it or end it; nothing was changed"
-        ) from None
+        message = f"another process runs on {file}: wait for it or end it; nothing was changed"
+        raise BlockingIOError(errno.EWOULDBLOCK, message) from None
     try:
         yield
     finally:
