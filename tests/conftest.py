@@ -1,5 +1,7 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
+import time
+
 import pytest
 import torch
 
@@ -97,3 +99,10 @@ def directional_derivative(function, points, directions, *, h=1e-6):
         ahead = function(*(p + h * d for p, d in zip(points, directions, strict=True)))
         behind = function(*(p - h * d for p, d in zip(points, directions, strict=True)))
     return (float(ahead) - float(behind)) / (2 * h)
+
+
+def wait_until(holds, *, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
