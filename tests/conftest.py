@@ -76,10 +76,14 @@ def prior():
     return make_prior().to(torch.float64).freeze_()
 
 
-@pytest.fixture(scope="session")
-def dataset():
+def make_dataset():
     splits = {name: make_split(count, seed=count) for name, count in {"train": 6, "validation": 3, "test": 2}.items()}
     return Dataset("toy", normalization=NORMALIZATION, **splits)
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    return make_dataset()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -121,14 +120,6 @@ def test_killed_with_two_workers_it_ends_leaves_none_alive_and_resumes(tmp_path,
 
 
 def group(leader):
-    """The names of the processes of the group that are alive."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = file.read_text().rpartition(") ")
-        except OSError:
-            continue
-        state, _, process_group, *_ = rest.split()
-        if int(process_group) == leader and state not in "ZX":
-            found.append(name)
-    return found
+    """The processes of the group that are alive."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if line.split()[0] == str(leader) and "Z" not in line]
