@@ -60,16 +60,9 @@ def objective(name, dataset, device, folder):
         return open_experts(folder / device, count=1, last_epoch=last_epoch, parameters=parameters)
 
     mtt = dict(student_steps=3, student_batch=4, expert_epochs=1, max_start_epoch=2, student_lr=0.05, first_order=False)
-    return OBJECTIVES[name](
-        dataset.train,
-        normalization=NORMALIZATION,
-        new_network=partial(new_network, device),
-        experts=experts,
-        strategy=DSA,
-        threads=1,
-        seed=0,
-        **mtt if name == "mtt" else {"real_batch": 4},
-    )
+    shared = dict(normalization=NORMALIZATION, new_network=partial(new_network, device), threads=1, seed=0)
+    own = mtt if name == "mtt" else {"real_batch": 4}
+    return OBJECTIVES[name](dataset.train, experts=experts, strategy=DSA, **shared, **own)
 
 
 @needs_cuda
@@ -77,19 +70,11 @@ def objective(name, dataset, device, folder):
 @pytest.mark.parametrize("space_name", ["pixel", "glad", "x0", "mean", "none"])
 def test_distilling_on_cuda_also_when_it_is_resumed_is_that_on_the_cpu(dataset, tmp_path, name, space_name):
     def run(device, callback):
-        placed = dataset.to(device)
+        placed, checkpoint = dataset.to(device), Checkpoint(tmp_path / f"{device}.safetensors")
         made, matched = space(space_name, placed, device), objective(name, placed, device, tmp_path)
-        return distill(
-            made,
-            matched,
-            iterations=3,
-            learning_rates=dict.fromkeys(made.learnables, 1e-3) | dict.fromkeys(matched.learnables, 1e-5),
-            momentum=0.5,
-            validate=lambda images: [0.5],
-            validation_checks=0,
-            checkpoint=Checkpoint(tmp_path / f"{device}.safetensors"),
-            callback=callback,
-        )
+        rates = dict.fromkeys(made.learnables, 1e-3) | dict.fromkeys(matched.learnables, 1e-5)
+        given = dict(iterations=3, momentum=0.5, validate=lambda images: [0.5], validation_checks=0)
+        return distill(made, matched, learning_rates=rates, checkpoint=checkpoint, callback=callback, **given)
 
     def stop(step):
         if step == 1:

@@ -50,7 +50,6 @@ def test_other_errors_stay_as_they_are(error):
     "objective, space, settings",
     [
         ("dm", "ld3m", "spaces.ld3m.uncheckpointed_steps or spaces.ld3m.render_batch or objectives.dm.real_batch"),
-        ("dc", "pixel", "objectives.dc.real_batch"),
         ("mtt", "glad", "spaces.glad.render_batch or objectives.mtt.student_batch"),
     ],
 )

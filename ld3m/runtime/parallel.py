@@ -39,27 +39,17 @@ def fan_out(
     checkpoint: Checkpoint | None = None,
     receive: Callable[[int, Any], Any] = lambda k, result: result,
 ) -> list[Any]:
-    """Compute `[function(**task) for task in tasks]` in parallel.
+    """Compute `[function(**task) for task in tasks]` side by side; all of it must be picklable.
+
+    The tasks run in `processes` worker processes of one thread each (1: in this process), where prints are dropped, or
+    on the processors of a Ray `cluster`: its address, or "auto" for the one this machine belongs to. It must find this
+    package, and the files that tasks name, under the same paths. `label` names the work in the progress bar.
+
+    When task k has ended, `receive(k, result)` is called in this process; its value replaces the result. `checkpoint`
+    stores the results (JSON values or tensors), and tasks whose result it holds are not run again.
 
     A signal or an error ends the running tasks: one with a `Checkpoint` finishes its step, others end at once.
-    TerminatedWorkerError if a worker process died, most often because memory ran out. On a cluster Ray runs the tasks
-    of lost workers again.
-
-    Parameters
-    ----------
-    function, tasks
-        Must be picklable. What the function prints in a worker process is dropped.
-    processes
-        Number of worker processes, of one thread each; with 1 the tasks run in this process.
-    cluster
-        Address of a Ray cluster, or "auto" for the one this machine belongs to. Its processors are used instead of
-        `processes`. It must find this package, and the files that tasks name, under the same paths.
-    label
-        Name of the work in the progress bar.
-    checkpoint
-        Stores every result (JSON values or tensors). Tasks whose result it holds are not run again.
-    receive
-        Called as `receive(k, result)` in this process when task k has ended; its value replaces the result.
+    TerminatedWorkerError if a worker process died, most often because memory ran out; Ray runs lost tasks again.
     """
     results: dict[int, Any] = {}
     try:
