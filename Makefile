@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 
-.PHONY: help reproduce report bench test test-all lab lint strip clean install embedded
+.PHONY: help demo reproduce report bench test test-all lab lint strip clean install embedded
 
 help:
 	@echo 'Usage: make TARGET [PYTHON=python3.12]'
@@ -37,6 +37,12 @@ embedded: $(INSTALLED)
 	@test -d data/mnist5k || $(PY) -m dvc pull data.dvc
 	@test -d runs/mnist5k/prior || $(PY) -m dvc pull --allow-missing prior
 	@test -d runs/mnist5k/gan || $(PY) -m dvc pull --allow-missing gan
+
+demo: embedded ## distill ten digits with LD3M, train networks on them, compare with pixels and real digits
+	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/00_demo.ipynb reports/mnist5k/notebooks/demo.ipynb
+	@echo && cat reports/mnist5k/notebooks/demo.md && echo
+	@echo 'pictures  reports/mnist5k/notebooks/demo.ipynb (make lab opens the notebooks)'
+	@echo 'next      make reproduce'
 
 reproduce: embedded ## run what the main table needs (only what changed) and print it
 	@$(PY) -m ld3m.pipeline.check

@@ -98,7 +98,8 @@ def batched(
 def measure(*, smoke: bool) -> list[Row]:
     experiment = Experiment(load_params())
     dataset, params = experiment.dataset, experiment.params
-    given = params.trajectories_arguments() | {"cluster": None}
+    given = params.trajectories.model_dump(exclude={"experts"}) | {"count": params.trajectories.experts}
+    given |= {"strategy": params.data.augmentation, "seed": params.seed, "processes": params.processes, "cluster": None}
     given |= {"new_network": experiment.new_network(params.distill.network)}
     if smoke:
         few = Split(dataset.train.uint8[:64], dataset.train.labels[:64], dataset.train.classes)

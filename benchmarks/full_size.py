@@ -90,7 +90,7 @@ def start(split: Split, prior: Prior, *, ipc: int, steps: int, render_batch: int
         skip="x0",
         clamp="soft",
         noise="stored",
-        encoder_input="pixels",
+        encoder_input="x",
         shifted_normalization=False,
         render_batch=render_batch,
         uncheckpointed_steps=0,

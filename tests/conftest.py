@@ -62,7 +62,7 @@ def start_ld3m(x, labels, prior, **changes):
         "skip": "x0",
         "clamp": "none",
         "noise": "stored",
-        "encoder_input": "pixels",
+        "encoder_input": "x",
         "shifted_normalization": False,
         "render_batch": len(labels),
         "uncheckpointed_steps": 0,

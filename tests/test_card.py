@@ -1,7 +1,6 @@
 """The recipe on a card reproduces the score on that card."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ EPOCHS = {"evaluate.recipe.epochs": {"convnet": 30, "vit": 2}, "distill.validati
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     file = tmp_path_factory.mktemp("smoke") / "params.yaml"
-    shutil.copy(config.PARAMS, file)
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
+    config.apply_profiles("smoke", path=file)
     return config.load_params(EPOCHS, path=file)
 
 
@@ -33,7 +31,7 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(params, t
     run = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda: params)
-    monkeypatch.chdir(experiment._write(run, synthetic, Cell("mnist5k", "dm-pixel-1", "main", "dm", "pixel", 1)))
+    monkeypatch.chdir(experiment._write(run, synthetic, Cell("smoke", "dm-pixel-1", "main", "dm", "pixel", 1)))
     card = open("card.md").read()
     (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     lines = [line for line in recipe.splitlines() if line.strip() and not line.startswith(("import", "from"))]

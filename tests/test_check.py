@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ld3m.pipeline import check as check_module
-from ld3m.pipeline.cells import gan_check_folder, gan_folder, prior_check_folder, prior_folder
+from ld3m.pipeline.cells import runs_path
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import apply_profile, load_params
+from ld3m.pipeline.profiles import load_params
 from ld3m.runtime import paths
 
 
@@ -23,6 +23,13 @@ def test_the_committed_profile_is_in_order():
     lines = check({})
     assert [line.split()[0] for line in lines] == ["data", "nets", "prior", "gan", "disk"]
     assert "3500 + 500 + 1000 images of 10 classes" in lines[0] and "trained on 10 classes" in lines[2]
+
+
+def test_images_that_two_splits_share_are_counted(tmp_path):
+    for split, source in {"train": "train", "validation": "validation", "test": "validation"}.items():
+        shutil.copy(paths.ROOT / f"data/mnist5k/{source}.parquet", tmp_path / f"{split}.parquet")
+    lines = check({"datasets.mnist5k.source": str(tmp_path)})
+    assert lines[1].startswith("data    500 images of test are in validation too")
 
 
 TOO_MANY = {"ipc": 400, "runs": [0], "table": "main", "prior": "data"}
@@ -49,15 +56,10 @@ def test_what_is_wrong_is_named(overrides, words):
         check(overrides)
 
 
-def test_a_profile_that_is_missing_is_answered_with_those_that_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="smok.yaml is missing; the repository has .*profiles/smoke.yaml"):
-        apply_profile(tmp_path / "smok.yaml")
-
-
 @pytest.mark.parametrize("stage, words", [("prior", "channels=1: this prior"), ("gan", "channels=1: this GAN")])
 def test_a_prior_of_other_parameters_is_trained_again(stage, words):
     (line,) = [line for line in check({"datasets.mnist5k.channels": 1}) if line.startswith(stage)]
-    assert words in line and f"the stage `{stage}` trains it again" in line and f"allow-missing {stage}" in line
+    assert words in line and f"the stage `{stage}` trains it again" in line
 
 
 def test_without_data_and_priors_it_says_how_to_get_them(monkeypatch, tmp_path):
@@ -72,7 +74,7 @@ def test_without_data_and_priors_it_says_how_to_get_them(monkeypatch, tmp_path):
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """Copies the embedded prior and GAN, to be broken."""
-    folders = {"prior": prior_folder("mnist5k"), "gan": gan_folder("mnist5k")}
+    folders = {"prior": runs_path("mnist5k", "prior"), "gan": runs_path("mnist5k", "gan")}
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.relative_to(paths.ROOT))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
@@ -91,8 +93,9 @@ def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, 
 
 def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch):
     """The embedded prior in the place of a released one, for two of its classes."""
-    given = {"prior.source": str(trained["prior"]), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
-    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {trained['prior']}, classes 7, 3"
+    source = trained["prior"].rename(tmp_path / "elsewhere")
+    given = {"prior.source": str(source), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
+    assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, classes 7, 3"
     for changes, words in [
         ({}, "the data set has 2 classes, .* 10; list for each class"),
         ({"prior.classes": [7]}, "classes has 1 entries, but the data set has 2 classes"),
@@ -105,7 +108,7 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
     for changes, words in [
         ({"prior.source": str(tmp_path / "nowhere.ckpt")}, "nowhere.ckpt is missing"),
         ({"prior.source": str(tmp_path / "model.ckpt")}, "model.ckpt is broken or no checkpoint of PyTorch"),
-        ({"prior.source": "runs/nowhere"}, "no prior in .*nowhere: there is no such folder"),
+        ({"prior.source": "elsewhere/nowhere"}, "no prior in .*nowhere: there is no such folder"),
         ({"datasets.mnist5k.size_px": 36}, "size_px=36: this prior takes multiples of 8"),
         ({"datasets.mnist5k.channels": 1}, "channels=1: this prior has 3"),
     ]:
@@ -114,8 +117,8 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
 
 
 def test_the_embedded_priors_are_good_enough():
-    prior = json.loads((prior_check_folder("mnist5k") / "check.json").read_text())
-    gan = json.loads((gan_check_folder("mnist5k") / "check.json").read_text())
+    prior = json.loads((runs_path("mnist5k", "prior-check") / "check.json").read_text())
+    gan = json.loads((runs_path("mnist5k", "gan-check") / "check.json").read_text())
     for check in (prior, gan):  # the key of a check made before is `recognised`
         assert check["samples"] >= 500 and check.get("sample_class_accuracy", check.get("recognised")) >= 0.95
     assert prior["psnr_db"] > 25 and gan["spread"] > 0.5

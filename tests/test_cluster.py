@@ -39,7 +39,7 @@ def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parallel, "_on_cluster", on_cluster)
     experiment = Experiment(load_params({"cluster": "auto", "processes": 2}))
-    assert written(trajectories, tmp_path, cluster=experiment.params.trajectories_arguments()["cluster"])
+    assert written(trajectories, tmp_path, cluster=experiment.params.cluster)
     experiment.evaluate([], experiment.dataset.test)
     assert asked == ["auto", "auto"]
 

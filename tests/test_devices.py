@@ -47,7 +47,8 @@ def space(name, dataset, device):
     if name == "glad":
         gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
         gan = gan.freeze_().to(device)
-        return SPACES["glad"](x, LABELS, prior=gan, layer=1, mean_w="auto", render_batch=4, **shared)
+        options = {"layer": 1, "mean_w": True, "shifted_normalization": False, "render_batch": 4}
+        return SPACES["glad"](x, LABELS, prior=gan, **options, **shared)
     return start_ld3m(x, LABELS, make_prior().freeze_().to(device), skip=name, render_batch=4)
 
 

@@ -86,7 +86,7 @@ def test_every_command_names_what_exists():
     makefile = (ROOT / "Makefile").read_text()
     assert [t for t in map("".join, targets) if not re.search(rf"^{t}:", makefile, re.MULTILINE)] == []
     profiles = {path.stem for path in (ROOT / "profiles").glob("*.yaml")}
-    applied = re.findall(r"(?:profiles apply|pipeline\.estimate) (?:profiles/)?(\w+)", COMMANDS)
+    applied = re.findall(r"(?:profiles apply|pipeline\.estimate) (?:profiles/)?([a-z]\w*)", COMMANDS)
     assert applied and set(applied) <= profiles
     folders = "notebooks|tests|ld3m|benchmarks|profiles"
     files = re.findall(rf"(?<!/)\b((?:{folders})/[\w/.]+\.(?:ipynb|py|yaml|csv))", COMMANDS)

@@ -1,7 +1,6 @@
 """docs/extend.md as a user follows it: its code in a module of one's own, its blocks in params.yaml, up to a table."""
 
 import re
-import shutil
 import sys
 
 import pytest
@@ -10,14 +9,14 @@ from ruamel.yaml import YAML
 from ld3m.pipeline import profiles, runs
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import PARAMS, apply_profile, load_params
+from ld3m.pipeline.profiles import apply_profiles, load_params
 from ld3m.reporting.tables import paper_style, scores_of_run_0, summarise
 from ld3m.runtime import paths
 
 TEXT = (paths.ROOT / "docs/extend.md").read_text()
 PYTHON, BLOCKS = (re.findall(rf"```{kind}\n(.*?)```", TEXT, flags=re.DOTALL) for kind in ("python", "yaml"))
 SMALL = """
-datasets: {mnist5k: {classes: null}}
+datasets: {smoke: {classes: null}}
 architectures: [convnet, vit, mlp]
 controls:
   random_real-1: {control: random_real, ipc: 1, runs: [0], table: main, prior: data}
@@ -33,9 +32,7 @@ def written(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("\n\n".join(code for code in PYTHON if "def recovered" not in code))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    file, values = tmp_path / "params.yaml", {}
-    shutil.copy(PARAMS, file)
-    apply_profile(PARAMS.parent / "profiles/smoke.yaml", path=file)
+    values = {}
     for text in (*BLOCKS, SMALL):
         values = merged(values, YAML(typ="safe").load(text))
     (tmp_path / "mine.yaml").write_text("")
@@ -49,14 +46,15 @@ def merged(below, above):
 
 
 def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
-    apply_profile(written / "mine.yaml", path=written / "params.yaml")
+    apply_profiles("smoke", written / "mine.yaml", path=written / "params.yaml")
     params = load_params(path=written / "params.yaml")
     for part in ("prior", "data"):
         source = paths.ROOT / ("runs/mnist5k/prior" if part == "prior" else "data")
-        (written / "runs/mnist5k").mkdir(parents=True, exist_ok=True)
-        (written / ("runs/mnist5k/prior" if part == "prior" else "data")).symlink_to(source)
+        (written / "runs/smoke").mkdir(parents=True, exist_ok=True)
+        (written / ("runs/smoke/prior" if part == "prior" else "data")).symlink_to(source)
     monkeypatch.setattr(paths, "ROOT", written)
     experiment, found = Experiment(params), first_runs(params)
+    assert len(experiment.synthetic("small", 1).labels) == 10  # as notebooks call it
     assert {cell.key for cell in found} == {"moments-ld3m-1", "dm-small-1", "class_mean-1", "random_real-1"}
     for cell in found:
         if cell.objective != "none":

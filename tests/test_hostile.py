@@ -119,7 +119,7 @@ def parameters(folder, dataset):
     profile.write_text("seed: 1\n")
     return [file, profile], [
         lambda: profiles.load_params(path=file),
-        lambda: profiles.apply_profile(profile, path=file),
+        lambda: profiles.apply_profiles(profile, path=file),
     ]
 
 

@@ -1,7 +1,6 @@
 """The notebook `judge` gives a set the scores that the pipeline gives the same images."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import nbformat
@@ -23,8 +22,7 @@ NOTEBOOK = nbformat.read(ROOT / "notebooks/judge.ipynb", as_version=nbformat.NO_
 def experiment(tmp_path, monkeypatch):
     """That of the smoke profile, which writes under `tmp_path`."""
     file = tmp_path / "params.yaml"
-    shutil.copy(config.PARAMS, file)
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=file)
+    config.apply_profiles("smoke", path=file)
     params = config.load_params(path=file)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(config, "load_params", lambda overrides: params)
@@ -42,7 +40,7 @@ def run(**parameters):
 
 
 def control_folder(root):
-    return root / "runs/mnist5k/main/scores/random_real-1"
+    return root / "runs/smoke/main/scores/random_real-1"
 
 
 def score(experiment, key):
@@ -59,7 +57,7 @@ def test_real_images_from_a_folder_score_as_the_control_does(experiment, tmp_pat
     assert beside["random_real"] == scope["accuracies"] and set(beside) == {"random_real", "full_data"}
     table = scope["metrics"].compare(scope["accuracies"], **beside)
     assert list(table.architecture) == ["convnet", "vit", "mean"] and (table.IOR == 0).all() and table.LRS.notna().all()
-    folder = tmp_path / "runs" / "mnist5k" / "evaluated" / "theirs"
+    folder = tmp_path / "runs" / "smoke" / "evaluated" / "theirs"
     assert {file.name for file in folder.iterdir()} == {"scores.json", "images.safetensors"}
     record, control = (json.loads((place / "scores.json").read_text()) for place in (folder, control_folder(tmp_path)))
     assert record == control | {"cell": "theirs"}
@@ -96,7 +94,7 @@ def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_p
     fan_out = runs.fan_out  # in this process: another would write into the repository's own folders
     monkeypatch.setattr(runs, "fan_out", lambda *work, **given: fan_out(*work, **given | {"processes": 1}))
     params = experiment.params.model_copy(update={"processes": 2})
-    cell = Cell("mnist5k", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
+    cell = Cell("smoke", "dm-pixel-1", "report", "dm", "pixel", 1, runs=(1, 2))
     folders = runs.distill_runs(replace(experiment, params=params), cell)
     assert [folder.name for folder in folders] == ["run-1", "run-2"] and "report" in folders[0].parts
     assert all(folder.is_relative_to(tmp_path) for folder in folders)

@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -72,7 +75,65 @@ def test_a_stage_depends_on_its_notebook_and_injects_only_what_it_takes(notebook
     for statement in statements:
         ast.literal_eval(statement.value)
     takes = {statement.targets[0].id for statement in statements}
+    (checks,) = re.findall(r"^check_parameters\(globals\(\), (.*)\)$", code(notebook)[1].source, re.M)
+    assert set(re.findall(r"(\w+)=", checks)) == takes
     for name, command in COMMANDS.items():
         if notebook.name in run_by(command):
             assert set(re.findall(r"(?<!\S)-[pry] (\w+) ", command)) == takes - {"overrides"}, name
             assert f"notebooks/{notebook.name}.ipynb" in STAGES[name].get("do", STAGES[name])["deps"], name
+
+
+def execute(folder, source, *options):
+    """Papermill as dvc.yaml calls it, on a notebook of two cells: parameters, and a source."""
+    cells = [nbformat.v4.new_code_cell("ipc = 1\nname = 'a'", metadata={"tags": ["parameters"]})]
+    given = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(source)])
+    given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(given, folder / "given.ipynb")
+    return papermill(folder, "given.ipynb", "executed.ipynb", *options)
+
+
+def papermill(folder, *arguments):
+    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+CHECK = """from ld3m.pipeline.notebook_parameters import check_parameters
+
+check_parameters(globals(), ipc=int, name=str)"""
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("-p", "ipc", "1", "-r", "name", "001"), None),
+        (("-r", "ipc", "1"), "parameter ipc = '1' is str, must be int"),
+        (("-p", "ipc", "2.5"), "parameter ipc = 2.5 is float, must be int"),
+        (("-p", "name", "001"), "parameter name = 1 is int, must be str.* -r"),
+        (("-p", "nam", "b"), "unknown parameter nam; this notebook has ipc, name"),
+    ],
+)
+def test_parameters_are_checked(tmp_path, options, named):
+    done = execute(tmp_path, CHECK, *options)
+    assert done.returncode == (named is not None) and re.search(named or "", done.stderr), done.stderr
+
+
+def test_a_kernel_that_is_killed_is_said_to_have_run_out_of_memory(tmp_path):
+    done = execute(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode and re.search(r"probably since memory ran out \(it used 0\.\d GiB\)", done.stderr)
+
+
+def test_the_demo_runs(tmp_path):
+    table = ROOT / "reports/mnist5k/notebooks/demo.md"
+    former = table.read_bytes() if table.exists() else None
+    options = ("-p", "iterations", "4", "-p", "networks", "2", "--no-progress-bar")
+    try:
+        done = papermill(ROOT, ROOT / "notebooks/00_demo.ipynb", tmp_path / "demo.ipynb", *options)
+        assert done.returncode == 0, done.stderr
+        assert "LD3M" in table.read_text()
+    finally:
+        table.unlink(missing_ok=True)
+        if former:
+            table.write_bytes(former)
+    outputs = [output for cell in nbformat.read(tmp_path / "demo.ipynb", 4).cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

@@ -243,7 +243,8 @@ def trajectory(network, randn, *, steps=3, batch=4, strategy=DSA):
     theta_start = flat_parameters(network)
     theta_target = theta_start + 0.05 * randn(len(theta_start))
     rng = torch.Generator().manual_seed(0)
-    plan = [(torch.randperm(6, generator=rng)[:batch], draw(strategy, count=1, generator=rng)) for _ in range(steps)]
+    indices = [torch.randperm(6, generator=rng)[:batch] for _ in range(steps)]
+    plan = [(index, draw(strategy, count=batch, generator=rng)) for index in indices]
     return images, labels, torch.tensor(0.3, dtype=torch.float64), theta_start, theta_target, plan
 
 
@@ -360,24 +361,34 @@ def test_trajectory_matching_reads_the_right_snapshots(network, randn, monkeypat
     assert [expert for expert, _, _ in asked] == [int(torch.randint(3, (), generator=rng)) for rng in draws]
     assert {expert for expert, _, _ in asked} == {0, 1, 2} and {start for _, start, _ in asked} == {0, 1, 2}
     assert all(end == start + 2 for _, start, end in asked)
-    for (expert, start, end), (theta_start, theta_target, lr, plan, first_order) in zip(asked, calls, strict=True):
+    for (expert, start, end), (theta_start, theta_target, lr, _, first_order) in zip(asked, calls, strict=True):
         assert torch.equal(theta_start, objective.trajectories.table[expert, start].double())
         assert torch.equal(theta_target, objective.trajectories.table[expert, end].double())
         assert lr.item() == pytest.approx(0.05) and not lr.requires_grad and first_order is False
-        assert [len(set(index.tolist())) for index, _ in plan] == [4, 4]  # distinct images
     assert {k for *_, plan, _ in calls for index, _ in plan for k in index.tolist()} == set(range(6))
     assert len({augmentation.operation for *_, plan, _ in calls for _, augmentation in plan}) == 6
 
 
-@pytest.mark.parametrize(("student_batch", "used"), [(None, 6), (100, 6), (1, 1)])
-def test_images_of_a_student_step(network, randn, monkeypatch, student_batch, used):
+@pytest.mark.parametrize(
+    ("student_batch", "sizes"), [(None, [6] * 4), (100, [6] * 4), (1, [1] * 4), (4, [4, 2, 4, 2]), (3, [3] * 4)]
+)
+def test_a_student_goes_through_the_set_without_replacement_and_augments_each_image(
+    network, randn, monkeypatch, student_batch, sizes
+):
     plans = []
-    monkeypatch.setattr(
-        objectives, "match_trajectory", lambda *args, plan, **options: plans.append(plan) or (1, 1, None)
-    )
-    objective = trajectory_matching(network, student_batch=student_batch)
-    objective(randn(6, 1, SIZE_PX, SIZE_PX), torch.zeros(6, dtype=torch.long), step=0)
-    assert [len(set(index.tolist())) for index, _ in plans[0]] == [used, used]
+    spy = lambda *args, plan, **options: plans.append(plan) or (1, 1, None)  # noqa: E731
+    monkeypatch.setattr(objectives, "match_trajectory", spy)
+    objective = trajectory_matching(network, student_batch=student_batch, student_steps=4)
+    for step in range(9):
+        objective(randn(6, 1, SIZE_PX, SIZE_PX), torch.zeros(6, dtype=torch.long), step=step)
+        indices, augmentations = zip(*plans[-1], strict=True)
+        assert [len(index) for index in indices] == sizes
+        for epoch in torch.cat(indices).split(6):
+            assert len(epoch.unique()) == len(epoch)
+        for index, augmentation in plans[-1]:  # one operation, and a value for each image
+            assert all(len(values) == len(index) for values in augmentation.parameters.values())
+    drawn = [tuple(value) for plan in plans for _, augmentation in plan for value in augmentation.parameters.values()]
+    assert len(set(drawn)) > 4 and (sizes[0] == 1 or any(len(set(values)) > 1 for values in drawn))
 
 
 def test_trajectory_matching_sets_the_gradient_of_the_rate_and_can_be_repeated(network, randn):

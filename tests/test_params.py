@@ -3,21 +3,20 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ld3m.pipeline.cells import cell_of, cells
+from ld3m.pipeline.profiles import BASE, PROFILES, ablation_settings, apply_profiles, load_params, validate
 from ld3m.pipeline.profiles import PARAMS as FILE
-from ld3m.pipeline.profiles import PROFILES, ablation_settings, apply_profile, load_params, validate
 from ld3m.runtime.paths import ROOT
 
 COMMITTED = YAML(typ="safe").load(FILE.read_text())
 PARAMS = load_params()
 NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
-CELL = COMMITTED["cells"]["dm-ld3m-1"]
+CELL, DATA = COMMITTED["cells"]["dm-ld3m-1"], COMMITTED["datasets"]["mnist5k"]
 # mappings whose keys the user chooses, and optional keys
 FREE = ("cells", "controls", "datasets", "networks", "distill", "epochs", "learning_rates", "recipe_overrides")
 OPTIONAL = ("depth", "norms", "iterations")
@@ -85,11 +84,14 @@ def entry(**changes):
         ({"spaces.glad.layer": 8}, "spaces.glad.layer = 8: must be below 8"),
         ({"gan.widths": [8, 8, 8]}, "gan.widths has 3 entries.*16 px.*size_px = 32"),
         ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
+        ({"prior.source": "notebooks/../runs/mnist5k/prior"}, "prior.source = .*copy the prior"),
         ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
         (
             {"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}},
             "recipe_overrides.ipc_5.epochs.* is missing",
         ),
+        (entry(prior="data", space="pixel") | {"dataset": "a.1", "datasets": {"a.1": DATA}}, "datasets.a.1: .*pattern"),
+        ({"cells": {"a b": CELL}}, "cells.a b: .*pattern"),
         (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
         (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
         (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),
@@ -125,11 +127,8 @@ def test_overrides_replace_values_and_nothing_else():
 
 
 def test_numbers_as_dvc_writes_them_are_floats(file):
-    yaml = YAML()  # what `dvc exp run -S` reads and writes with
-    values = yaml.load(file)
-    values["trajectories"]["learning_rate"] = 3e-05
-    yaml.dump(values, file)
-    assert "learning_rate: 3e-05\n" in file.read_text() and load_params(path=file).trajectories.learning_rate == 3e-5
+    file.write_text(file.read_text().replace("learning_rate: 0.02", "learning_rate: 3e-05"))
+    assert load_params(path=file).trajectories.learning_rate == 3e-5
 
 
 def test_a_budget_is_that_of_its_cell():
@@ -172,22 +171,47 @@ def test_a_file_that_is_not_a_mapping_is_refused(file, text, tmp_path):
     profile.write_text(text)
     before = file.read_bytes()
     with pytest.raises(ValueError, match="profile.yaml"):
-        apply_profile(profile, path=file)
+        apply_profiles(profile, path=file)
     assert file.read_bytes() == before
     file.write_text(text)
     with pytest.raises(ValueError, match=r"params\.yaml"):
         load_params(path=file)
 
 
-def test_a_profile_changes_its_values_and_keeps_every_other_line(file, tmp_path):
-    (tmp_path / "base.yaml").write_text("seed: 4\nprocesses: 1\n")
-    (tmp_path / "profile.yaml").write_text("over: base.yaml\nseed: 5\ndistill: {dm: {pixel: {iterations: 7}}}\n")
+def test_the_committed_file_is_the_base_and_dvc_changes_its_value_alone(file):
+    from dvc.utils.serialize import modify_yaml  # what `dvc exp run -S seed=1` writes with
+
+    assert FILE.read_bytes() == BASE.read_bytes()
+    with modify_yaml(file) as values:
+        values["seed"] = 1
+    assert file.read_text() == FILE.read_text().replace("\nseed: 0\n", "\nseed: 1\n")
+    apply_profiles("imagenet256", "paper", path=file)
     before = file.read_text()
-    apply_profile(tmp_path / "profile.yaml", path=file)
-    expected = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
-    assert load_params(path=file) == expected
-    changed = [(a, b) for a, b in zip(before.splitlines(), file.read_text().splitlines(), strict=True) if a != b]
+    with modify_yaml(file) as values:
+        values["seed"] = 1
+    assert file.read_text() == before.replace("\nseed: 0\n", "\nseed: 1\n")
+    apply_profiles(path=file)
+    assert file.read_bytes() == BASE.read_bytes()
+
+
+def test_profiles_are_laid_over_the_base_and_keep_every_other_line(file, tmp_path):
+    (tmp_path / "below.yaml").write_text("seed: 4\nprocesses: 1\n")
+    (tmp_path / "profile.yaml").write_text("over: below.yaml\nseed: 5\ndistill: {dm: {pixel: {iterations: 7}}}\n")
+    (tmp_path / "last.yaml").write_text("over: protocol\nprocesses: 3\n")  # outside profiles/, over one of it
+    assert apply_profiles("smoke", path=file) is None  # leaves nothing
+    file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 77\n"))
+    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before"
+    assert apply_profiles("folder", path=file) == kept and kept.read_bytes() == edited
+    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None and kept.read_bytes() == edited
+    wanted = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
+    assert load_params(path=file) == wanted
+    both = zip(BASE.read_text().splitlines(), file.read_text().splitlines(), strict=True)
+    first, *changed = [(a, b) for a, b in both if a != b]
+    assert first[1] == f"# active profiles: {tmp_path / 'profile.yaml'}"
     assert len(changed) == 3 and all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
+    apply_profiles(tmp_path / "profile.yaml", tmp_path / "last.yaml", path=file)
+    params = load_params(path=file)
+    assert (params.seed, params.processes, params.trajectories.experts) == (5, 3, 100)
 
 
 @pytest.mark.parametrize(
@@ -196,47 +220,39 @@ def test_a_profile_changes_its_values_and_keeps_every_other_line(file, tmp_path)
         ("typo: 1\n", "profile.yaml.*typo"),
         ("seed: 3\nprocesses: 0\n", "(?s)profile.yaml.*processes.*got 0"),
         ("over: profile.yaml\n", "leads back"),
-        ("over: absent.yaml\n", "absent.yaml is missing"),
+        ("over: absent.yaml\n", "no profile absent.yaml; profiles/ has .*smoke"),
     ],
 )
 def test_a_refused_profile_leaves_the_file_as_it_was(file, tmp_path, text, named):
     (tmp_path / "profile.yaml").write_text(text)
     before = file.read_bytes()
     with pytest.raises((ValueError, FileNotFoundError), match=named):
-        apply_profile(tmp_path / "profile.yaml", path=file)
+        apply_profiles(tmp_path / "profile.yaml", path=file)
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_profile_that_is_missing_is_answered_with_those_of_the_repository(file):
-    with pytest.raises(FileNotFoundError, match="absent is missing; the repository has .*profiles/smoke.yaml"):
-        apply_profile(Path("absent"), path=file)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_every_profile_applies_with_its_ablations_and_twice_is_once(file, name):
-    if name == "cifar10_cpu":
-        apply_profile(Path("cifar10"), path=file)
-    apply_profile(Path(name), path=file)  # by its name
-    params, once = load_params(path=file), file.read_bytes()
+def test_every_profile_applies_with_its_ablations(file, name):
+    apply_profiles(name, path=file)
+    params = load_params(path=file)
     for ablation in params.ablations.settings:
         assert ablation_settings(ablation, path=file) is not None
-    apply_profile(PROFILES / f"{name}.yaml", path=file)
-    assert file.read_bytes() == once
 
 
 @pytest.mark.parametrize("size_px, depth, steps", [(128, 5, 10), (256, 6, 20)])
 def test_imagenet_has_the_published_numbers_and_paper_the_released_defects(file, size_px, depth, steps):
-    apply_profile(Path(f"imagenet{size_px}"), path=file)
+    apply_profiles(f"imagenet{size_px}", path=file)
     params = load_params(path=file)
     assert (params.data.size_px, params.spaces.ld3m.steps, params.networks["convnet"].depth) == (size_px, steps, depth)
     widths = {name: network.width for name, network in params.networks.items()}
     assert widths == {"convnet": 128, "alexnet": 128, "vgg11": 64, "resnet18": 64, "vit": 512}
     ld3m = params.spaces.ld3m
-    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("stored", "real", "pixels", "none")
-    apply_profile(Path("paper"), path=file)
+    assert (ld3m.noise, ld3m.shifted_normalization, ld3m.encoder_input, ld3m.clamp) == ("stored", False, "x", "none")
+    apply_profiles(f"imagenet{size_px}", "paper", path=file)
     params = load_params(path=file)
     ld3m = params.spaces.ld3m
-    assert (ld3m.noise, ld3m.normalization, ld3m.encoder_input, ld3m.clamp) == ("redrawn", "shifted", "images", "hard")
+    assert (ld3m.noise, ld3m.shifted_normalization, ld3m.encoder_input) == ("redrawn", True, "normalized")
+    assert ld3m.clamp == "hard" and params.spaces.glad.shifted_normalization and not params.spaces.glad.mean_w
     assert not params.networks["vit"].norms and params.objectives.mtt.first_order and params.ablations.select_on_test
     assert (params.data.size_px, params.networks["convnet"].width) == (size_px, 128)
     for objective, rate in {"dc": 0.1, "dm": 1.0, "mtt": 1000.0}.items():
@@ -270,4 +286,5 @@ def test_the_command_checks_and_fails_without_a_traceback():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert "params.yaml is valid" in run("check").stdout
-    assert (refused := run("apply", "absent")).returncode == 1 and refused.stderr.startswith("absent is missing")
+    refused = run("apply", "absent")
+    assert refused.returncode == 1 and refused.stderr.startswith("there is no profile absent")

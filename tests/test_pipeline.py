@@ -17,7 +17,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from ld3m.evaluation.scores import read_scores
-from ld3m.pipeline.profiles import PROFILES, apply_profile, load_params
+from ld3m.pipeline.profiles import apply_profiles, load_params
 from ld3m.runtime.paths import ROOT
 from ld3m.runtime.storage import read_tensors
 
@@ -73,7 +73,7 @@ def test_a_stage_depends_on_what_it_reads_and_on_nothing_more():
         assert not depends_on(index, "control@random_real-1", "prior") and depends_on(index, "report", "ablation@prior")
 
 
-def new_clone(folder: Path, *profiles: str) -> Path:
+def new_clone(folder: Path, *profiles: str | Path) -> Path:
     """What Git tracks, in a new repository with some profiles and the embedded data."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
@@ -82,15 +82,14 @@ def new_clone(folder: Path, *profiles: str) -> Path:
             shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
     (folder / "dvc.lock").unlink(missing_ok=True)
-    for profile in profiles:
-        apply_profile(PROFILES / profile, path=folder / "params.yaml")
+    apply_profiles(*profiles, path=folder / "params.yaml")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    return new_clone(tmp_path_factory.mktemp("clone"), "smoke.yaml")
+    return new_clone(tmp_path_factory.mktemp("clone"), "smoke")
 
 
 def start_dvc(clone: Path, *arguments: str) -> subprocess.Popen:
@@ -116,7 +115,7 @@ def written(folder: Path) -> dict[str, bytes]:
 @pytest.mark.timeout(3600)
 def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repeat(clone):
     dvc(clone, "repro")
-    reports = clone / "reports/mnist5k"
+    reports = clone / "reports/smoke"
     main, report = written(reports / "tables/main"), written(reports / "tables/report")
     assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(main)
     figures, page = written(reports / "figures/main"), (reports / "index.html").read_bytes()
@@ -141,8 +140,8 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(clone):
     """After the test above; every step writes its state under the smoke profile."""
     again = ("repro", "--single-item", "--force", "--no-run-cache", "distill@mtt-ld3m-1")
-    artefact = clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
-    before, checkpoint = artefact.read_bytes(), clone / "checkpoints/mnist5k/mtt-ld3m-1-run-0.safetensors"
+    artefact = clone / "runs/smoke/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors"
+    before, checkpoint = artefact.read_bytes(), clone / "checkpoints/smoke/mtt-ld3m-1-run-0.safetensors"
     process = start_dvc(clone, *again)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0][-5000:]
@@ -170,10 +169,10 @@ def test_nothing_of_the_environment_is_written(clone):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_from_scratch_twice_gives_the_same_bytes(tmp_path):
-    clones = [new_clone(tmp_path / name, "smoke.yaml") for name in "ab"]
+    clones = [new_clone(tmp_path / name, "smoke") for name in "ab"]
     for each in clones:
         dvc(each, "repro")
-    for place in ("runs", "reports/mnist5k/tables/main", "reports/mnist5k/tables/report"):
+    for place in ("runs", "reports/smoke/tables/main", "reports/smoke/tables/report"):
         one, other = (
             {str(file.relative_to(each)): file.read_bytes() for file in (each / place).rglob("*") if file.is_file()}
             for each in clones
@@ -206,10 +205,9 @@ def test_explore_runs_on_the_cells_of_the_clone(clone):
 
 def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
     """Photographs as people have them: of any size and mode, in folders that bear the names of their classes."""
-    clone = new_clone(tmp_path / "clone", "folder.yaml", "smoke.yaml")
     overlay = tmp_path / "dm.yaml"  # experts of so few images hardly move, which MTT refuses
     overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\n")
-    apply_profile(overlay, path=clone / "params.yaml")
+    clone = new_clone(tmp_path / "clone", "folder", "smoke", overlay)
     rng = np.random.default_rng(0)
     for split, count in {"train": 20, "test": 5}.items():
         for name, mode in {"my cat": "RGB", "naïve dog": "L", "owl": "RGBA"}.items():
@@ -231,10 +229,9 @@ def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
 def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_path):
     import datasets
 
-    clone, source = new_clone(tmp_path / "clone", "cifar10.yaml", "smoke.yaml"), tmp_path / "cifar10"
-    overlay = tmp_path / "here.yaml"
+    overlay, source = tmp_path / "here.yaml", tmp_path / "cifar10"
     overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
-    apply_profile(overlay, path=clone / "params.yaml")
+    clone = new_clone(tmp_path / "clone", "cifar10", "smoke", overlay)
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))
     source.mkdir()
@@ -250,10 +247,10 @@ def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_an_experiment_has_the_parameters_that_it_is_given(tmp_path):
-    clone = new_clone(tmp_path / "clone", "smoke.yaml")
+    clone = new_clone(tmp_path / "clone", "smoke")
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
     for command in (("add", "-A"), (*author, "commit", "-q", "-m", "start")):
         subprocess.run(["git", *command], cwd=clone, check=True)
     dvc(clone, "exp", "run", "-S", "distill.mtt.ld3m.iterations=3", "distill@mtt-ld3m-1")
-    _, metadata = read_tensors(clone / "runs/mnist5k/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
+    _, metadata = read_tensors(clone / "runs/smoke/main/distilled/mtt-ld3m-1/run-0/distilled.safetensors")
     assert len(metadata["history"]) == 3

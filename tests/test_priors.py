@@ -33,7 +33,7 @@ from ld3m.models import prior_io as priors
 from ld3m.models.diffusion_prior import COMPVIS, Spacing
 from ld3m.models.prior_io import EMBEDDER, fitted, link_prior, linked_source, load_prior, save_prior
 from ld3m.models.prior_variants import with_classes, with_random_unet, with_random_weights
-from ld3m.pipeline.cells import cell_of, prior_check_folder, prior_folder
+from ld3m.pipeline.cells import cell_of, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import PROFILES, load_params
 from ld3m.runtime import paths
@@ -366,9 +366,9 @@ def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(copied, spacing)
 
 
 def test_the_embedded_prior_and_checkpoints_are_sampled_as_compvis_does(saved):
-    embedded = DDIMScheduler.from_pretrained(prior_folder("mnist5k") / "scheduler")
+    embedded = DDIMScheduler.from_pretrained(runs_path("mnist5k", "prior") / "scheduler")
     embedded.set_timesteps(5)
-    for prior in (load_prior(prior_folder("mnist5k")), load_prior(saved[0]), saved[1]):
+    for prior in (load_prior(runs_path("mnist5k", "prior")), load_prior(saved[0]), saved[1]):
         assert prior.spacing == Spacing("leading", 1, ends_clean=False) == COMPVIS
         assert embedded.timesteps.tolist() == timesteps(5, total=1000, spacing=prior.spacing)[::-1]
     assert not embedded.config.set_alpha_to_one
@@ -637,7 +637,7 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(dit_folder, tmp_path,
     started = whole.embed(torch.tensor([7, 2]))
     assert relative_difference(tensors["c"], started) < 0.1
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
-    assert json.loads((prior_check_folder("mnist5k") / "check.json").read_text())["samples"] == 2
+    assert json.loads((runs_path("mnist5k", "prior-check") / "check.json").read_text())["samples"] == 2
     for kept, is_replayed in ((0, True), (1, False)):
         used = Experiment(load_params(overrides | {"spaces.ld3m.uncheckpointed_steps": kept})).prior
         assert bool(used.recordings) == is_replayed

@@ -18,7 +18,7 @@ from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Interrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-STAGES = {  # notebook, parameters, outputs under runs/mnist5k; in an order in which they can run
+STAGES = {  # notebook, parameters, outputs under runs/smoke; in an order in which they can run
     "prior": ("00_prior", {}, ["prior", "prior-check"]),
     "gan": ("00_gan", {}, ["gan", "gan-check"]),
     "trajectories": ("01_trajectories", {}, ["trajectories"]),
@@ -49,7 +49,7 @@ def attempt(root: Path, stage: str, after: int, number: int) -> None:
 
 def run(server, root: Path, stage: str, *, after: int = NEVER, number: int = signal.SIGKILL) -> int:  # noqa: F811
     for output in STAGES[stage][2]:  # as DVC does before a stage
-        place = root / "runs/mnist5k" / output
+        place = root / "runs/smoke" / output
         place.unlink() if place.is_file() else shutil.rmtree(place, ignore_errors=True)
     child = server.Process(target=attempt, args=(root, stage, after, number))
     child.start()
@@ -61,8 +61,7 @@ def run(server, root: Path, stage: str, *, after: int = NEVER, number: int = sig
 def whole(server, tmp_path_factory):  # noqa: F811
     """What all stages write when nothing happens."""
     root = tmp_path_factory.mktemp("whole")
-    shutil.copy(config.PARAMS, root / "params.yaml")
-    config.apply_profile(config.PROFILES / "smoke.yaml", path=root / "params.yaml")
+    config.apply_profiles("smoke", path=root / "params.yaml")
     for stage in STAGES:
         assert run(server, root, stage) == 0, (root / "log").read_text()
     assert content(root / "checkpoints") == {}

@@ -57,8 +57,8 @@ def entries(*rows, table="main", runs=(0,)):
 
 ROWS = [
     ("none", "random_real", 1),
-    ("none", "random_real", 10),
     *(("dm", "pixel", 1), ("dm", "ld3m", 1), ("mtt", "pixel", 1), ("mtt", "ld3m", 1)),
+    ("none", "random_real", 10),
     *(("dm", "pixel", 10), ("dm", "ld3m", 10), ("mtt", "pixel", 10), ("mtt", "ld3m", 10)),
     ("none", "full_data", 0),
 ]
@@ -104,19 +104,19 @@ def params(tmp_path, monkeypatch):
     for cell in CELLS:
         write(file_of(cell), {0: {name: accuracies(*cell.row, name) for name in params.architectures}})
     write(CELLS[0].scores.with_name("dc-pixel-1") / "scores.json", {0: {"vit": [0.99] * 3}})  # never read
-    check = layout.prior_check_folder(params.dataset) / "check.json"
+    check = layout.runs_path(params.dataset, "prior-check") / "check.json"
     check.parent.mkdir(parents=True)
     check.write_text(json.dumps({"sample_class_accuracy": 0.95, "mean_absolute_error": 0.05}))
     for cell in CELLS:
         if cell.objective != "none":
             write_json(cell.cost_file(0), {"iterations": 20, "seconds": 5.0 + cell.ipc, "peak_mib": 700.0})
     norms = [{"skip": "x0", "learned": "z", "steps": 5, "image": k, "norm": 2.0 + k} for k in range(2)]
-    write_json(layout.gradient_norms_file(DATASET), norms)
+    write_json(layout.runs_path(DATASET, "gradient_norms.json"), norms)
     return params
 
 
 def tables(table):
-    return layout.tables_folder(DATASET, table)
+    return layout.reports_path(DATASET, "tables", table)
 
 
 def p_of(t):
@@ -219,7 +219,7 @@ def test_the_table_has_the_layout_of_the_paper(scores):
     table = paper_style(summarise(scores))
     assert list(table.columns) == ["IPC", "Set", "ViT", "ConvNet", "AlexNet", "Unseen mean"]
     names = ["Random real", "DM Pixel", "DM LD3M", "MTT Pixel", "MTT LD3M"]
-    rows = [(1, names[0]), (10, names[0])] + [(ipc, name) for ipc in (1, 10) for name in names[1:]]
+    rows = [(ipc, name) for ipc in (1, 10) for name in names]
     assert list(zip(table.IPC, table.Set, strict=True)) == [*rows, ("all", "Full data")]
     # convnet, dm, ld3m, IPC 1: 0.61, 0.62, 0.63
     assert table.ConvNet[table.Set == "DM LD3M"].iloc[0] == f"62.0 ± {T_975_DF_2 / 3**0.5:.1f}"
@@ -265,7 +265,7 @@ def test_tables_are_written_with_the_same_bytes(params):
     report.write_tables(params, table="main")
     first = {file.name: file.read_bytes() for file in tables("main").iterdir()}
     assert set(first) == TABLES
-    assert [file.name for file in layout.costs_folder(DATASET, "main").iterdir()] == ["costs.csv"]
+    assert [file.name for file in layout.reports_path(DATASET, "costs", "main").iterdir()] == ["costs.csv"]
     report.write_tables(params, table="main")
     assert {file.name: file.read_bytes() for file in tables("main").iterdir()} == first
 
@@ -355,7 +355,7 @@ def test_the_spread_of_networks_is_kept_from_that_of_runs(with_more):
 def test_the_report_has_tables_of_its_own(with_more):
     with pytest.raises(FileNotFoundError, match="gan-check"):
         report.write_tables(with_more, table="report")
-    write_json(layout.gan_check_folder(DATASET) / "check.json", {"sample_class_accuracy": 0.966, "samples": 500})
+    write_json(layout.runs_path(DATASET, "gan-check") / "check.json", {"sample_class_accuracy": 0.966, "samples": 500})
     report.write_tables(with_more, table="report")
     added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
     added |= {"validation.csv", "ablations.csv", "ablation_changes.csv"}
@@ -451,7 +451,7 @@ def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
     assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "no significant" not in markdown
 
 
-def test_ablations_change_against_the_first_setting_of_their_objective_paired_by_network(params):
+def test_ablations_change_against_the_baseline_or_the_first_of_their_objective_paired_by_network(params):
     settings = {
         "steps": {"T = 2": {"spaces.ld3m.steps": 2}, "T = 5": {}},
         "defects": {"none": {}, "noise": {"spaces.ld3m.noise": "redrawn"}, "exact": {"objective": "mtt"}},
@@ -466,22 +466,24 @@ def test_ablations_change_against_the_first_setting_of_their_objective_paired_by
         measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": norm / 4, "peak_mib": None}
         return {"setting": setting, "objective": objective, "space": "ld3m", "accuracy": accuracy} | measured
 
-    write_records(DATASET, "steps", [record("T = 2", "dm", 0.0, 1.0), record("T = 5", "dm", 0.0, 2.0)])
+    write_records(DATASET, "steps", [record("T = 2", "dm", 0.05, 1.0), record("T = 5", "dm", 0.0, 2.0)])
     found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
     write_records(DATASET, "defects", found)
-    assert "seconds" not in layout.ablation_file(DATASET, "defects").read_text()
+    assert "seconds" not in layout.runs_path(DATASET, "ablations", "defects.json").read_text()
     scores, changes, costs = read_ablations(given)
     by_key = scores.set_index(["setting", "architecture"])["mean"]
     assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
     assert by_key["noise", UNSEEN] == pytest.approx((0.15 + 0.5) / 2)
     rows = changes.set_index(["setting", "architecture"])
-    assert set(rows.index.get_level_values(0)) == {"T = 5", "noise", "first"}
+    assert set(rows.index.get_level_values(0)) == {"T = 2", "noise", "first"}
+    assert rows.loc[("T = 2", "vit"), "mean"] == pytest.approx(0.05)  # T = 5 is the baseline
     unseen = rows.loc[("noise", UNSEEN)]  # -0.05 and -0.10: half of a t interval of two values 0.05 apart
     assert [unseen["mean"], unseen.ci_high - unseen["mean"]] == pytest.approx([-0.075, 12.7062047 * 0.025])
     assert rows.loc[("first", "vit"), "mean"] == pytest.approx(0.1)
     assert costs.grad_norm_z.tolist() == [1.0, 2.0, 2.0, 3.0, 4.0, 5.0]
     assert costs.seconds_per_iteration.tolist() == [0.25, 0.5, 0.5, 0.75, 1.0, 1.25]
-    for place in (layout.ablation_cost_file, layout.ablation_file):
-        place(DATASET, "defects").unlink()
-        with pytest.raises(FileNotFoundError, match=f"{place(DATASET, 'defects')} is missing: `dvc repro ablation`"):
+    for place in (layout.costs_path, layout.runs_path):
+        file = place(DATASET, "ablations", "defects.json")
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro ablation`"):
             read_ablations(given)

@@ -24,13 +24,13 @@ LIBRARIES = ("torch", "diffusers", "datasets", "safetensors", "numpy")
 RECIPE = """\
 import ld3m
 from ld3m.pipeline.profiles import load_params
-from ld3m.data.dataset import load_dataset
+from ld3m.pipeline.experiment import Experiment
 from ld3m.models.networks import build
 from ld3m.runtime.seeds import derive
 from ld3m.evaluation.training import accuracy, train
 
 images, labels = ld3m.load(".")  # this folder; normalised with the mean and std above
-dataset = load_dataset(**load_params().dataset_arguments())
+dataset = Experiment(load_params()).dataset
 real = dataset.normalization.normalize(dataset.{split}.x())
 recipe = {recipe}
 scores = []

@@ -1,4 +1,4 @@
-"""The loop: render, match, step; validation picks the iteration; killed and resumed gives the same bits."""
+"""The loop: render, match, step. Validation chooses the iteration; a killed run, resumed, gives the same bits."""
 
 import math
 import time
@@ -62,7 +62,8 @@ def distill(
     validate
         Called with normalized images (N, C, H, W), gives accuracies in [0, 1], whose mean decides.
     validation_checks
-        Calls of it after the one at iteration 0, evenly spaced, the last at the end; with 0 at the end alone.
+        Number of further calls of `validate`, evenly spaced after the one at iteration 0, the last at the end. With 0
+        there is one call, at the end.
     checkpoint
         An interrupted run is resumed from it, with the same bits. The caller removes it once the result is safe.
     callback
@@ -96,12 +97,16 @@ def distill(
             with torch.no_grad():
                 images = synthetic.render()
             accuracies = validate(images)
+            mean = sum(accuracies) / len(accuracies)
             with checkpoint.step(state):
-                _record(run, synthetic.tensors() | objective.learnables | {"images": images}, accuracies, iteration)
+                if not run.validation or mean > run.chosen["accuracy"]:
+                    tensors = synthetic.tensors() | objective.learnables | {"images": images}
+                    run.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                run.validation.append({"iteration": iteration, "accuracy": mean, "accuracies": accuracies})
 
     with checkpoint:
         checkpoint.resume(restore)
-        for step in progress(iterations, label="distil", start=len(run.history), status=lambda: _status(run)):
+        for step in progress(iterations, label="distill", start=len(run.history), status=lambda: _status(run)):
             check(step)
             with checkpoint.step(state):
                 began = time.perf_counter()
@@ -125,14 +130,6 @@ def distill(
             callback(step)
         check(iterations)
     return run
-
-
-def _record(run: Distilled, tensors: dict[str, Tensor], accuracies: list[float], iteration: int) -> None:
-    former = run.chosen["accuracy"] if run.validation else -1.0
-    mean = sum(accuracies) / len(accuracies)
-    run.validation.append({"iteration": iteration, "accuracy": mean, "accuracies": accuracies})
-    if mean > former:
-        run.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _status(run: Distilled) -> str:

@@ -4,13 +4,15 @@
 (N, C, H, W) and labels (N,), and returns the loss and its gradient for the images; the call sets the `.grad` of its own
 `learnables`, if any. Every random draw is named by (seed, purpose, step), so any step can be repeated.
 
-DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialised
-in every step. They differ in that distance alone: `gradient_distance` or `feature_distance`.
+DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialized
+in every step. They differ in that distance, `gradient_distance` or `feature_distance`, and in how many classes go
+through the network together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import ClassVar, Protocol
 
 import torch
@@ -87,10 +89,10 @@ def real_chunk_size(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class ClassMatching:
-    """DC and DM: the sum over classes of a distance in a freshly initialised network.
+    """DC and DM: the sum over classes of a distance in a freshly initialized network.
 
-    Real and synthetic images of a class share one augmentation (Siamese). Each thread takes one core, and one group of
-    classes at a time: the number of threads changes no bit.
+    Real and synthetic images of a class share one augmentation (Siamese). Groups of classes are matched in threads of
+    one core each; the number of threads changes no bit.
     """
 
     learnables: ClassVar[dict[str, Tensor]] = {}
@@ -147,7 +149,8 @@ class ClassMatching:
 class TrajectoryMatching:
     """MTT: a student trained on the synthetic images from an expert's snapshot shall end at a later snapshot.
 
-    The student's learning rate is learned with the images. The experts have seen the real images, so `split` and
+    A student step has one operation of the augmentation, with parameters of its own for every image. The student's
+    learning rate is learned with the images. The experts have seen the real images, so `split` and
     `normalization` are not used.
     """
 
@@ -160,7 +163,7 @@ class TrajectoryMatching:
     threads: int  # not used
     seed: int
     student_steps: int
-    student_batch: int | None  # images in a student step; None: all
+    student_batch: int | None  # images in a student step, drawn without replacement; None: all
     expert_epochs: int  # between the two snapshots
     max_start_epoch: int  # start epochs are 0 .. max_start_epoch - 1
     student_lr: float  # where the learned rate starts
@@ -188,16 +191,18 @@ class TrajectoryMatching:
         epoch = int(torch.randint(self.max_start_epoch, (), generator=rng))
         epochs = [epoch, epoch + self.expert_epochs]
         theta_start, theta_target = self.trajectories.snapshots(expert, epochs).to(images)
-        batch = min(self.student_batch or len(images), len(images))
-        plan = [
-            (torch.randperm(len(images), generator=rng)[:batch], draw(self.strategy, count=1, generator=rng))
-            for _ in range(self.student_steps)
-        ]
+        indices = islice(self._batches(len(images), rng), self.student_steps)
+        plan = [(index, draw(self.strategy, count=len(index), generator=rng)) for index in indices]
         lr, options = self.learnables["student_lr"], {"plan": plan, "first_order": self.first_order}
         loss, grad_images, lr.grad = match_trajectory(
             self.network, images, labels, lr.detach(), theta_start, theta_target, **options
         )
         return loss, grad_images
+
+    def _batches(self, images: int, rng: torch.Generator) -> Iterator[Tensor]:
+        """Indices of the student's batches: through all images in a random order, then in another."""
+        while True:
+            yield from torch.randperm(images, generator=rng).split(self.student_batch or images)
 
 
 def match_trajectory(
@@ -251,7 +256,7 @@ def _student_gradient(
 
 
 OBJECTIVES = {
-    "dc": partial(ClassMatching, gradient_distance, 1),  # one: its gradient is that of a class alone
+    "dc": partial(ClassMatching, gradient_distance, 1),  # weight gradients are compared class by class
     "dm": partial(ClassMatching, feature_distance, 5),
     "mtt": TrajectoryMatching,
 }

@@ -11,9 +11,10 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor, keep_graph: boo
     """Call `function(*inputs)` without a graph; call it once more, with one, in the backward pass.
 
     The gradient is that of plain autograd. A chain of T such calls keeps its T inputs, and the graph of one call at a
-    time: memory does not grow with T, a call costs two forwards and one backward. `keep_graph` keeps the graph of the
-    first pass: the same bits, one forward less, more memory. `torch.utils.checkpoint` does not serve: its reentrant
-    variant refuses `torch.autograd.grad`, the other builds a graph in the first pass too, a tenth of an iteration.
+    time. So memory does not grow with T, and a call costs two forward passes and one backward. `keep_graph` keeps the
+    graph of the first pass: the same bits, one forward pass less, more memory. `torch.utils.checkpoint` does not serve:
+    its reentrant variant refuses `torch.autograd.grad`, and the other builds a graph in the first pass too, which costs
+    a tenth of an iteration.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)

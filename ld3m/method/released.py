@@ -1,4 +1,7 @@
-"""Reproduce defects of the code that the authors released, each a switch of the space `ld3m` for the ablations."""
+"""Reproduce defects of the code that the authors released, each a switch of the spaces for the ablations.
+
+Two more are in `spaces`: `encoder_input="normalized"` (the encoder was trained on [-1, 1]) and `clamp="hard"`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,23 +16,13 @@ REAL_MEAN, SYNTHETIC_MEAN = (0.485, 0.456, 0.406), (0.4377, 0.4438, 0.4728)
 
 
 def shifted_normalization(normalization: Normalization) -> Normalization:
-    """Shift the mean as the released code does, which subtracts another one from synthetic images than from real."""
+    """Shift the mean as the released code does: it subtracts another one from rendered images than from real ones."""
     shift = [synthetic - real for synthetic, real in zip(SYNTHETIC_MEAN, REAL_MEAN, strict=True)]
     return replace(normalization, mean=tuple(m + s for m, s in zip(normalization.mean, shift, strict=False)))
 
 
-def encoder_range(x: Tensor, normalization: Normalization) -> Tensor:
-    """Feed the encoder, which was trained on [-1, 1], normalized images."""
-    return normalization.normalize(x)
-
-
-def hard_clamp(x: Tensor) -> Tensor:
-    """Clamp to [-1, 1]: saturated pixels have no gradient."""
-    return x.clamp(-1, 1)
-
-
 def redrawn_noise(render: Callable[[Tensor], Tensor], eps: Tensor, *, seed: int, step: int) -> Tensor:
-    """Render with one new draw of `eps`, and take the gradient of another: that of no loss."""
+    """Render with one new draw of `eps`, and take the gradient at another, which is the gradient of no loss."""
     measured, followed = (
         torch.randn(eps.shape, generator=generator(seed, "redrawn", place, step)).to(eps)
         for place in ("loss", "gradient")

@@ -6,7 +6,7 @@ Equations are those of arXiv 2403.03881. One step, from noise level a = alpha_ba
     x0_hat  = (z_t - sqrt(1 - a) eps_hat) / sqrt(a)
     x0_hat <- (1 - w) x0_hat + w quantize(Z)            skip "x0", w = i / (T - 1): the authors' released code
     mu      = sqrt(a') x0_hat + sqrt(1 - a') eps_hat    DDIM without noise (eta = 0)
-    mu     <- (1 - w) mu + w z_T                        skip "mean", w = t / T: the paper, eq. 7 and algorithm 1
+    mu     <- (1 - w) mu + w z_T                        skip "mean", w = (i + 1) / T: the paper, eq. 7 and algorithm 1
     z_t'    = mu
 
 | symbol | here | shape | meaning |
@@ -14,7 +14,7 @@ Equations are those of arXiv 2403.03881. One step, from noise level a = alpha_ba
 | `Z` | `z` | (B, c, h, w) | clean latent of the synthetic image |
 | `z_T` | `z_T` | (B, c, h, w) | noised latent that the reverse process starts from (eq. 1) |
 | `c` | `c` | (B, 1, D) | class conditioning |
-| `T` | `steps` | | number of reverse steps i = T-1 .. 0; t counts them from 1, t = i + 1 |
+| `T` | `steps` | | number of reverse steps, i = T-1 .. 0; the paper's t is i + 1 |
 | `eps` | `eps` | (B, c, h, w) | Gaussian noise, drawn once for every synthetic image |
 """
 
@@ -33,7 +33,10 @@ Skip = Literal["x0", "mean", "none"]
 
 
 def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int]:
-    """Choose the DDIM timesteps among the `total` of training, ascending: CompVis takes 1, 101, ..., 901 for ten."""
+    """Choose the DDIM timesteps among the `total` of training, ascending: 1, 101, ..., 901 for ten, as CompVis does.
+
+    Where `steps` does not divide `total`, CompVis's code takes more than asked (31 for 30); this takes `steps`.
+    """
     found = []
     if 1 <= steps <= total:
         found = {
@@ -97,10 +100,13 @@ def reverse(
     end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
     guidance = guidance if prior.is_conditional else 1
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
-    # A view is a node of its own: gradients of the skip are summed over the steps before they join the chain's.
-    initial = {"x0": lambda: prior.quantize(z), "mean": lambda: z_T.view_as(z_T), "none": lambda: torch.zeros(())}
     weights = [skip_weight(skip, i, steps) for i in range(steps)]
-    z_t, mixed_in = z_T, initial[skip]()
+    mixed_in = torch.zeros(())
+    if skip == "x0":
+        mixed_in = prior.quantize(z)
+    elif skip == "mean":
+        mixed_in = z_T.view_as(z_T)  # a node of its own, so that `uncheckpointed_steps` changes no order of summation
+    z_t = z_T
     on_state(z_t.detach())
     for i in reversed(range(steps)):
         levels = {"t": ts[i], "a": alpha_bar[ts[i]], "a_next": alpha_bar[ts[i - 1]] if i else end}

@@ -1,7 +1,7 @@
 """The spaces: what is learned, and how it becomes images. `SPACES` names the functions that start a synthetic set.
 
 A synthetic set has `labels` (N,) and `learnables`; `render()` gives its normalized images (N, C, H, W), differentiable
-in the learnables, and `tensors()` all that is needed to render them again. `step` matters to redrawn noise alone.
+in the learnables, and `tensors()` all that is needed to render them again. `step` is used by redrawn noise only.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ld3m.runtime.seeds import generator
 CLAMPS = {
     "none": lambda x: x,
     "soft": lambda x: x + (x.clamp(-1, 1) - x).detach(),  # the values of "hard", the gradient of "none"
-    "hard": released.hard_clamp,
+    "hard": lambda x: x.clamp(-1, 1),  # the released code's: saturated pixels have no gradient
 }
 DEFAULT_LEARNED = {"x0": "z", "mean": "z_T", "none": "z_T"}  # what each skip carries the gradient to
 MEAN_W_DRAWS = 1000  # codes of a class that `mean_w` averages
@@ -159,7 +159,7 @@ def start_latents(
     skip: Skip,
     clamp: Literal["none", "soft", "hard"],
     noise: Literal["stored", "redrawn"],
-    encoder_input: Literal["pixels", "images"],
+    encoder_input: Literal["x", "normalized"],
     shifted_normalization: bool,
     render_batch: int,
     uncheckpointed_steps: int,
@@ -177,18 +177,17 @@ def start_latents(
     clamp
         Of the decoded images to [-1, 1]; "soft" passes all of the gradient.
     noise, encoder_input, shifted_normalization
-        "redrawn", "images", True and `clamp="hard"` are defects of the released code, see `released`.
+        "redrawn", "normalized", True and `clamp="hard"` are defects of the released code, see `released`.
     render_batch, threads
-        Images that go through the U-Net at once, and such batches at once: lower them where memory is short.
+        Images that each thread takes through the U-Net at once: lower both where memory is short.
     steps, guidance, skip, uncheckpointed_steps
         Of `sampler.reverse`; the graph of the decoder is kept where that of any step is.
     """
     learn = DEFAULT_LEARNED[skip] if learn == "auto" else learn
-    normalization = released.shifted_normalization(normalization) if shifted_normalization else normalization
     size_px = x.shape[-1]
     if start == "prior":
         x = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=render_batch, seed=seed)
-    encoded = x if encoder_input == "pixels" else released.encoder_range(x, normalization)
+    encoded = x if encoder_input == "x" else normalization.normalize(x)  # the encoder was trained on [-1, 1]
     z = torch.cat([prior.encode(part) for part in encoded.split(render_batch)])
     if start == "noise":
         z = _randn(z.shape, seed, "latents").to(z)
@@ -199,7 +198,7 @@ def start_latents(
         learnables={learn: latent.requires_grad_(), "c": prior.embed(labels).requires_grad_()},
         fixed={"eps": eps} if learn == "z" else {"eps": eps, "z": z},
         prior=prior,
-        normalization=normalization,
+        normalization=released.shifted_normalization(normalization) if shifted_normalization else normalization,
         steps=steps,
         guidance=guidance,
         skip=skip,
@@ -222,7 +221,8 @@ def start_generator(
     seed: int,
     threads: int,
     layer: int,
-    mean_w: bool | Literal["auto"],
+    mean_w: bool,
+    shifted_normalization: bool,
     render_batch: int,
 ) -> GeneratorCodes:
     """Start GLaD from generated images of the classes `labels` (N,); a GAN has no encoder, so `x` is not used.
@@ -232,14 +232,14 @@ def start_generator(
     layer
         Learned are the features that enter it, and the codes of the layers from it on; 0 is the first.
     mean_w
-        Start from the mean code of the class, not from one of random noise; with several images a class they would
-        start, and stay, alike. "auto" does so with one.
+        With one image per class, start from the mean code of the class, not from the code of random noise. Several
+        images per class always start from random codes: equal ones would stay equal.
+    shifted_normalization
+        A defect of the released code, see `released`.
     """
     if not 0 <= layer < prior.layers:
         raise ValueError(f"layer={layer}: this GAN has the layers 0 to {prior.layers - 1}")
     is_one_a_class = len(labels.unique()) == len(labels)
-    if mean_w is True and not is_one_a_class:
-        raise ValueError("mean_w=True: starts all images of a class alike; must be False or 'auto' for several")
     draws = MEAN_W_DRAWS if mean_w and is_one_a_class else 1
     codes = []
     for i in range(len(labels)):
@@ -248,6 +248,7 @@ def start_generator(
     w = torch.stack(codes)[:, None].expand(-1, prior.layers, -1)  # (N, layers, w_width)
     parts = [prior.features(part, layer) for part in w[:, :layer].split(render_batch)]
     learnables = {"f": torch.cat(parts).requires_grad_(), "w": w[:, layer:].clone().requires_grad_()}
+    normalization = released.shifted_normalization(normalization) if shifted_normalization else normalization
     return GeneratorCodes(labels, learnables, prior, normalization, layer, render_batch, threads)
 
 

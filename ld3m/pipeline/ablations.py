@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ld3m.method.distill import distill
-from ld3m.pipeline.cells import ablation_cost_file, ablation_file
+from ld3m.pipeline.cells import costs_path, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.runtime.checkpoint import Checkpoint
@@ -50,10 +50,10 @@ def ablate(
 def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
     """Writes what `ablate` gives but the images; seconds and memory, which never repeat, to a file of their own."""
     measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
-    write_json(ablation_cost_file(dataset, ablation), measured)
+    write_json(costs_path(dataset, "ablations", f"{ablation}.json"), measured)
     left_out = (*MEASURED, "images")
     repeating = [{key: value for key, value in record.items() if key not in left_out} for record in records]
-    write_json(ablation_file(dataset, ablation), repeating)
+    write_json(runs_path(dataset, "ablations", f"{ablation}.json"), repeating)
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:

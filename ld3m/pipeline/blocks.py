@@ -16,6 +16,7 @@ Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
 Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
 Table = Literal["main", "report"]
+Name = Annotated[str, Field(pattern=r"^\w[\w-]{0,99}$")]  # of files and of stages of DVC, whose templates read a dot
 
 
 def _distinct(values: tuple) -> tuple:
@@ -239,7 +240,8 @@ class PixelParams(Model):
 
 class GladParams(Model):
     layer: Whole
-    mean_w: bool | Literal["auto"]
+    mean_w: bool
+    shifted_normalization: bool
     render_batch: Count
 
 
@@ -252,16 +254,15 @@ class LD3MParams(Model):
     guidance: float
     clamp: Literal["none", "hard", "soft"]
     noise: Literal["stored", "redrawn"]
-    encoder_input: Literal["pixels", "images"]
-    normalization: Literal["real", "shifted"]
+    encoder_input: Literal["x", "normalized"]
+    shifted_normalization: bool
     precision: Precision
     render_batch: Count
     uncheckpointed_steps: Annotated[int, Field(strict=True, ge=0, le=999)]
 
     def options(self) -> dict[str, Any]:
         """Those of `start_latents`: the others are of the prior."""
-        given = self.model_dump(exclude={"prior", "precision", "normalization"})
-        return given | {"shifted_normalization": self.normalization == "shifted"}
+        return self.model_dump(exclude={"prior", "precision"})
 
 
 class Spaces(Blocks):
@@ -329,7 +330,7 @@ class AblationParams(Model):
     architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
     seeds: Annotated[int, Field(ge=2)]
     select_on_test: bool
-    settings: dict[str, dict[str, dict[str, Any]]]
+    settings: dict[Name, dict[str, dict[str, Any]]]
 
     @property
     def baseline(self) -> tuple[str, str]:

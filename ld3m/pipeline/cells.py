@@ -71,26 +71,27 @@ class Cell:
 
     def artefact(self, run: int) -> Path:
         """The folder of the distilled set of a run."""
-        return paths.ROOT / "runs" / self.dataset / self.table / "distilled" / self.key / f"run-{run}"
+        return runs_path(self.dataset, self.table, "distilled", self.key, f"run-{run}")
 
     @property
     def scores(self) -> Path:
         """The folder of the test accuracies of all runs."""
-        return paths.ROOT / "runs" / self.dataset / self.table / "scores" / self.key
+        return runs_path(self.dataset, self.table, "scores", self.key)
 
     def cost_file(self, run: int) -> Path:
-        """Seconds and memory vary, so they lie outside runs/, where the same parameters give the same bytes."""
-        return paths.ROOT / "costs" / self.dataset / self.table / self.key / f"run-{run}.json"
+        """Seconds and memory of distilling the set of a run."""
+        return costs_path(self.dataset, self.table, self.key, f"run-{run}.json")
 
 
 def cells(params: Params, table: str = "report") -> list[Cell]:
-    """Return every entry of a table: controls first, full data last. The report has those of the main table too."""
+    """Return every entry of a table by images per class, controls first; full data last. The report has those of the
+    main table too."""
     found = [_cell(params, key) for key in (*params.controls, *params.cells)]
     order = list(NAMES)
 
     def rank(cell: Cell) -> tuple:
         places = [order.index(name) if name in order else len(order) for name in cell.row[:2]]
-        return cell.ipc == 0, cell.objective != "none", cell.ipc, *places, cell.runs
+        return cell.ipc == 0, cell.ipc, cell.objective != "none", *places, cell.runs
 
     tables = TABLES[: TABLES.index(table) + 1]
     return sorted((cell for cell in found if cell.table in tables), key=rank)
@@ -120,61 +121,24 @@ def _cell(params: Params, key: str) -> Cell:
     return Cell(params.dataset, key, given.table, "none", name, given.ipc, given.runs, given.prior)
 
 
-def data_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "data"
+def runs_path(dataset: str, *parts: str) -> Path:
+    """What stages make of a data set and DVC keeps: `runs_path(dataset, "prior")`, say. The same parameters give the
+    same bytes."""
+    return paths.ROOT.joinpath("runs", dataset, *parts)
 
 
-def prior_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "prior"
+def costs_path(dataset: str, *parts: str) -> Path:
+    """Seconds and memory of the stages, which vary: apart from what repeats byte for byte."""
+    return paths.ROOT.joinpath("costs", dataset, *parts)
 
 
-def prior_check_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "prior-check"
-
-
-def gan_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "gan"
-
-
-def gan_check_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "gan-check"
-
-
-def trajectories_folder(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "trajectories"
-
-
-def gradient_norms_file(dataset: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "gradient_norms.json"
-
-
-def ablation_file(dataset: str, ablation: str) -> Path:
-    return paths.ROOT / "runs" / dataset / "ablations" / f"{ablation}.json"
-
-
-def ablation_cost_file(dataset: str, ablation: str) -> Path:
-    return paths.ROOT / "costs" / dataset / "ablations" / f"{ablation}.json"
+def reports_path(dataset: str, *parts: str) -> Path:
+    """What Git keeps of a data set: <tables, figures or costs>/<table>, and index.html."""
+    return paths.ROOT.joinpath("reports", dataset, *parts)
 
 
 def evaluated_folder(dataset: str, name: str) -> Path:
     """Scores of a set that no stage made, under a name of the user's choice."""
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise ValueError(f"name is {name!r}: a set is named by letters, digits, '_', '-' and '.'")
-    return paths.ROOT / "runs" / dataset / "evaluated" / name
-
-
-def tables_folder(dataset: str, table: str) -> Path:
-    return paths.ROOT / "reports" / dataset / "tables" / table
-
-
-def figures_folder(dataset: str, table: str) -> Path:
-    return paths.ROOT / "reports" / dataset / "figures" / table
-
-
-def costs_folder(dataset: str, table: str) -> Path:
-    """Tables of seconds and memory, which vary, apart from those that repeat byte for byte."""
-    return paths.ROOT / "reports" / dataset / "costs" / table
-
-
-def report_file(dataset: str) -> Path:
-    return paths.ROOT / "reports" / dataset / "index.html"
+    return runs_path(dataset, "evaluated", name)

@@ -4,18 +4,20 @@ python -m ld3m.pipeline.check
 """
 
 import argparse
+import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ld3m.data.dataset import initial_indices
+from ld3m.data.dataset import Split, initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
 from ld3m.method.sampler import timesteps
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, linked_source, load_prior
-from ld3m.pipeline.cells import gan_folder, prior_folder
+from ld3m.pipeline.cells import runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, load_params
@@ -43,6 +45,7 @@ def check(params: Params) -> Iterator[str]:
     train = dataset.train
     counts = " + ".join(str(len(split)) for split in (train, dataset.validation, dataset.test))
     yield f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {tuple(train.shape)}"
+    yield from _shared_images({"train": train, "validation": dataset.validation, "test": dataset.test})
     for key, ipc in _images_per_class(params):
         try:
             initial_indices(train, ipc=ipc, seed=params.seed)
@@ -55,14 +58,25 @@ def check(params: Params) -> Iterator[str]:
         _, classes = fitted(prior, labels=len(train.classes), **params.prior_source_arguments())
         yield f"prior   {params.prior.source}, classes {', '.join(map(str, classes[:10])) or 'none'}"
     else:
-        yield f"prior   {_trained(params, 'prior', prior_folder(params.dataset), load_prior, size)}"
-    yield f"gan     {_trained(params, 'gan', gan_folder(params.dataset), load_generator, size)}"
+        yield f"prior   {_trained(params, 'prior', runs_path(params.dataset, 'prior'), load_prior, size)}"
+    yield f"gan     {_trained(params, 'gan', runs_path(params.dataset, 'gan'), load_generator, size)}"
     if not (paths.ROOT / "data").exists():
         yield "dvc     data/ is missing, on which its stages depend whatever the data set: `dvc pull data.dvc`"
     given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
     needed = snapshot_bytes(network, count=given.experts, epochs=given.epochs)
     require_space(paths.ROOT, needed + SPARE_BYTES)
     yield f"disk    {needed / 2**20:.0f} MiB for the trajectories, and room to spare"
+
+
+def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
+    """Yields a line for each two splits that have images in common: accuracy on these says nothing."""
+    digests = {
+        name: {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks(256) for image in chunk}
+        for name, split in splits.items()
+    }
+    for one, other in itertools.combinations(splits, 2):
+        if count := len(digests[one] & digests[other]):
+            yield f"data    {count} images of {other} are in {one} too: remove them from one of the two"
 
 
 def _images_per_class(params: Params) -> Iterator[tuple[str, int]]:
@@ -88,7 +102,7 @@ def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], An
     try:
         model.check(**size)
     except ValueError as problem:
-        return f"does not fit the parameters ({problem}): the stage `{stage}` trains it again{embedded}"
+        return f"does not fit the parameters ({problem}): the stage `{stage}` trains it again"
     if stage == "prior" and (source := linked_source(folder)):
         return f"is {source}, and prior.source is null: the stage `prior` trains one{embedded}"
     return f"trained on {model.classes} classes"

@@ -1,7 +1,7 @@
 """Estimates how long every stage of params.yaml takes on this machine, from three real iterations of each kind of work.
 
     python -m ld3m.pipeline.estimate                  # params.yaml as it is
-    python -m ld3m.pipeline.estimate imagenet128      # with a profile applied: a name in profiles/ or a file
+    python -m ld3m.pipeline.estimate imagenet128      # with profiles applied: names in profiles/, or files
 
 Random data, weights and snapshots replace those that are missing. What takes more than ten seconds is timed once.
 Not counted: decoding, checks of the priors, images of controls, tables, and the start of a stage (seconds each).
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ from torch import Tensor
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation.training import accuracy, train
 from ld3m.models.compvis import build as build_cin256
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
-from ld3m.models.gan import Generator, build_generator
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
+from ld3m.models.gan import Generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import load_prior
 from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
-from ld3m.pipeline.cells import cells, gan_folder, prior_folder
+from ld3m.pipeline.cells import cells, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
-from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profile, load_params
+from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profiles, load_params
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.progress import silent
@@ -56,10 +56,9 @@ Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Callable[[], tuple[floa
 class StandIns(Experiment):
     """The experiment with random data and weights for what is missing."""
 
-    @cached_property
-    def dataset(self) -> Dataset:
+    def _load_dataset(self) -> Dataset:
         try:
-            return Experiment.dataset.fget(self)
+            return super()._load_dataset()
         except FileNotFoundError:
             given = self.params.data
             names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
@@ -70,32 +69,26 @@ class StandIns(Experiment):
             plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
             return Dataset(self.params.dataset, normalization=plain, **splits)
 
-    @cached_property
-    def prior(self) -> Prior:
+    def _load_prior(self) -> Prior:
         try:
-            return Experiment.prior.fget(self)
+            return super()._load_prior()
         except (FileNotFoundError, IncompatiblePrior):
             return self.launched(self.new_prior().freeze_())
 
     def new_prior(self) -> Prior:
-        classes, source = len(self.dataset.train.classes), self.params.prior.source
-        if source is None:
-            return build_prior(classes=classes, **self.params.prior_arguments()).to(self.params.on_device)
+        if self.params.prior.source is None:
+            return super().new_prior()
         try:
-            return with_classes(load_prior(source), range(classes))
-        except FileNotFoundError:  # random weights of the size of the paper's prior
-            return with_classes(build_cin256(seed=0), range(classes))
+            prior = load_prior(self.params.prior.source)
+        except FileNotFoundError:
+            prior = build_cin256(seed=0)  # random weights of the size of the paper's prior
+        return with_classes(prior, range(len(self.dataset.train.classes)))
 
-    @cached_property
-    def gan(self) -> Generator:
+    def _load_gan(self) -> Generator:
         try:
-            return Experiment.gan.fget(self)
+            return super()._load_gan()
         except (FileNotFoundError, ValueError):
             return self.new_gan().freeze_()
-
-    def new_gan(self) -> Generator:
-        given = self.params.gan_arguments()
-        return build_generator(classes=len(self.dataset.train.classes), **given).to(self.params.on_device)
 
     def experts(self, *, last_epoch: int) -> "RandomExperts":
         return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
@@ -146,9 +139,12 @@ def prior_seconds(experiment: StandIns, part: str) -> float:
         torch.set_num_threads(1)
 
 
-def iteration_seconds(experiment: StandIns, objective: str, space: str, ipc: int, **changes: Any) -> float:
+def iteration_seconds(
+    experiment: StandIns, objective: str, space: str, ipc: int, prior: str | None = None, **changes: Any
+) -> float:
     """Times an iteration of distillation: render, match, backward."""
-    synthetic, matching, times = experiment.synthetic(space, ipc, **changes), experiment.objective(objective), []
+    synthetic, times = experiment.synthetic(space, ipc, prior=prior, **changes), []
+    matching = experiment.objective(objective)
 
     def iterate() -> None:
         images = synthetic.render(step=0)
@@ -185,11 +181,11 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         return partial(timed, network_seconds, name, images, recipe["epochs"], recipe["batch"])
 
     if params.prior.source is None:
-        part = "trained already" if prior_folder(params.dataset).exists() else "main"
+        part = "trained already" if runs_path(params.dataset, "prior").exists() else "main"
         for name in ("autoencoder", "denoiser"):
             steps = getattr(params.prior, name).steps
             yield f"prior, {name}", part, (f"prior.{name}.batch",), [(steps, partial(timed, prior_seconds, name))]
-    part = "trained already" if gan_folder(params.dataset).exists() else "report"
+    part = "trained already" if runs_path(params.dataset, "gan").exists() else "report"
     yield "gan", part, ("gan.batch",), [(params.gan.steps, partial(timed, prior_seconds, "gan"))]
     given, seen = params.trajectories, params.distill.network
     expert = partial(timed, network_seconds, seen, len(train_set.labels), given.epochs, given.batch)
@@ -198,7 +194,8 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         if cell.objective != "none":
             iterations = params.budget(*cell.row, iterations=cell.iterations).iterations
             checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-            work = [(iterations, partial(timed, iteration_seconds, *cell.row)), (checks, network(seen, cell.ipc))]
+            iteration = partial(timed, iteration_seconds, *cell.row, prior=cell.prior)
+            work = [(iterations, iteration), (checks, network(seen, cell.ipc))]
             work = [(len(cell.runs) * count, kind) for count, kind in work]
             yield f"distill {cell.key}", cell.table, params.lowers_memory(cell.objective, cell.space), work
         count = sum(map(params.networks_a_set, cell.runs))
@@ -236,10 +233,10 @@ def show(experiment: StandIns, ablations: dict[str, Settings]) -> None:
 def main(profiles: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / PARAMS.name
-        file.write_bytes(PARAMS.read_bytes())
-        for profile in profiles:
-            apply_profile(Path(profile), path=file)
+        file = PARAMS
+        if profiles:
+            file = Path(folder) / PARAMS.name
+            apply_profiles(*profiles, path=file)
         params = load_params(path=file)
         ablations = {name: ablation_settings(name, path=file) for name in params.ablations.settings}
     show(StandIns(params), ablations)
@@ -247,7 +244,7 @@ def main(profiles: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", nargs="*", help="applied to params.yaml in memory: names in profiles/, or files")
+    parser.add_argument("profiles", nargs="*", help="names in profiles/, or files; none: params.yaml as it is")
     given = parser.parse_args()
     if not ENVIRONMENT.items() <= os.environ.items():  # the libraries have read it by now
         command = [sys.executable, "-m", "ld3m.pipeline.estimate", *given.profiles]

@@ -1,4 +1,4 @@
-"""From parameters to the objects of one cell: the only room that knows both params.yaml and the others' arguments."""
+"""From parameters to the objects of one cell: the only module that knows params.yaml and the others' arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,13 +18,12 @@ from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import SPACES
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
-from ld3m.models.gan import Generator, load_generator
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
+from ld3m.models.gan import Generator, build_generator, load_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
-from ld3m.pipeline import cells
-from ld3m.pipeline.cells import Cell
+from ld3m.pipeline.cells import Cell, runs_path
 from ld3m.pipeline.factories import imported
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
@@ -62,14 +61,24 @@ class Experiment:
 
     @property
     def dataset(self) -> data.Dataset:
-        return self._once("dataset", lambda: data.load_dataset(**self.params.dataset_arguments()))
+        return self._once("dataset", self._load_dataset)
+
+    def _load_dataset(self) -> data.Dataset:
+        given = self.params.data
+        return data.load_dataset(
+            **given.model_dump(exclude={"augmentation", "normalization"}),
+            name=self.params.dataset,
+            normalization=given.normalization and data.Normalization(**given.normalization.model_dump()),
+            seed=self.params.seed,
+            device=self.params.on_device,
+        )
 
     @property
     def prior(self) -> Prior:
         return self._once("prior", self._load_prior)
 
     def _load_prior(self) -> Prior:
-        folder, wanted = cells.prior_folder(self.params.dataset), self.params.prior.source
+        folder, wanted = runs_path(self.params.dataset, "prior"), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
             raise IncompatiblePrior(
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
@@ -89,6 +98,22 @@ class Experiment:
             prior = with_random_weights(prior, seed=self.params.seed)
         return self.launched(prior)
 
+    def new_prior(self) -> Prior:
+        """Return an untrained prior of the sizes in params.yaml."""
+        autoencoder, denoiser = self.params.prior.autoencoder, self.params.prior.denoiser
+        return build_prior(
+            classes=len(self.dataset.train.classes),
+            channels=self.params.data.channels,
+            latent_size=self.params.data.size_px // 2 ** (len(autoencoder.widths) - 1),
+            latent_channels=autoencoder.latent_channels,
+            codebook=autoencoder.codebook,
+            autoencoder_widths=autoencoder.widths,
+            unet_widths=denoiser.widths,
+            unet_blocks=denoiser.blocks,
+            conditioning_width=denoiser.conditioning_width,
+            seed=self.params.seed,
+        ).to(self.params.on_device)
+
     def launched(self, prior: Prior) -> Prior:
         """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
         given = self.params.spaces.ld3m
@@ -101,13 +126,24 @@ class Experiment:
 
     def _load_gan(self) -> Generator:
         try:
-            gan = load_generator(cells.gan_folder(self.params.dataset)).to(self.params.on_device)
+            gan = load_generator(runs_path(self.params.dataset, "gan")).to(self.params.on_device)
         except FileNotFoundError as error:
             again = "`dvc pull gan` brings the embedded GAN, `dvc repro -f gan` trains one"
             raise FileNotFoundError(f"{error}; {again}") from error
         given = self.params.data
         gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
         return gan
+
+    def new_gan(self) -> Generator:
+        """Return an untrained GAN of the sizes in params.yaml."""
+        return build_generator(
+            classes=len(self.dataset.train.classes),
+            channels=self.params.data.channels,
+            noise_width=self.params.gan.noise_width,
+            w_width=self.params.gan.w_width,
+            widths=self.params.gan.widths,
+            seed=self.params.seed,
+        ).to(self.params.on_device)
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
@@ -130,7 +166,7 @@ class Experiment:
     def synthetic(self, space: str, ipc: int, *, prior: str | None = None, **changes: Any) -> Synthetic:
         """Return the synthetic set at iteration 0; `changes` replace parameters of the space (`skip="none"`, say).
 
-        `prior` is that of the cell ("data" for none), by default that of the space.
+        `prior` is that of the cell, by default that of the space ("data", none, for one of your own).
         """
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
@@ -139,7 +175,7 @@ class Experiment:
             x,
             labels,
             normalization=self.dataset.normalization,
-            prior=self.prior_of(prior or PRIORS[space]),
+            prior=self.prior_of(prior or PRIORS.get(space, "data")),
             seed=self.seed,
             threads=self.params.threads,
             **block.options(),
@@ -165,7 +201,7 @@ class Experiment:
 
     def experts(self, *, last_epoch: int) -> Experts:
         return open_experts(
-            cells.trajectories_folder(self.params.dataset),
+            runs_path(self.params.dataset, "trajectories"),
             count=self.params.trajectories.experts,
             last_epoch=last_epoch,
             parameters=len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))),

@@ -6,6 +6,7 @@ SIGTERM acts as Ctrl-C: papermill interrupts the kernel, which finishes its step
 the last cell the kernel is killed: asked to exit, one that has had worker processes takes half a minute.
 """
 
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 sys.modules["rfc3987_syntax"] = None  # an optional grammar of jsonschema: loading it takes two seconds
 sys.modules["pyarrow"] = None  # for notebooks on Hadoop
 
+from nbclient.exceptions import DeadKernelError  # noqa: E402
 from papermill.cli import papermill  # noqa: E402
 from papermill.clientwrap import PapermillNotebookClient  # noqa: E402
 from papermill.engines import NBClientEngine, papermill_engines  # noqa: E402
@@ -36,7 +38,15 @@ class PatientEngine(NBClientEngine):
     ) -> Any:
         patience = Config({"KernelManager": {"shutdown_wait_time": PATIENCE_SECONDS}})
         options = {"log": logger, "log_output": log_output, "startup_timeout": start_timeout, "timeout": None}
-        return Client(nb_man, kernel_name=kernel_name, config=patience, **options).execute()
+        try:
+            return Client(nb_man, kernel_name=kernel_name, config=patience, **options).execute()
+        except DeadKernelError as error:
+            used_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest process; Linux
+            raise DeadKernelError(
+                f"the kernel was killed, probably since memory ran out (it used {used_gib:.1f} GiB): lower in "
+                "params.yaml `processes`, the render_batch of the space or the batch of what ran; "
+                "`python -m ld3m.pipeline.estimate` says what each stage needs"
+            ) from error
 
 
 if __name__ == "__main__":

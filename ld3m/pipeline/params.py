@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ld3m.data.dataset import Normalization
 from ld3m.evaluation.controls import CONTROLS
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
@@ -21,6 +20,7 @@ from ld3m.pipeline.blocks import (
     GanParams,
     GradientNormParams,
     Model,
+    Name,
     Network,
     NetworkParams,
     Objectives,
@@ -43,10 +43,10 @@ class Params(Model):
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
-    cells: dict[str, CellParams]
-    controls: dict[str, ControlParams]
+    cells: dict[Name, CellParams]
+    controls: dict[Name, ControlParams]
     architectures: Architectures
-    datasets: dict[str, DatasetParams]
+    datasets: dict[Name, DatasetParams]
     prior: PriorParams
     gan: GanParams
     networks: dict[str, Network]
@@ -95,6 +95,11 @@ class Params(Model):
             raise ValueError(
                 f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
                 "these prior.autoencoder.widths and prior.denoiser.widths"
+            )
+        if self.prior.source and (paths.ROOT / self.prior.source).resolve().is_relative_to(paths.ROOT / "runs"):
+            raise ValueError(
+                f"prior.source = {self.prior.source!r}: DVC removes what is in runs/ before the stage runs; copy the "
+                "prior to another folder"
             )
         if self.prior.source is None and self.prior.classes is not None:
             raise ValueError("prior.classes are those of prior.source: set it to null where a prior is trained")
@@ -184,12 +189,6 @@ class Params(Model):
         """How many networks of an architecture are trained on the set of a run."""
         return self.evaluate.seeds if run == 0 else self.evaluate.seeds_further_runs
 
-    def dataset_arguments(self) -> dict[str, Any]:
-        """The arguments of `data.load_dataset`."""
-        given = self.data.model_dump(exclude={"augmentation", "normalization"})
-        fixed = self.data.normalization and Normalization(**self.data.normalization.model_dump())
-        return given | {"normalization": fixed, "name": self.dataset, "seed": self.seed, "device": self.on_device}
-
     def network_arguments(self, architecture: str) -> dict[str, Any]:
         """The arguments of `networks.build` but the number of classes and the seed."""
         size = {"channels": self.data.channels, "size_px": self.data.size_px}
@@ -204,12 +203,6 @@ class Params(Model):
             recipe |= changes.model_dump(exclude_unset=True)
         chosen = {"epochs": recipe["epochs"][architecture], "learning_rate": recipe.pop("learning_rates")[architecture]}
         return recipe | chosen | {"warm_up": True, "strategy": self.data.augmentation}
-
-    def trajectories_arguments(self) -> dict[str, Any]:
-        """The arguments of `experts.train_experts` but the data and the network."""
-        shared = {"strategy": self.data.augmentation, "seed": self.seed}
-        shared |= {"processes": self.processes, "cluster": self.cluster}
-        return self.trajectories.model_dump(exclude={"experts"}) | {"count": self.trajectories.experts} | shared
 
     def checkpoint(self, name: str, configuration: dict[str, Any]) -> Checkpoint:
         """Where the run of that name keeps its state; `configuration` are plain values that it must find unchanged."""
@@ -230,45 +223,17 @@ class Params(Model):
         shared = {"augmentation": self.data.augmentation, "network": network, "data_sha256": data_sha256}
         return self.checkpoint(part, given | shared)
 
-    def prior_arguments(self) -> dict[str, Any]:
-        """The arguments of `diffusion.build_prior` but the number of classes."""
-        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
-        return {
-            "channels": self.data.channels,
-            "latent_size": self.data.size_px // 2 ** (len(autoencoder.widths) - 1),
-            "latent_channels": autoencoder.latent_channels,
-            "codebook": autoencoder.codebook,
-            "autoencoder_widths": autoencoder.widths,
-            "unet_widths": denoiser.widths,
-            "unet_blocks": denoiser.blocks,
-            "conditioning_width": denoiser.conditioning_width,
-            "seed": self.seed,
-        }
-
     def prior_source_arguments(self) -> dict[str, Any]:
         """The arguments of `prior_io.fitted` except the number of labels."""
         given = {"source": self.prior.source, "size_px": self.data.size_px, "channels": self.data.channels}
         subset = self.data.classes if isinstance(self.data.classes, str) else None
         return given | {"classes": self.prior.classes, "subset": subset}
 
-    def prior_check_arguments(self) -> dict[str, Any]:
-        """The arguments of `prior_quality.check_prior`."""
-        return self.prior.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
-
     def _learnables(self, objective: str, space: str) -> set[str]:
         ld3m = self.spaces.ld3m
         latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
         names = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}[space]
         return names | ({"student_lr"} if objective == "mtt" else set())
-
-    def gan_arguments(self) -> dict[str, Any]:
-        """The arguments of `gan.build_generator` but the number of classes."""
-        given = self.gan.model_dump(include={"noise_width", "w_width", "widths"})
-        return given | {"channels": self.data.channels, "seed": self.seed}
-
-    def gan_check_arguments(self) -> dict[str, Any]:
-        """The arguments of `prior_quality.check_gan`."""
-        return self.gan.check.model_dump() | {"strategy": self.data.augmentation, "seed": self.seed}
 
     def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> Budget:
         """The budget of a cell, with the rates of what is learned in it alone; `iterations` replaces those given.

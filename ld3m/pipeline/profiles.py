@@ -1,13 +1,15 @@
 """params.yaml as frozen models: an unknown key, a missing key or a value out of range is an error that names it.
 
-    python -m ld3m.pipeline.profiles apply profiles/smoke.yaml    # merge a profile into params.yaml, comments kept
-    python -m ld3m.pipeline.profiles check                        # read params.yaml and say whether it is valid
+    python -m ld3m.pipeline.profiles apply imagenet128 paper    # write params.yaml: the base and these profiles over it
+    python -m ld3m.pipeline.profiles check                      # say whether params.yaml is valid
 
 `pipeline` and `reporting` are given a `Params`; the functions of every other package take explicit values.
 """
 
 import copy
+import io
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from ruamel.yaml.events import AliasEvent
 from ld3m.pipeline.factories import check_factories
 from ld3m.pipeline.params import Params
 from ld3m.runtime.paths import ROOT
+from ld3m.runtime.storage import write_bytes
 
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
+ACTIVE = "# active profiles: "  # begins params.yaml
+BASE = PROFILES / "base.yaml"  # the values of all keys, those of the committed params.yaml
 REPLACED = ("learning_rates", "settings", "cells", "controls", "recipe_overrides")  # a profile replaces these whole
 EXTENDED = ("datasets", "networks", "objectives", "spaces", "distill")  # a profile may add to these
 
@@ -98,7 +103,7 @@ def validate(values: Any, *, origin: str) -> Params:
                 continue  # too short without its wrong entries, which have lines of their own
             key = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "own", "built-in"))
             message = problem["msg"].removeprefix("Value error, ")
-            wrong = "unknown key, see the committed params.yaml" if problem["type"] == "extra_forbidden" else message
+            wrong = "unknown key, see profiles/base.yaml" if problem["type"] == "extra_forbidden" else message
             got = (
                 ""
                 if problem["type"] == "missing" or isinstance(problem["input"], dict)
@@ -108,61 +113,80 @@ def validate(values: Any, *, origin: str) -> Params:
         raise ValueError("\n".join(lines)) from None
 
 
-def apply_profile(profile: Path, *, path: Path = PARAMS) -> None:
-    """Merges a profile, a file or the name of one in profiles/, into params.yaml, which keeps its comments.
+def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
+    """Write params.yaml: profiles/base.yaml with some profiles laid over it, one after another.
 
-    Refused whole where the result is not valid.
+    The first line names the profiles. DVC writes in the same style, so that `dvc exp run -S` changes its value alone.
+
+    Parameters
+    ----------
+    profiles : files, or names of files in profiles/. A profile's key `over` names one to lay below it.
+
+    Returns
+    -------
+    Where the former params.yaml is kept, if it held changes of the user's own.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A profile is missing, is not YAML, has an unknown key, or the result is not valid: nothing is written.
     """
-    _read(path)  # refuses what is missing or not YAML
-    named = PROFILES / f"{profile}.yaml"
-    if not profile.is_file() and not named.is_file():
-        known = ", ".join(f"profiles/{file.name}" for file in sorted(PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"{profile} is missing; the repository has {known}")
-    profile = profile if profile.is_file() else named
+    content, kept = _content(profiles, name=path.name), None
+    if path.exists() and not _is_written_by_profiles(path):
+        kept = path.with_name(f"{path.name}.before")
+        write_bytes(kept, path.read_bytes())
+    write_bytes(path, content)
+    return kept
+
+
+def _content(profiles: Iterable[str | Path], *, name: str) -> bytes:
     yaml = YAML()
-    yaml.width = 4096  # or it would break long lines
-    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    values = yaml.load(path.read_text())
-    _merge(values, _overlay(profile), origin=profile.name, under="")
-    validate(values, origin=f"{path.name} with {profile.name}")
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        yaml.dump(values, file)
-    partial.replace(path)
+    yaml.default_flow_style = False
+    values = yaml.load(BASE.read_text())
+    for profile in profiles:
+        for file, overlay in _layers(profile, PROFILES):
+            _merge(values, overlay, origin=file.name, under="")
+    names = " ".join(map(str, profiles)) or "none"
+    validate(values, origin=f"{name} with the profiles {names}")
+    written = io.StringIO()
+    yaml.dump(values, written)
+    _, _, lines = written.getvalue().partition("\n")
+    return f"{ACTIVE}{names}\n{lines}".encode()
 
 
-def _overlay(profile: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a profile, merged into those of the profile that its key `over` names."""
-    overlay = _read(profile)
-    if not (base := overlay.pop("over", None)):
-        return overlay
-    below = profile.parent / str(base)
-    if below in (profile, *above):
-        raise ValueError(f"{profile.name}: over = {base!r} leads back to the profile itself")
-    return _combined(_overlay(below, (*above, profile)), overlay)
+def _is_written_by_profiles(path: Path) -> bool:
+    try:
+        first, _, _ = path.read_text().partition("\n")
+        names = first.removeprefix(ACTIVE).split()
+        return path.read_bytes() == _content([] if names == ["none"] else names, name=path.name)
+    except (ValueError, OSError):  # no such profiles, or broken ones
+        return False
 
 
-def _combined(below: dict[str, Any], above: dict[str, Any], under: str = "") -> dict[str, Any]:
-    merged = {
-        key: _combined(below[key], value, f"{under}.{key}".lstrip("."))
-        for key, value in above.items()
-        if _merges(below.get(key), value, key, under)
-    }
-    return below | above | merged
-
-
-def _merges(below: Any, above: Any, key: str, under: str) -> bool:
-    """Whether a profile's value is merged into the one below, and does not replace it whole."""
-    return isinstance(below, dict) and isinstance(above, dict) and (key not in REPLACED or under == "evaluate.recipe")
+def _layers(profile: str | Path, folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the file and the values of the profiles that a profile is `over`, then its own."""
+    places = (Path(profile), folder / profile, PROFILES / profile, PROFILES / f"{profile}.yaml")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        known = ", ".join(file.stem for file in sorted(PROFILES.glob("*.yaml")) if file != BASE)
+        raise FileNotFoundError(f"there is no profile {profile}; profiles/ has {known}")
+    if file in above:
+        raise ValueError(f"{above[-1].name}: over = {profile} leads back to {file.name}")
+    overlay = _read(file)
+    if base := overlay.pop("over", None):
+        yield from _layers(str(base), file.parent, (*above, file))
+    yield file, overlay
 
 
 def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> None:
     for key, value in overlay.items():
+        at, below = f"{under}.{key}".lstrip("."), values.get(key)
         if key not in values and under not in EXTENDED and not under.startswith(("distill.", "evaluate.recipe.")):
-            raise ValueError(f"{origin}: unknown key {f'{under}.{key}'.lstrip('.')}")
-        if _merges(values.get(key), value, key, under):
-            _merge(values[key], value, origin=origin, under=f"{under}.{key}".lstrip("."))
-        elif key not in values or values[key] != value:  # what is equal keeps its comments
+            raise ValueError(f"{origin}: unknown key {at}")
+        replaces = key in REPLACED and under != "evaluate.recipe"
+        if isinstance(below, dict) and isinstance(value, dict) and not replaces:
+            _merge(below, value, origin=origin, under=at)
+        elif key not in values or below != value:  # what is equal keeps its comments
             values[key] = value
 
 
@@ -186,13 +210,16 @@ def _read(path: Path) -> Any:
 if __name__ == "__main__":
     try:
         match sys.argv[1:]:
-            case ["apply", profile]:
-                apply_profile(Path(profile))
-                print(f"params.yaml now has the values of {profile}; next: python -m ld3m.pipeline.check")
+            case ["apply", *profiles]:
+                kept = apply_profiles(*profiles)
+                print(f"params.yaml has the values of {' and '.join(['the base', *profiles])}")
+                if kept:
+                    print(f"it had changes of your own: the file as it was is {kept.name}")
+                print("next: python -m ld3m.pipeline.check")
             case ["check"]:
                 load_params()
                 print("params.yaml is valid")
             case _:
-                sys.exit(__doc__)
+                sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]\n       ... check")
     except (ValueError, FileNotFoundError) as problem:
         sys.exit(str(problem))

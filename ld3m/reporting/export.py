@@ -1,6 +1,6 @@
 """A distilled set in the formats of others.
 
-    python -m ld3m.reporting.export runs/mnist5k/distilled/dm-ld3m-1 ddranking TARGET
+    python -m ld3m.reporting.export runs/mnist5k/main/distilled/dm-ld3m-1/run-0 ddranking TARGET
 
 ddranking    images.pt, labels.pt and, where a rate was learned, lr.pt: what DD-Ranking's quick start loads and passes
              to `compute_metrics` (README of NUS-HPC-AI-Lab/DD-Ranking). It trains on the images as they are and

@@ -5,7 +5,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -15,7 +14,7 @@ from torch import Tensor
 from ld3m.evaluation.statistics import interval
 from ld3m.pipeline.cells import NAMES, UNSEEN
 
-sns.set_theme(style="whitegrid", context="paper")
+plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-paper", {"lines.markeredgewidth": 1, "axes.linewidth": 0.8}])
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
 DASHES = {"grad_norm_w": "--", "grad_norm_c": "--", "grad_norm_student_lr": ":"}  # what is learned beside the images
 SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
@@ -99,7 +98,7 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
             ylim=(len(sets) - 0.5, -0.5),
         )
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel("test accuracy, % (mean and 95 % interval); each panel has a scale of its own", fontsize=9)
+    figure.supxlabel(f"IPC {ipc}: test accuracy, % (mean and 95 % interval); each panel has its own scale", fontsize=9)
     figure.tight_layout()
     return _closed(figure)
 
@@ -115,9 +114,10 @@ def forest(changes: pd.DataFrame) -> Figure:
 
 
 def ablation_forest(changes: pd.DataFrame, ablation: str) -> Figure:
-    """Changes of the unseen mean against the first setting of an ablation, in points, with 95 % intervals."""
+    """Changes of the mean over the unseen architectures, in points, with 95 % intervals."""
     shown = changes[(changes.ablation == ablation) & (changes.architecture == UNSEEN)]
-    return _intervals(shown, list(shown.setting), label="change of the unseen mean, points (95 % interval)")
+    label = "change of the mean over the unseen architectures, points (95 % interval)"
+    return _intervals(shown, list(shown.setting), label=label)
 
 
 def _intervals(changes: pd.DataFrame, names: list[str], *, label: str) -> Figure:
@@ -151,7 +151,7 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
                     label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
                     smooth = run[name].rolling(5, min_periods=1).mean()
                     column[2].plot(run.step, smooth, DASHES.get(name, "-"), color=colour, label=label)
-        column[0].set(title=NAMES[objective], yscale="log")
+        column[0].set(title=f"{NAMES[objective]}, IPC {ipc}", yscale="log")
         column[2].set(yscale="log", xlabel="iteration")
         column[2].legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
         for axis, ticks in ((column[0], (1, 2, 3, 5, 7)), (column[2], (1, 3))):
@@ -205,6 +205,8 @@ def gradient_norms(norms: pd.DataFrame) -> Figure:
 
     Columns: skip, learned ("z" or "z_T"), steps, image, norm.
     """
+    import seaborn as sns  # takes most of a second, for scipy.stats
+
     frame = norms.assign(skip=norms.skip.map({"x0": "x0 (released code)", "mean": "mean (eq. 7)", "none": "none"}))
     grid = sns.relplot(
         frame, x="steps", y="norm", hue="skip", style="skip", col="learned", kind="line", markers=True, dashes=False,
@@ -244,7 +246,7 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
         )
     axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="black")
     axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
-    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].legend(fontsize=7, ncols=2)
     axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(sorted(steps[0]["T"].unique()))

@@ -19,13 +19,9 @@ from ld3m.pipeline.cells import (
     NAMES,
     UNSEEN,
     Cell,
-    costs_folder,
-    figures_folder,
     first_runs,
-    gan_check_folder,
-    gradient_norms_file,
-    prior_check_folder,
-    tables_folder,
+    reports_path,
+    runs_path,
 )
 from ld3m.pipeline.params import Params
 from ld3m.reporting import figures, published
@@ -83,13 +79,14 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
     dict of pandas.DataFrame
         The tables by name, rounded as their files are.
     """
-    seen, found, folder = params.distill.network, first_runs(params, table), tables_folder(params.dataset, table)
+    seen, found = params.distill.network, first_runs(params, table)
+    folder = reports_path(params.dataset, "tables", table)
     scores = with_unseen_mean(scores_of_run_0(params, found), seen)
     tables = {"main": summarise(scores), "differences": differences(scores), "costs": read_costs(params, found)}
     tables["scores"] = tables["main"][tables["main"].architecture != UNSEEN][COLUMNS]
     norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
     tables["gradient_norms"] = norms.agg(["mean", "min", "max"]).reset_index()
-    tables["prior"] = _check(prior_check_folder(params.dataset))
+    tables["prior"] = _check(runs_path(params.dataset, "prior-check"))
     tables = _rounded(tables)
     tables |= {"paper": published.printed(), "settings": published.settings(params, found)}
     tables["comparison"] = published.comparison(tables["main"], tables["differences"])
@@ -101,7 +98,7 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
     if table == "report":
         tables |= _rounded(_tables_of_the_report(params, found))
     for name, frame in tables.items():
-        place = costs_folder(params.dataset, table) if name in MEASURED else folder
+        place = reports_path(params.dataset, "costs", table) if name in MEASURED else folder
         write_bytes(place / f"{name}.csv", frame.to_csv(index=False, float_format=f"%.{DIGITS}f").encode())
     for name in {"main", "runs", "comparison"} & set(tables):
         text, note, sentences = described(params, tables, name)
@@ -118,7 +115,7 @@ def _tables_of_the_report(params: Params, found: list[Cell]) -> dict[str, pd.Dat
     tables["validation"] = checks[["ipc", "objective", "space", "iteration", "accuracy"]]
     tables |= dict(zip(("ablations", "ablation_changes", "ablation_costs"), read_ablations(params), strict=True))
     if any(cell.prior == "gan" for cell in found):
-        tables["gan"] = _check(gan_check_folder(params.dataset))
+        tables["gan"] = _check(runs_path(params.dataset, "gan-check"))
     runs = with_unseen_mean(scores_of_runs(params), seen)
     if not runs.empty:
         one_each = runs[runs.seed == 0]
@@ -167,7 +164,7 @@ def described(params: Params, tables: dict[str, pd.DataFrame], name: str) -> tup
 
 def write_figures(params: Params, tables: dict[str, pd.DataFrame], *, table: str) -> list[Path]:
     """Write the figures of what `write_tables` gave, and a sheet of images of every set; return the files."""
-    found, folder = first_runs(params, table), figures_folder(params.dataset, table)
+    found, folder = first_runs(params, table), reports_path(params.dataset, "figures", table)
     history, validation = _records(found, "history"), _records(found, "validation")
     drawn = {"prior": _prior(params)}
     for ipc in sorted({cell.ipc for cell in found if cell.objective != "none"}):
@@ -206,7 +203,7 @@ def write_page(notebook: Path, file: Path) -> None:
 
 
 def _gradient_norms(params: Params) -> pd.DataFrame:
-    return pd.DataFrame(json.loads(gradient_norms_file(params.dataset).read_text()))
+    return pd.DataFrame(json.loads(runs_path(params.dataset, "gradient_norms.json").read_text()))
 
 
 def _check(folder: Path) -> pd.DataFrame:
@@ -220,7 +217,7 @@ def _sheet(cell: Cell, folder: Path) -> Path:
 
 
 def _prior(params: Params) -> Figure:
-    shown, metadata = read_tensors(prior_check_folder(params.dataset) / "images.safetensors")
+    shown, metadata = read_tensors(runs_path(params.dataset, "prior-check") / "images.safetensors")
     return figures.prior_check(**shown, classes=tuple(metadata["classes"]))
 
 

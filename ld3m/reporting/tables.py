@@ -10,7 +10,7 @@ import pandas as pd
 
 from ld3m.evaluation.scores import read_scores
 from ld3m.evaluation.statistics import STATISTICS, Accuracies, compare, interval, p_value
-from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, ablation_cost_file, ablation_file, cells
+from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells, costs_path, runs_path
 from ld3m.pipeline.params import Params
 
 SCORES = ["dataset", "ipc", "objective", "space", "run", "architecture", "seed", "accuracy"]
@@ -18,6 +18,14 @@ CELL = ["ipc", "objective", "space", "architecture"]
 SPREAD = [*CELL, "networks", "runs", "net_sd", "run_sd", "total_sd"]
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high", "p"]
+MEASURES = {
+    "classifier_accuracy": "Accuracy of the classifier on real images",
+    "recognised": "Share of samples that it gives the class asked for",
+    "samples": "Samples",
+    "mse": "Reconstruction: mean squared error",
+    "psnr_db": "Reconstruction: dB",
+    "spread": "Distance within a class, of that of real images",
+}
 COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
 
 
@@ -122,29 +130,27 @@ def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
 
 def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by
-    network, against the first setting of that ablation with the same objective and space; and cost.
+    network, against the baseline, or the ablation's first setting of another objective or space; and cost.
 
     A setting that changes nothing has the numbers of the baseline, which is measured once.
     """
     records, measured = (
-        {name: _by_setting(place(params.dataset, name)) for name in params.ablations.settings}
-        for place in (ablation_file, ablation_cost_file)
+        {name: _by_setting(place(params.dataset, "ablations", f"{name}.json")) for name in params.ablations.settings}
+        for place in (runs_path, costs_path)
     )
     ablation, setting = params.ablations.baseline
     baseline, baseline_cost = records[ablation][setting], measured[ablation][setting]
     scores, changes, costs = [], [], []
     for name, found in records.items():
-        first: dict[tuple[str, str], pd.DataFrame] = {}
+        references = {(baseline["objective"], baseline["space"]): baseline}
         for setting in params.ablations.settings[name]:
             record = found.get(setting, baseline)
             cell = (params.dataset, name, setting, record["objective"], record["space"], 1)
-            accuracy = pd.DataFrame(record["accuracy"])
-            unseen = accuracy.drop(columns=params.distill.network).mean(axis=1)
-            accuracy = accuracy.assign(**{UNSEEN: unseen})
-            reference = first.setdefault(cell[3:5], accuracy)
+            compared = references.setdefault(cell[3:5], record)
+            accuracy, reference = (_with_unseen(of["accuracy"], params.distill.network) for of in (record, compared))
             for architecture, values in accuracy.items():
                 scores.append((*cell, architecture, len(values), *interval(values)))
-                if reference is not accuracy:
+                if record is not compared:
                     change = values - reference[architecture]
                     changes.append((*cell, architecture, len(values), *interval(change), p_value(change)))
             norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
@@ -159,6 +165,11 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
         pd.DataFrame(changes, columns=[*columns, "p"]),
         pd.DataFrame(costs, columns=[*keys, *measures]),
     )
+
+
+def _with_unseen(accuracy: dict[str, list[float]], seen: str) -> pd.DataFrame:
+    frame = pd.DataFrame(accuracy)
+    return frame.assign(**{UNSEEN: frame.drop(columns=seen).mean(axis=1)})
 
 
 def _by_setting(file: Path) -> dict[str, dict[str, Any]]:
@@ -214,6 +225,7 @@ def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
     architectures, of every set and random real images on the architecture that distilled.
 
     `paired_by` is the plural of what the pairs are: networks or runs."""
+    changes = changes.sort_values("ipc", kind="stable")
     between = changes[changes.minus.isin(["pixel", "glad", "herding"]) & (changes.architecture == UNSEEN)]
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
@@ -261,18 +273,19 @@ def shown_differences(changes: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_ablation(changes: pd.DataFrame, ablations: pd.DataFrame, ablation: str) -> pd.DataFrame:
-    """Lay one ablation out: the unseen mean in percent, and its change against the first setting in points."""
+    """Lay one ablation out: the mean over its unseen architectures in percent, and its change in points."""
     of = [frame[(frame.ablation == ablation) & (frame.architecture == UNSEEN)] for frame in (ablations, changes)]
     table = of[0][["setting", "mean"]].assign(mean=(100 * of[0]["mean"]).map("{:.1f}".format))
     table = table.merge(of[1][["setting"]].assign(**_intervals(of[1])), on="setting", how="left").fillna("–")
-    return table.rename(columns={"setting": "Setting", "mean": "Unseen mean, %"})
+    unseen = [NAMES[name] for name in dict.fromkeys(ablations.architecture) if name != UNSEEN][1:]
+    return table.rename(columns={"setting": "Setting", "mean": f"Mean of {' and '.join(unseen)}, %"})
 
 
 def _intervals(changes: pd.DataFrame) -> dict[str, list[str]]:
     points = [(100 * row.mean, 100 * row.ci_low, 100 * row.ci_high) for row in changes.itertuples()]
     return {
-        "Points": [f"{mean:+.1f}" for mean, _, _ in points],
-        "95 % interval": [f"{low:+.1f} to {high:+.1f}" for _, low, high in points],
+        "Points": [f"{mean:+.1f}".replace("-", "−") for mean, _, _ in points],
+        "95 % interval": [f"{low:+.1f} to {high:+.1f}".replace("-", "−") for _, low, high in points],
         "p": ["<0.001" if p < 0.001 else f"{p:.3f}" for p in changes.p],
         "n": [str(n) for n in changes.n],
     }
@@ -281,7 +294,7 @@ def _intervals(changes: pd.DataFrame) -> dict[str, list[str]]:
 def shown_spread(spread: pd.DataFrame) -> pd.DataFrame:
     """Lay standard deviations out in points of accuracy, of the distilling architecture and the unseen mean."""
     shown = spread[spread.architecture.isin([spread.architecture.iloc[0], UNSEEN])]
-    names = name_of(shown).fillna("All distilled sets")
+    names = name_of(shown).replace("all all", "All distilled sets")
     frame = pd.DataFrame({"Set": names, "Network": shown.architecture.map(NAMES)})
     labels = {"net_sd": "Networks on one set", "run_sd": "Runs beyond that", "total_sd": "Both together"}
     return frame.assign(**{label: (100 * shown[column]).map("{:.1f}".format) for column, label in labels.items()})
