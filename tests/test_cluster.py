@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import wait_until
-from test_survive import content, count_slowly, evaluate, require_two_begun, trajectories
+from test_parallel import at_work, counts, require_two_begun
+from test_survive import content, evaluate, trajectories
 
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
@@ -110,13 +111,12 @@ def test_both_nodes_work_with_one_thread_a_task_and_a_killed_worker_s_task_is_ru
 @pytest.mark.slow
 def test_a_signal_lets_the_tasks_of_a_cluster_finish_their_step_too(cluster, tmp_path):
     def send():
-        wait_until(lambda: len(list(tmp_path.glob("* at work"))) == 2)
+        wait_until(lambda: at_work(tmp_path) == 2)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        tasks = [{"file": tmp_path / f"{k}.safetensors"} for k in range(3)]
-        fan_out(count_slowly, tasks, processes=1, cluster=cluster.address, label="tasks")
+        counts(tmp_path, seconds=0.02, processes=1, cluster=cluster.address)
     require_two_begun(tmp_path)
 
 

@@ -26,11 +26,10 @@ def workers():
     end_workers()
 
 
-def squared(folder, k, lost=None, seconds=0.0):
+def squared(folder, k, lost=None):
     (folder / f"{k}-{len(list(folder.glob(f'{k}-*')))}").touch()
     if k == lost:
         os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
-    time.sleep(seconds)
     return k * k
 
 
@@ -83,16 +82,46 @@ def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
     assert (datetime.now(UTC) - ended).total_seconds() < 10
 
 
+def count(file, seconds):
+    steps = []
+    with Checkpoint(file) as checkpoint:
+        checkpoint.resume(steps.extend)
+        for step in range(len(steps), 200):
+            with checkpoint.step(lambda: steps):
+                file.with_name(f"{file.name} at work").touch()
+                time.sleep(seconds)
+                steps.append(step)
+    return steps
+
+
+def counts(folder, *, seconds, **where):
+    tasks = [{"file": folder / f"{k}.pt", "seconds": seconds} for k in range(3)]
+    return fan_out(count, tasks, label="counts", checkpoint=Checkpoint(folder / "all.pt"), **where)
+
+
+def at_work(folder):
+    return len(list(folder.glob("* at work")))
+
+
+def require_two_begun(folder):
+    """Two tasks of three have kept their steps, and the third has not begun."""
+    found = []
+    for k in range(2):
+        Checkpoint(folder / f"{k}.pt").resume(found.append)
+    assert len(found) == at_work(folder) == 2
+    assert all(0 < len(steps) < 200 and steps == list(range(len(steps))) for steps in found)
+
+
 PROGRAM = """
 import sys
 from multiprocessing import util
 from pathlib import Path
 
 from ld3m.runtime.parallel import end_workers
-from test_parallel import squares
+from test_parallel import counts
 
 try:
-    squares(Path(sys.argv[1]), processes=2, seconds=0.5)
+    counts(Path(sys.argv[1]), seconds=0.02, processes=2)
     end_workers()
 finally:
     util._exit_function()  # as in a child of multiprocessing: waits for workers before they are asked to end
@@ -100,23 +129,21 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("number", "begun"),  # sent when so many tasks have begun: 0 = while workers start
-    [(signal.SIGTERM, 2), (signal.SIGKILL, 0), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)],
+    "send, number, begun",  # when so many tasks have begun: 0 = while workers start
+    [(os.kill, signal.SIGTERM, 2), (os.killpg, signal.SIGINT, 2), (os.kill, signal.SIGKILL, 0)],
 )
-def test_killed_with_two_workers_it_ends_leaves_none_alive_and_resumes(tmp_path, number, begun):
+def test_a_signal_lets_every_worker_finish_its_step_and_a_kill_leaves_none(tmp_path, send, number, begun):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DVC_STAGE": "test"}
     run = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, tmp_path], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    wait_until(lambda: len(list(tmp_path.glob("?-0"))) >= begun and len(group(run.pid)) >= 3)
-    run.send_signal(number)
+    wait_until(lambda: at_work(tmp_path) >= begun and len(group(run.pid)) >= 3)
+    send(run.pid, number)
     assert run.wait(20) not in (0, None)
     wait_until(lambda: not group(run.pid), seconds=20)
-    done = []
-    Checkpoint(tmp_path / "state.pt").resume(done.extend)
-    assert len(done) < 8
-    assert squares(tmp_path, processes=1) == SQUARES
-    assert all(len(list(tmp_path.glob(f"{k}-*"))) == 1 for k in done)
+    if begun:
+        require_two_begun(tmp_path)
+    assert counts(tmp_path, seconds=0.0, processes=1) == [list(range(200))] * 3
 
 
 def group(leader):

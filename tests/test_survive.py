@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from multiprocessing import forkserver
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_dataset, make_prior, start_ld3m, wait_until
+from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_dataset, make_prior, start_ld3m
 from safetensors.torch import load
 
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
@@ -34,7 +33,6 @@ from ld3m.models.prior_io import save_prior
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.runtime.checkpoint import Checkpoint, Interrupted
-from ld3m.runtime.parallel import fan_out
 from ld3m.runtime.storage import new_folder, write_json, write_tensors
 
 KILLS = os.environ.get("LD3M_KILLS", "")
@@ -201,48 +199,6 @@ def test_killed_or_ended_by_a_signal_it_resumes_to_the_same_bytes(server, undist
     assert is_killed or "resumes an interrupted run" in (tmp_path / "log").read_text()
     assert content(tmp_path / "out") == expected != {}
     assert content(tmp_path / "checkpoints") == {}
-
-
-def count_slowly(file: Path) -> list[int]:
-    steps = []
-    with Checkpoint(file) as checkpoint:
-        checkpoint.resume(steps.extend)
-        for step in range(len(steps), 200):
-            with checkpoint.step(lambda: steps):
-                file.with_name(f"{file.name} at work").touch()
-                time.sleep(0.02)
-                steps.append(step)
-    return steps
-
-
-def side_by_side(root: Path) -> None:
-    os.setsid()  # a process group, as a kernel has
-    files = [{"file": root / f"{k}.safetensors"} for k in range(3)]
-    try:
-        fan_out(count_slowly, files, processes=2, label="counts", checkpoint=Checkpoint(root / "all.safetensors"))
-    except Interrupted:
-        sys.exit(INTERRUPTED)
-
-
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the parent", "the group"])
-def test_a_signal_lets_every_worker_finish_its_step_and_begins_no_other_task(server, tmp_path, send):
-    child = server.Process(target=side_by_side, args=(tmp_path,))
-    child.start()
-    wait_until(lambda: len(list(tmp_path.glob("* at work"))) == 2)
-    send(child.pid, signal.SIGTERM if send is os.kill else signal.SIGINT)
-    child.join(60)
-    assert child.exitcode == INTERRUPTED
-    require_two_begun(tmp_path)
-
-
-def require_two_begun(folder: Path) -> None:
-    """Two tasks of three have kept some steps, and the third has not begun."""
-    counted: list[list[int]] = []
-    for k in range(2):
-        Checkpoint(folder / f"{k}.safetensors").resume(counted.append)
-    assert len(counted) == 2 and not list(folder.glob("2.*"))
-    for steps in counted:
-        assert 0 < len(steps) < 200 and steps == list(range(len(steps)))
 
 
 # The prior is trained with Adam, which makes as much of a gradient that is next to zero as of any other.
