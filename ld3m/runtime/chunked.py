@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class _InChunks(torch.autograd.Function):
             with torch.set_grad_enabled(any(learned)):
                 return inputs, function(dict(zip(names, inputs, strict=True)))
 
-        ctx.threads = threads
-        ctx.chunks = _map(compute, *(tensor.split(size) for tensor in tensors), threads=threads)
+        ctx.map = map if threads == 1 else partial(thread_map, threads=threads)
+        ctx.chunks = list(ctx.map(compute, *(tensor.split(size) for tensor in tensors)))
         return torch.cat([output.detach() for _, output in ctx.chunks])
 
     @staticmethod
@@ -48,12 +48,8 @@ class _InChunks(torch.autograd.Function):
 
         chunks, ctx.chunks = ctx.chunks, None
         sizes = [len(output) for _, output in chunks]
-        found = zip(*_map(gradients, chunks, grad.split(sizes), threads=ctx.threads), strict=True)
+        found = zip(*ctx.map(gradients, chunks, grad.split(sizes)), strict=True)
         return None, None, None, None, *(None if parts[0] is None else torch.cat(parts) for parts in found)
-
-
-def _map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
-    return list(map(function, *arguments)) if threads == 1 else thread_map(function, *arguments, threads=threads)
 
 
 def thread_map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
