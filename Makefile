@@ -7,9 +7,6 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 # The stages of dvc.yaml call `python`: this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# The C library of Linux hands every larger tensor back to the system and asks for it again: keep them, training is faster.
-export MALLOC_MMAP_THRESHOLD_ := 1000000000
-export MALLOC_TRIM_THRESHOLD_ := 1000000000
 
 .PHONY: help demo reproduce report bench test test-all lab lint strip clean install embedded
 

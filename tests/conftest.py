@@ -1,6 +1,7 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -91,10 +92,14 @@ def prior():
     return make_prior().to(torch.float64).freeze_()
 
 
-@pytest.fixture(scope="session")
-def dataset():
+def make_dataset():
     splits = {name: make_split(count, seed=count) for name, count in {"train": 6, "validation": 3, "test": 2}.items()}
     return Dataset("toy", normalization=NORMALIZATION, **splits)
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    return make_dataset()
 
 
 @pytest.fixture
@@ -127,3 +132,10 @@ def dit_folder(tmp_path_factory):
 @pytest.fixture
 def dit_copy(dit_folder, tmp_path):
     return shutil.copytree(dit_folder, tmp_path / "copied")
+
+
+def wait_until(holds, *, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -8,19 +8,6 @@ from ld3m.models.train_prior import fit_denoiser
 from ld3m.runtime.cuda_graphs import GraphedFunction
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-LABELS = torch.tensor([0, 1, 2])
-
-
-def a_prior(precision):
-    return make_prior().freeze_().to("cuda").in_precision(precision)
-
-
-def rendered(prior, pixels, weight):
-    """Images of three in two parts, and the gradients of what is learned."""
-    made = start_ld3m(pixels, LABELS, prior, learn="z", render_batch=2)
-    images = made.render()
-    images.backward(weight)
-    return images.detach(), made.learnables["z"].grad, made.learnables["c"].grad
 
 
 def test_on_a_cpu_it_is_the_function_itself():
@@ -48,7 +35,7 @@ def test_values_and_gradients_those_of_parameters_too_are_the_function_s():
         kept.append((found[0][0], found[1][0].clone()))
         with torch.no_grad():
             torch.testing.assert_close(replayed(x, y), function(x, y))
-            layer[0].weight.add_(0.1)  # learned weights are read anew
+            layer[0].weight.add_(0.1)  # learned weights are read again
     for given, exact in kept:  # what was returned is not written over
         torch.testing.assert_close(given, exact)
     assert len(replayed.recorded) == 2
@@ -69,10 +56,13 @@ def test_a_gradient_after_another_call_is_an_error():
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_a_set_in_several_parts_is_rendered_and_learned_as_without(precision, tolerance):
     pixels, weight = (torch.randn(3, 1, SIZE_PX, SIZE_PX, device="cuda").clamp(-1, 1) for _ in range(2))
-    prior = a_prior(precision)
-    for plain, replayed in zip(
-        *(rendered(used, pixels, weight) for used in (prior, prior.with_cuda_graphs())), strict=True
-    ):
+    prior, found = make_prior().freeze_().to("cuda").in_precision(precision), []
+    for used in (prior, prior.with_cuda_graphs()):
+        made = start_ld3m(pixels, torch.tensor([0, 1, 2]), used, learn="z", render_batch=2)
+        images = made.render()
+        images.backward(weight)
+        found.append((images.detach(), made.learnables["z"].grad, made.learnables["c"].grad))
+    for plain, replayed in zip(*found, strict=True):
         assert (plain - replayed).norm() / plain.norm() < tolerance
 
 

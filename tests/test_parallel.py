@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import wait_until
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ld3m.runtime.checkpoint import Checkpoint, Interrupted
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
+
+SQUARES = [k * k for k in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,21 +26,24 @@ def workers():
     end_workers()
 
 
-def squared(folder, k, lost=None, seconds=0.0):
-    (folder / f"{k}-{len(list(folder.glob(f'{k}-*')))}").write_text(str(os.getpid()))
+def squared(folder, k, lost=None):
+    (folder / f"{k}-{len(list(folder.glob(f'{k}-*')))}").touch()
     if k == lost:
         os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
-    time.sleep(seconds)
     return k * k
 
 
+def squares(folder, *, processes, receive=lambda k, result: result, **given):
+    tasks, checkpoint = [{"folder": folder, "k": k} | given for k in range(8)], Checkpoint(folder / "state.pt")
+    return fan_out(squared, tasks, processes=processes, label="tasks", checkpoint=checkpoint, receive=receive)
+
+
 def test_a_lost_worker_is_out_of_memory_at_once_and_the_results_before_it_are_kept(tmp_path):
-    given = dict(processes=2, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
     with pytest.raises(OutOfMemory, match="lower the.batch") as failed, explain_out_of_memory("the.batch"):
-        fan_out(squared, [{"folder": tmp_path, "k": k, "lost": 5} for k in range(6)], **given)
+        squares(tmp_path, processes=2, lost=7)
     assert isinstance(failed.value.__cause__, TerminatedWorkerError)
-    assert len(list(tmp_path.glob("5-*"))) == 1
-    assert fan_out(squared, [{"folder": tmp_path, "k": k} for k in range(6)], **given) == [k * k for k in range(6)]
+    assert len(list(tmp_path.glob("7-*"))) == 1
+    assert squares(tmp_path, processes=2) == SQUARES
     assert len(list(tmp_path.glob("0-*"))) == 1
 
 
@@ -48,16 +53,13 @@ def test_a_signal_while_the_last_result_arrives_ends_the_call(tmp_path, processe
 
     def receive(k, result):
         arrived.append(k)
-        if len(arrived) == 4:
+        if len(arrived) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    given = dict(processes=processes, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
-    tasks = [{"folder": tmp_path, "k": k} for k in range(4)]
     with pytest.raises(Interrupted):
-        fan_out(squared, tasks, receive=receive, **given)
-    assert fan_out(squared, tasks, receive=lambda k, result: arrived.append(k), **given) == [0, 1, 4, 9]
-    assert len(arrived) == 4
+        squares(tmp_path, processes=processes, receive=receive)
+    assert squares(tmp_path, processes=processes, receive=receive) == SQUARES and len(arrived) == 8
 
 
 FANS_OUT = """
@@ -80,69 +82,71 @@ def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
     assert (datetime.now(UTC) - ended).total_seconds() < 10
 
 
-SQUARES = """
+def count(file, seconds):
+    steps = []
+    with Checkpoint(file) as checkpoint:
+        checkpoint.resume(steps.extend)
+        for step in range(len(steps), 200):
+            with checkpoint.step(lambda: steps):
+                file.with_name(f"{file.name} at work").touch()
+                time.sleep(seconds)
+                steps.append(step)
+    return steps
+
+
+def counts(folder, *, seconds, **where):
+    tasks = [{"file": folder / f"{k}.pt", "seconds": seconds} for k in range(3)]
+    return fan_out(count, tasks, label="counts", checkpoint=Checkpoint(folder / "all.pt"), **where)
+
+
+def at_work(folder):
+    return len(list(folder.glob("* at work")))
+
+
+def require_two_begun(folder):
+    """Two tasks of three have kept their steps, and the third has not begun."""
+    found = []
+    for k in range(2):
+        Checkpoint(folder / f"{k}.pt").resume(found.append)
+    assert len(found) == at_work(folder) == 2
+    assert all(0 < len(steps) < 200 and steps == list(range(len(steps))) for steps in found)
+
+
+PROGRAM = """
 import sys
 from multiprocessing import util
 from pathlib import Path
 
-from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.parallel import end_workers, fan_out
-from test_parallel import squared
+from ld3m.runtime.parallel import end_workers
+from test_parallel import counts
 
-folder = Path(sys.argv[1])
-tasks = [dict(folder=folder, k=k, seconds=0.5) for k in range(8)]
 try:
-    fan_out(squared, tasks, processes=2, label="tasks", checkpoint=Checkpoint(folder / "state.pt"))
+    counts(Path(sys.argv[1]), seconds=0.02, processes=2)
     end_workers()
 finally:
     util._exit_function()  # as in a child of multiprocessing: waits for workers before they are asked to end
 """
-END_SECONDS = 20
-LATER = [(signal.SIGTERM, 0), (signal.SIGTERM, 5), (signal.SIGKILL, 3)]
 
 
 @pytest.mark.parametrize(
-    ("number", "begun"),  # sent when so many tasks have begun: 0 = while workers start
-    [
-        (signal.SIGTERM, 2),
-        (signal.SIGKILL, 0),
-        *(pytest.param(*moment, marks=pytest.mark.slow) for moment in LATER),
-    ],
+    "send, number, begun",  # when so many tasks have begun: 0 = while workers start
+    [(os.kill, signal.SIGTERM, 2), (os.killpg, signal.SIGINT, 2), (os.kill, signal.SIGKILL, 0)],
 )
-def test_killed_with_two_workers_it_ends_leaves_none_alive_and_goes_on(tmp_path, number, begun):
+def test_a_signal_lets_every_worker_finish_its_step_and_a_kill_leaves_none(tmp_path, send, number, begun):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DVC_STAGE": "test"}
     run = subprocess.Popen(
-        [sys.executable, "-c", SQUARES, tmp_path], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", PROGRAM, tmp_path], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    wait_until(lambda: len(list(tmp_path.glob("?-0"))) >= begun and len(group(run.pid)) >= 3, seconds=90)
-    run.send_signal(number)
-    assert run.wait(END_SECONDS) not in (0, None)
-    wait_until(lambda: not group(run.pid), seconds=END_SECONDS)
-    done = []
-    Checkpoint(tmp_path / "state.pt").resume(done.extend)
-    assert len(done) < 8 and len(done) >= begun - 2 - (number == signal.SIGKILL)
-    tasks = [{"folder": tmp_path, "k": k} for k in range(8)]
-    given = dict(processes=1, label="tasks", checkpoint=Checkpoint(tmp_path / "state.pt"))
-    assert fan_out(squared, tasks, **given) == [k * k for k in range(8)]
-    assert all(len(list(tmp_path.glob(f"{k}-*"))) == 1 for k in done)
+    wait_until(lambda: at_work(tmp_path) >= begun and len(group(run.pid)) >= 3)
+    send(run.pid, number)
+    assert run.wait(20) not in (0, None)
+    wait_until(lambda: not group(run.pid), seconds=20)
+    if begun:
+        require_two_begun(tmp_path)
+    assert counts(tmp_path, seconds=0.0, processes=1) == [list(range(200))] * 3
 
 
 def group(leader):
-    """The Python processes of the group that are alive."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = file.read_text().rpartition(") ")
-        except OSError:
-            continue
-        state, _, process_group, *_ = rest.split()
-        if int(process_group) == leader and state not in "ZX":
-            found.append(name)
-    return found
-
-
-def wait_until(holds, *, seconds):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    """The processes of the group that are alive."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if line.split()[0] == str(leader) and "Z" not in line]

@@ -13,68 +13,56 @@ from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.training_state import CHECKED_STEPS, TrainingState
 
 
-def made(steps=5, n=None):
+def training_of(*losses, steps=5):
     network = torch.nn.Linear(2, 1)
-    return network, TrainingState(
-        {"network": network}, losses=torch.zeros(steps, *([n] if n else [])), advice="lower the rate"
-    )
+    training = TrainingState({"network": network}, losses=torch.zeros(steps), advice="lower the rate")
+    for loss in losses:
+        training.record(torch.tensor(loss))
+    return network, training
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_the_first_step_that_is_not_finite_is_named_before_a_state_is_given(value):
-    _, training = made()
-    training.record(torch.tensor(1.0))
-    training.state()
-    training.record(torch.tensor(value))
-    training.record(torch.tensor(math.nan))
+def test_the_first_loss_that_is_not_finite_is_named_before_a_state_is_given(value):
     with pytest.raises(ValueError, match=f"step 1: the loss is {value}; lower the rate"):
-        training.state()
+        training_of(1.0, value, math.nan)[1].state()
 
 
-def test_it_stops_soon_and_at_the_end_at_the_latest():
-    _, training = made(steps=2 * CHECKED_STEPS)
+@pytest.mark.parametrize("steps", [2, CHECKED_STEPS + 2])
+def test_it_stops_soon_and_at_the_end_at_the_latest(steps):
+    checked = min(steps, CHECKED_STEPS)
+    training_of(*[math.nan] * (checked - 1), steps=steps)
     with pytest.raises(ValueError, match="step 0: the loss is nan"):
-        for _ in range(CHECKED_STEPS):
-            training.record(torch.tensor(math.nan))
-    assert training.done == CHECKED_STEPS
-    _, training = made(steps=2)
-    training.record(torch.tensor(0.0))
-    with pytest.raises(ValueError, match="step 1: the loss is inf"):
-        training.record(torch.tensor(math.inf))
+        training_of(*[math.nan] * checked, steps=steps)
 
 
 def test_weights_that_are_not_finite_are_no_state_either():
-    network, training = made()
-    training.record(torch.tensor(1.0))
+    network, training = training_of(1.0)
+    assert training.state()["done"] == 1
     with torch.no_grad():
         network.weight[0, 1] = math.inf
     with pytest.raises(ValueError, match="step 0: the network has weights that are not finite; lower the rate"):
         training.state()
 
 
-def autoencoder(checkpoint):
-    shared = dict(steps=9, batch=4, continuous_steps=2, seed=0)
-    fit_autoencoder(make_prior(), make_split(6, seed=0), learning_rate=1e30, checkpoint=checkpoint, **shared)
+TRAININGS = {
+    "autoencoder": lambda split, **given: fit_autoencoder(make_prior(), split, batch=4, continuous_steps=2, **given),
+    "denoiser": lambda split, **given: fit_denoiser(
+        make_prior(), split, batch=4, null_share=0.1, ema_decay=0.5, **given
+    ),
+    "gan": lambda split, **given: fit_gan(
+        build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(4, 4, 4), seed=0),
+        split,
+        **dict(discriminator_widths=(4, 4), batch=8, r1=1.0, r1_every=2, ema_decay=0.5, strategy="none"),
+        **given,
+    ),
+}
 
 
-def denoiser(checkpoint):
-    shared = dict(steps=9, batch=4, null_share=0.1, ema_decay=0.5, seed=0)
-    fit_denoiser(make_prior(), make_split(6, seed=0), learning_rate=1e30, checkpoint=checkpoint, **shared)
-
-
-def gan(checkpoint):
-    generator = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(4, 4, 4), seed=0)
-    shared = dict(steps=9, batch=8, r1=1.0, r1_every=2, ema_decay=0.5, strategy="none", seed=0)
-    split = make_split(6, seed=0)
-    fit_gan(generator, split, discriminator_widths=(4, 4), learning_rate=1e30, checkpoint=checkpoint, **shared)
-
-
-@pytest.mark.parametrize("train", [autoencoder, denoiser, gan])
-def test_a_training_that_diverges_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, train):
-    with pytest.raises(
-        ValueError, match=rf"^step \d.* finite|the loss is .*(nan|inf).*lower .*{train.__name__}"
-    ) as failed:
-        train(Checkpoint(tmp_path / "run.safetensors", minutes=0))
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_that_diverges_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, name):
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", minutes=0)
+    with pytest.raises(ValueError, match=rf"^step \d.* finite|the loss is .*(nan|inf).*lower .*{name}") as failed:
+        TRAININGS[name](make_split(6, seed=0), steps=9, learning_rate=1e30, seed=0, checkpoint=checkpoint)
     step = int(str(failed.value).split(":")[0].split()[1])
     states = []
     Checkpoint(tmp_path / "run.safetensors").resume(states.append)

@@ -29,7 +29,7 @@ from ld3m.runtime import paths
 from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.paths import ROOT
 from ld3m.runtime.progress import progress
-from ld3m.runtime.storage import require_space, write_parts
+from ld3m.runtime.storage import locked, require_space, write_bytes
 
 # Formats that Pillow decodes itself: for others it may start a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
@@ -255,10 +255,13 @@ def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tenso
     file = paths.DECODED / f"{digest[:20]}.npy"
     with suppress(Exception):  # missing or damaged
         return open_images(file), file
-    require_space(file.parent, math.prod(shape))
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    write_parts(file, chain([header.getvalue()], _decode(selection, size_px=size_px, channels=channels)))
+    with locked(file, wait=True):  # another process may decode the same images
+        with suppress(Exception):
+            return open_images(file), file
+        require_space(file.parent, math.prod(shape))
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        write_bytes(file, chain([header.getvalue()], _decode(selection, size_px=size_px, channels=channels)))
     return open_images(file), file
 
 

@@ -8,26 +8,22 @@ with Checkpoint(file, minutes=2, configuration=configuration) as checkpoint:
 checkpoint.remove()                           # once the result is written
 """
 
-import errno
 import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ld3m.runtime.storage import explained, write_bytes
+from ld3m.runtime.storage import locked, write_bytes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 State = Any  # dicts, lists and tuples of tensors and plain values
@@ -43,21 +39,9 @@ class Checkpoint:
     The state is written after a step when `minutes` have passed since the last time, when a signal came, and at the
     end of the block. The file is replaced in one step (atomic write): a kill at any moment leaves a whole state.
     Inside the block SIGINT and SIGTERM finish the current step, write the state and raise `Interrupted`; a second
-    SIGINT does not wait for the step.
+    SIGINT does not wait for the step. BlockingIOError if another process is in a block of the same file.
 
-    Parameters
-    ----------
-    file
-        Where the state is kept. `<name>.lock` beside it is held while the block runs.
-    minutes
-        Time between two writes.
-    configuration
-        JSON values that a resumed run must find unchanged.
-
-    Raises
-    ------
-    BlockingIOError
-        On entering the block: another process runs on the same file.
+    A resumed run must find `configuration` (JSON values) unchanged.
     """
 
     def __init__(
@@ -72,36 +56,32 @@ class Checkpoint:
         return self.file.with_suffix("")
 
     def __enter__(self) -> "Checkpoint":
-        self._is_busy, self._signals = False, []
+        self._is_busy, self._signals = True, []
         self._unwritten: Callable[[], State] | None = None
         self._written_at = time.monotonic()
-        self._handlers = {}
+        self._exits = ExitStack()
         if self.file is not None:
-            self._lock = _lock(self.file)
+            self._exits.enter_context(locked(self.file))
             if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
-                self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+                for number in SIGNALS:
+                    self._exits.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self._is_busy = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self.file is None:
-            return
+        self._is_busy = True
         is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        try:
+        with self._exits:
             if kind is None or is_interrupted:
                 self._save()
-        finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-            self.file.with_suffix(".lock").unlink(missing_ok=True)
-            os.close(self._lock)
-        if is_interrupted or kind is None and self._signals:
+        if self.file is not None and (is_interrupted or kind is None and self._signals):
             message = f"ended by a signal. {self.status()}"
             print(message, flush=True)  # when papermill itself is ended, it shows only what was printed
             raise Interrupted(message) from None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         self._signals.append(number)
-        if not (self._is_busy or _is_at_edge(frame)) or self._signals.count(signal.SIGINT) > 1:
+        if not self._is_busy or self._signals.count(signal.SIGINT) > 1:
             self._is_busy = True  # a further signal lets the state be written
             raise Interrupted
 
@@ -122,109 +102,47 @@ class Checkpoint:
             raise Interrupted
 
     def _save(self) -> None:
-        if self.file is None or self._unwritten is None:
-            return
-        buffer = io.BytesIO()
-        torch.save({"configuration": self.configuration, "state": _detached(self._unwritten())}, buffer)
-        data = buffer.getvalue()
-        write_bytes(self.file, hashlib.sha256(data).digest() + data)
-        self._unwritten, self._written_at = None, time.monotonic()
+        if self.file is not None and self._unwritten is not None:
+            buffer = io.BytesIO()
+            torch.save({"configuration": self.configuration, "state": self._unwritten()}, buffer)
+            write_bytes(self.file, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+            self._unwritten, self._written_at = None, time.monotonic()
 
     def resume(self, restore: Callable[[State], Any]) -> None:
-        """Call `restore(state)` if the file holds a state.
+        """Call `restore(state)`, with tensors on the CPU, if the file is there.
 
-        Raises
-        ------
-        ValueError
-            The file is broken, or its configuration is another one; the message names what changed.
+        ValueError if it is broken or has another configuration; the message names what changed.
         """
         if self.file is None or not self.file.exists():
             return
-        content = self._read()
-        if changed := sorted(_differences(content["configuration"], self.configuration)):
-            raise ValueError(
-                f"{self.file} belongs to an interrupted run with another configuration; changed since: "
-                f"{', '.join(changed)}. Restore these values to finish that run, or {self._start_over()}"
-            )
-        try:
-            restore(content["state"])
-        except Exception as error:  # wrong values raise about anything
-            raise ValueError(
-                f"{self.file} does not hold the state of this run ({type(error).__name__}: {error}): "
-                f"{self._start_over()}"
-            ) from error
-        print(f"resumes an interrupted run; {self._start_over()}", flush=True)
-
-    def _read(self) -> dict[str, Any]:
         data = self.file.read_bytes()
+        start_over = f"to start over delete {self.file}" + (f" and {self.folder}" if self.folder.is_dir() else "")
         try:
             if data[:32] != hashlib.sha256(data[32:]).digest():
                 raise ValueError("its hash is not that of its content")
-            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)  # executes no pickle
-        except Exception as error:
-            raise ValueError(f"{self.file} is broken or not written by ld3m: {self._start_over()}") from error
-
-    def _start_over(self) -> str:
-        beside = f" and {os.path.relpath(self.folder)}" if self.folder.is_dir() else ""
-        return f"to start over delete {os.path.relpath(self.file)}{beside}"
+            content = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)  # executes no pickle
+            if not (changed := sorted(_differences(content["configuration"], self.configuration))):
+                restore(content["state"])
+        except Exception as error:  # wrong values raise about anything
+            raise ValueError(f"{self.file} is broken or not of this run ({error!r}): {start_over}") from error
+        if changed:
+            raise ValueError(
+                f"{self.file} belongs to an interrupted run with another configuration; changed since: "
+                f"{', '.join(changed)}. Restore these values to finish that run, or {start_over}"
+            )
+        print(f"resumes an interrupted run; {start_over}", flush=True)
 
     def status(self) -> str:
         """Return what is on disk and how to go on."""
         if self.file is None or not self.file.exists():
             return "Last written: nothing"
-        return f"Last written: {os.path.relpath(self.file)}; the same command goes on from there; {self._start_over()}"
+        return f"Last written: {self.file}; the same command resumes from it, or starts over if you delete it"
 
     def remove(self) -> None:
         """Remove the file and the folder, once the result is written."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _is_at_edge(frame: FrameType | None) -> bool:
-    """Whether a checkpoint's block is being entered or left: an exception there would leave the lock behind."""
-    edges = (Checkpoint.__enter__.__code__, Checkpoint.__exit__.__code__)
-    while frame and frame.f_code not in edges:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _lock(file: Path) -> int:
-    """Returns a descriptor of <name>.lock, locked until it is closed or the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError(f"{file}: checkpoints lock files by fcntl: use Linux or macOS, on Windows WSL") from error
-    path = file.with_suffix(".lock")
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise explained(error, path) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BlockingIOError:
-            owner = os.read(descriptor, 20).decode(errors="replace")
-            os.close(descriptor)
-            raise BlockingIOError(
-                errno.EWOULDBLOCK, f"process {owner} already runs on {file}: wait for it or end it; nothing was changed"
-            ) from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its owner has removed the file in the meantime
-
-
-def _detached(value: State) -> State:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return [_detached(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _differences(before: Any, now: Any, under: str = "") -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,60 +12,51 @@ from torch import Tensor
 def in_chunks(
     function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor], *, size: int, threads: int
 ) -> Tensor:
-    """`function(tensors)`, (N, ...), of tensors (N, ...): `size` of the N at a time, in so many threads of one core
-    each. Neither the result nor its gradient depends on how many there are, but that a single one is the caller's: it
-    computes on as many cores as torch is set to."""
-    if not torch.is_grad_enabled():  # which a Function is not told
+    """Return `function(tensors)`, (N, ...), of tensors (N, ...), computed for `size` of the N at a time.
+
+    Each of several `threads` uses one core; a single one is the caller's, and uses the cores that torch is set to.
+    Neither the result nor its gradient depends on their number.
+    """
+    if not torch.is_grad_enabled():  # which a Function cannot see
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    return _InParts.apply(function, size, threads, tuple(tensors), *tensors.values())
+    return _InChunks.apply(function, size, threads, tuple(tensors), *tensors.values())
 
 
-class _InParts(torch.autograd.Function):
-    """Autograd itself would walk the parts' graphs one after another, on a CPU."""
+class _InChunks(torch.autograd.Function):
+    """On a CPU, autograd itself would compute the chunks' gradients one after another."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        function: Callable[[dict[str, Tensor]], Tensor],
-        size: int,
-        threads: int,
-        names: tuple[str, ...],
-        *tensors: Tensor,
-    ) -> Tensor:
-        wanted = ctx.needs_input_grad[4:]
+    def forward(ctx: Any, function: Callable, size: int, threads: int, names: tuple, *tensors: Tensor) -> Tensor:
+        learned = ctx.needs_input_grad[4:]
 
-        def compute(*parts: Tensor) -> tuple[list[Tensor], Tensor]:
-            inputs = [part.detach().requires_grad_(learned) for part, learned in zip(parts, wanted, strict=True)]
-            with torch.set_grad_enabled(any(wanted)):
+        def compute(*chunk: Tensor) -> tuple[list[Tensor], Tensor]:
+            inputs = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(chunk, learned, strict=True)]
+            with torch.set_grad_enabled(any(learned)):
                 return inputs, function(dict(zip(names, inputs, strict=True)))
 
-        ctx.threads, ctx.wanted = threads, wanted
-        ctx.parts = _map(compute, *(tensor.split(size) for tensor in tensors), threads=threads)
-        return torch.cat([output.detach() for _, output in ctx.parts])
+        ctx.map = map if threads == 1 else partial(thread_map, threads=threads)
+        ctx.chunks = list(ctx.map(compute, *(tensor.split(size) for tensor in tensors)))
+        return torch.cat([output.detach() for _, output in ctx.chunks])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        def gradients(part: tuple[list[Tensor], Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
-            inputs, output = part
-            learned = [tensor for tensor in inputs if tensor.requires_grad]
-            return torch.autograd.grad(output, learned, grad_output, allow_unused=True)
+        def gradients(chunk: tuple[list[Tensor], Tensor], grad_output: Tensor) -> list[Tensor | None]:
+            inputs, output = chunk
+            output.backward(grad_output, inputs=[tensor for tensor in inputs if tensor.requires_grad])
+            return [tensor.grad for tensor in inputs]
 
-        parts, ctx.parts = ctx.parts, None
-        sizes = [len(output) for _, output in parts]
-        found = zip(*_map(gradients, parts, grad.split(sizes), threads=ctx.threads), strict=True)
-        joined = [None if pieces[0] is None else torch.cat(pieces) for pieces in found]
-        given = iter(joined)
-        return None, None, None, None, *(next(given) if learned else None for learned in ctx.wanted)
-
-
-def _map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
-    return list(map(function, *arguments)) if threads == 1 else thread_map(function, *arguments, threads=threads)
+        chunks, ctx.chunks = ctx.chunks, None
+        sizes = [len(output) for _, output in chunks]
+        found = zip(*ctx.map(gradients, chunks, grad.split(sizes)), strict=True)
+        return None, None, None, None, *(None if parts[0] is None else torch.cat(parts) for parts in found)
 
 
 def thread_map(function: Callable[..., Any], *arguments: Any, threads: int) -> list[Any]:
-    """`list(map(function, *arguments))`, computed by `threads` threads of one core each. `function` itself must call
-    neither this nor `in_chunks` with as many threads: it would wait for its own thread."""
+    """Return `list(map(function, *arguments))`, computed by `threads` threads of one core each.
+
+    `function` itself must call neither this nor `in_chunks` with as many threads: it would wait for its own thread.
+    """
     return list(_pool(threads).map(function, *arguments))
 
 

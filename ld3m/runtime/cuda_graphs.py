@@ -1,7 +1,7 @@
-"""CUDA graphs: what runs again and again on tensors of the same shapes is recorded once, and launched as one.
+"""CUDA graphs: record once what runs many times on tensors of the same shapes, and launch it as one.
 
-Small batches leave a large GPU waiting: Python starts some hundred kernels for every pass of a U-Net, one by one, and
-each takes less time than its start.
+Small batches leave a large GPU waiting: Python starts hundreds of kernels for every pass of a U-Net, and starting one
+takes longer than running it.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,11 @@ SHAPES = 4  # of inputs, whose recordings are kept: each holds its memory
 
 
 class GraphedFunction:
-    """`function` of tensors, recorded with its backward pass at the first call with inputs of some shapes.
+    """A `function` of tensors that is recorded, with its backward pass, at its first call with inputs of some shapes.
 
-    On CUDA it gives the values and gradients of `function`, of the parameters of `learned` too; elsewhere it is
-    `function`. What it returns is the caller's own, but the backward pass is that of the last call: a gradient that is
-    taken after another call is a RuntimeError. `function` must not wait for the device; where it has learned
-    parameters, nothing that keeps a graph of them may be alive at its first call.
+    Values and gradients, also those of the parameters of `learned`, are the function's; off CUDA it is called itself.
+    Only the last call has a backward pass: RuntimeError for a gradient that is taken after another call. `function`
+    must not wait for the device. At the first call no autograd graph of `learned` may be alive.
     """
 
     def __init__(self, function: Callable[..., Tensor], *learned: nn.Module) -> None:
@@ -48,18 +47,7 @@ class GraphedFunction:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         examples = tuple(tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
+        module = nn.Module()  # whose parameters are recorded too
+        module.forward, module.learned = self.function, nn.ModuleList(self.learned)
         with torch.enable_grad():
-            module = _Function(self.function, self.learned)
             return torch.cuda.make_graphed_callables(module, examples, allow_unused_input=True)
-
-
-class _Function(nn.Module):
-    """The function as a module, whose parameters are those that it uses and that are learned."""
-
-    def __init__(self, function: Callable[..., Tensor], learned: tuple[nn.Module, ...]) -> None:
-        super().__init__()
-        self.function = function
-        self.learned = nn.ModuleList(learned)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)

@@ -28,24 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(*settings: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into one that names the settings to lower.
-
-    Parameters
-    ----------
-    settings
-        Names that the user can lower, such as "spaces.ld3m.render_batch".
-
-    Raises
-    ------
-    OutOfMemory
-        The block ran out of memory. An inner block's `OutOfMemory` passes unchanged.
-    """
+    """Raise `OutOfMemory` with the settings to lower if the block runs out of memory; that of an inner block passes."""
     try:
         yield
-    except OutOfMemory:
-        raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise OutOfMemory(errno.ENOMEM, f"memory ran out ({what}): lower {' or '.join(settings)}") from error
@@ -65,10 +52,7 @@ def forget_peak() -> bool:
 
 
 def peak_gib() -> float:
-    """Return the peak memory since the start or `forget_peak`, in GiB.
-
-    It is the resident memory of this process or, once it uses a CUDA device, the memory reserved on that.
-    """
+    """Return the peak since the start or `forget_peak`: of resident memory or, once CUDA is used, of that reserved."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 2**30
     try:

@@ -8,7 +8,6 @@ from contextvars import ContextVar
 
 from tqdm.auto import tqdm
 
-MEASURED_ITERATIONS = 5  # timed, after the first, before a log line tells the time left
 is_silent = ContextVar("is_silent", default=False)
 
 
@@ -25,8 +24,8 @@ def silent() -> Iterator[None]:
 def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str] = lambda: "") -> Iterator[int]:
     """Yield start, ..., total - 1 and report how far the work is and the time left.
 
-    `status()` returns a few words (a loss, say) to show. The first iteration is left out of the measured time: it does
-    more than the others (validation at the start, start of processes).
+    `status()` returns a few words to show, such as a loss. The time of the first iteration is left out: it does more
+    than the others (validation at the start, start of processes).
     """
     if is_silent.get():
         yield from range(start, total)
@@ -43,8 +42,7 @@ def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str
         timed = step - start
         if timed == 0:
             began = time.perf_counter()
-        seconds = (time.perf_counter() - began) / max(1, timed)
         if (timed + 1) % every == 0 or step + 1 == total:
-            left = seconds * (total - step - 1)
-            measured = f" ({seconds:.3f} s each, {left:.0f} s left)" if timed >= MEASURED_ITERATIONS else ""
-            print(f"{label} {step + 1}/{total} {status()}{measured}".rstrip(), flush=True)
+            seconds = (time.perf_counter() - began) / max(1, timed)
+            measured = f"{seconds:.3f} s each, {seconds * (total - step - 1):.0f} s left"
+            print(f"{label} {step + 1}/{total} {status()}".rstrip(), f"({measured})", flush=True)

@@ -1,82 +1,68 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written under a temporary name, then renamed."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-ABANDONED_SECONDS = 3600
 METADATA_KEY = "ld3m"  # one key: safetensors does not keep the order of several, and bytes shall repeat
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raises OSError before long work where the disk of `folder` cannot take what the work will write."""
+    """Raise OSError if the disk of `folder`, which need not exist yet, has less space than long work will need."""
     existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed_bytes / 2**20:.1f} MiB needed in {folder}, {free / 2**20:.1f} MiB are free: make room",
-        )
+        needed, free = (f"{count / 2**20:.1f} MiB" for count in (needed_bytes, free))
+        raise OSError(errno.ENOSPC, f"{needed} needed in {folder}, {free} are free: make room")
 
 
-def write_bytes(file: Path, data: bytes) -> None:
-    """Replaces `file` in one step; after an error (a full disk, say) the former file is still there."""
-    _replace(file, file.with_name(f".{file.name}.partial"), [data])
-
-
-def write_parts(file: Path, parts: Iterable[bytes]) -> None:
-    """`write_bytes` for what comes in parts and may be written by several processes at once: the last one stays.
-
-    What a killed process left is removed once nobody has written to it for an hour.
-    """
-    for former in file.parent.glob(f".{file.name}.*.partial"):
-        with suppress(FileNotFoundError):
-            if time.time() - former.stat().st_mtime > ABANDONED_SECONDS:
-                former.unlink()
-    _replace(file, file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial"), parts)
-
-
-def _replace(file: Path, partial: Path, parts: Iterable[bytes]) -> None:
+def write_bytes(file: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace `file` in one step, by one process at a time; after an error the former file is still there."""
+    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as opened:
-            for part in parts:
-                opened.write(part)
+            opened.writelines([data] if isinstance(data, bytes) else data)
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(partial, file)
-        _flush(file.parent)
     except OSError as error:
-        if error.errno is None:  # of the parts, in its own words
-            raise
-        raise explained(error, file) from error
+        message = f"{file} could not be written ({error.strerror or error}); what was there before is unchanged"
+        raise OSError(error.errno, message) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """What a file or a folder holds is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold `<name>.lock` beside `file` until the block or the process ends, however it ends.
+
+    BlockingIOError if another process holds it and this one does not `wait`.
+    """
+    lock = FileLock(file.with_suffix(".lock"), blocking=wait)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # of network disks that cannot flush a folder
-            raise
+        lock.acquire()
+    except Timeout:
+        message = f"another process runs on {file}: wait for it or end it; nothing was changed"
+        raise BlockingIOError(errno.EWOULDBLOCK, message) from None
+    try:
+        yield
     finally:
-        os.close(descriptor)
+        file.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -84,13 +70,13 @@ def write_json(file: Path, values: Any) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file with `metadata` as JSON; the same values give the same bytes."""
+    """Write a safetensors file with `metadata` as JSON; the same values give the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     write_bytes(file, save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file that `write_tensors` wrote; ValueError for any other or a broken one."""
+    """Read what `write_tensors` wrote: tensors and metadata; ValueError for a broken file or any other."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {})[METADATA_KEY])
@@ -103,7 +89,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes, types and values."""
+    """Return the sha256 of names, shapes, types and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -113,41 +99,17 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that replaces `folder` at the end of the block, or vanishes if the block fails."""
-    folder = Path(folder)
-    partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
-    _restore(folder, former)
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yield a temporary folder that replaces `folder` at the end of the block, or vanishes if the block fails."""
+    work = folder.with_name(f".{folder.name}.partial")
+    if (work / "former").exists() and not folder.exists():  # a process was killed between the two steps below
+        os.replace(work / "former", folder)
+    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+    new = work / "new"
+    new.mkdir(parents=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
+        yield new
         if folder.exists():
-            os.replace(folder, former)
-        os.replace(partial, folder)
-        _flush(folder.parent)
-    except OSError as error:
-        if error.errno is None:  # of the block, in its own words
-            raise
-        raise explained(error, folder) from error
+            os.replace(folder, work / "former")
+        os.replace(new, folder)
     finally:
-        _restore(folder, former)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _restore(folder: Path, former: Path) -> None:
-    if former.exists() and not folder.exists():  # stopped between the two renames
-        os.replace(former, folder)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def explained(error: OSError, target: Path) -> OSError:
-    """The error with `target` and what to do in its message."""
-    advice = {
-        errno.ENOSPC: "no space is left: make room",
-        errno.EROFS: "the disk is read-only",
-        errno.EACCES: "not permitted",
-    }
-    reason = advice.get(error.errno, error.strerror)
-    return OSError(error.errno, f"{target} could not be written ({reason}); what was there before is unchanged")
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The state of a training of many steps: what it consists of, its losses, and how it goes on after an interruption."""
+"""The state of a training of many steps, which an interrupted run resumes from; losses and weights must be finite."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,31 +7,25 @@ from torch import Tensor, nn
 
 from ld3m.runtime.checkpoint import State
 
-CHECKED_STEPS = 100  # after which losses are looked at: reading one waits for the device
+CHECKED_STEPS = 100  # losses are read once for so many steps, since that waits for the device
 
 
 @dataclass
 class TrainingState:
-    """`parts` (networks, averages, optimizers, schedules) have `state_dict` and `load_state_dict`.
-
-    `losses` (steps,), or (steps, n) of n losses, holds zeros where no step was made yet; `done` counts those made.
-    `advice` says what to change where a loss is not finite.
-    """
-
-    parts: dict[str, Any]
-    losses: Tensor
-    advice: str
-    done: int = 0
+    parts: dict[str, Any]  # networks, averages, optimizers, schedules: with `state_dict` and `load_state_dict`
+    losses: Tensor  # (steps,), or (steps, n) of n losses, filled step by step
+    advice: str  # what to change if a loss is not finite
+    done: int = 0  # steps
 
     def record(self, loss: Tensor) -> None:
-        """Ends a step whose loss was () or (n,)."""
+        """End a step with its loss, () or (n,)."""
         self.losses[self.done] = loss.detach()
         self.done += 1
         if self.done % CHECKED_STEPS == 0 or self.done == len(self.losses):
             self._require_finite()
 
     def state(self) -> State:
-        """ValueError where a loss or a weight is not finite, so that no such state is kept."""
+        """Return what `restore` takes; ValueError if a loss or a weight is not finite, so that none such is kept."""
         self._require_finite()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {"parts": parts, "losses": self.losses, "done": self.done}
@@ -43,7 +37,7 @@ class TrainingState:
         self.done = state["done"]
 
     def status(self) -> str:
-        """The mean losses of the last steps, in a few words."""
+        """Return the mean losses of the last steps, in a few words."""
         recent = self.losses[max(0, self.done - 100) : self.done].mean(dim=0)
         return "loss " + ", ".join(f"{loss:.4f}" for loss in recent.flatten().tolist())
 
@@ -55,7 +49,7 @@ class TrainingState:
 
 
 def require_finite(losses: Tensor, *, advice: str) -> None:
-    """ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
+    """Raise ValueError with the first step whose loss, of (steps,) or (steps, n), is not finite."""
     broken = (~losses.isfinite()).nonzero()
     if len(broken):
         first = tuple(broken[0])
