@@ -1,7 +1,7 @@
 """Training the experts of params.yaml, from nothing to their files, against one after another in a plain loop.
 
 The plain loop trains the same experts with the same random streams: an order of the images and one augmentation a
-batch, the optimiser and the layers of torch as they come. It has one thread, or all of them. Ours starts its worker
+batch, the optimizer and the layers of torch as they come. It has one thread, or all of them. Ours starts its worker
 processes and ends them, seconds that more experts would share. `batched` is one process that trains all experts as one
 network with stacked weights (torch.func), which is what ours does on CUDA.
 """

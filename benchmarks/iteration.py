@@ -11,7 +11,7 @@ Counted in forward passes of the U-Net, with both halves of guidance in one batc
 | released scheme: sampling pass, checkpointed pass, recomputation | T + T + T + 2T = 5T | of one step |
 
 The floor is T times a forward pass of the U-Net without a graph, one with a graph, and its backward pass to the latents
-and the conditioning. It has nothing else: noising, the quantiser, guidance, the skip and the arithmetic of DDIM are in
+and the conditioning. It has nothing else: noising, the quantizer, guidance, the skip and the arithmetic of DDIM are in
 ours. Decoder and objective are in neither, for they are the same in every way.
 """
 
@@ -51,7 +51,7 @@ def plain(
     prior: Prior, z: Tensor, c: Tensor, *, eps: Tensor, steps: int, guidance: float, checkpointed: bool = False
 ) -> Tensor:
     """The chain as one would write it: nothing is kept from step to step, and autograd does the rest. The skip's latent
-    is quantised in every step, as in the released code."""
+    is quantized in every step, as in the released code."""
     ts = list(range(1, 1000, 1000 // steps))[:steps]
     a = prior.alpha_bar[ts[-1]].item()
     z_t = a**0.5 * z + (1 - a) ** 0.5 * eps

@@ -4,7 +4,7 @@ DC and DM: the classes one after another, each with its own real batch and augme
 several at once on one thread each, and DM takes a thread's share of the classes through the network together. MTT:
 autograd through all student steps, which keeps every one of them; ours keeps their parameter vectors and computes each
 step again: a third more arithmetic, for memory that grows by a parameter vector a step alone, which is measured too.
-The trajectory is a random walk from an initialisation.
+The trajectory is a random walk from an initialization.
 """
 
 import tempfile

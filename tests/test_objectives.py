@@ -205,7 +205,7 @@ def test_what_the_distance_is_given(dataset, randn):
         label = call % CLASSES
         assert set(real_labels.tolist()) == set(given_labels.tolist()) == {label}
         assert torch.equal(synthetic, images[labels == label])
-        uint8 = ((real * 0.3 + 0.4) * 255).round().to(torch.uint8)  # normalised as the data set says
+        uint8 = ((real * 0.3 + 0.4) * 255).round().to(torch.uint8)  # normalized as the data set says
         indices = [known[image.numpy().tobytes()] for image in uint8]
         assert len(set(indices)) == 4 and set(dataset.train.labels[indices].tolist()) == {label}
         assert all(parameter.dtype == torch.float64 for parameter in network.parameters())

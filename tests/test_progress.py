@@ -18,13 +18,13 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_time_of_an_iteration_leaves_out_what_the_first_does_besides(clock, capsys, start):
     steps = []
-    for step in progress(start + 10, label="distil", start=start, status=lambda: f"loss {steps[-1]}"):
+    for step in progress(start + 10, label="distill", start=start, status=lambda: f"loss {steps[-1]}"):
         clock[0] += 100.0 if step == start else 2.0
         steps.append(step)
     assert steps == list(range(start, start + 10))
     first, *others = capsys.readouterr().out.splitlines()
-    assert first == f"distil {start + 1}/{start + 10} loss {start} (0.000 s each, 0 s left)"
-    assert others[-3] == f"distil {start + 8}/{start + 10} loss {start + 7} (2.000 s each, 4 s left)"
+    assert first == f"distill {start + 1}/{start + 10} loss {start} (0.000 s each, 0 s left)"
+    assert others[-3] == f"distill {start + 8}/{start + 10} loss {start + 7} (2.000 s each, 4 s left)"
     assert all("(2.000 s each, " in line for line in others)
 
 

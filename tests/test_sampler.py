@@ -143,7 +143,7 @@ def test_without_skip_it_is_the_ddim_of_diffusers(prior, randn):
 
 @pytest.mark.parametrize("skip", ["x0", "mean", "none"])
 def test_gradient_equals_finite_differences(prior, randn, monkeypatch, skip):
-    # the straight-through gradient of the quantiser is not the derivative of its steps: leave it out
+    # the straight-through gradient of the quantizer is not the derivative of its steps: leave it out
     monkeypatch.setattr(type(prior), "quantize", lambda self, z: z)
     z_T, z, c = leaves(prior, randn)
     weight = randn(2, 2, 4, 4)

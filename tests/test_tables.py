@@ -20,7 +20,7 @@ from ld3m.reporting.tables import (
     scores_of_run_0,
     scores_of_runs,
     spread,
-    summarise,
+    summarize,
     verdicts,
     with_unseen_mean,
 )
@@ -167,7 +167,7 @@ def test_the_unseen_mean_leaves_out_the_architecture_that_distilled(params, scor
 
 
 def test_the_summary_has_its_columns_and_one_row_a_cell_and_architecture(params, scores):
-    summary = summarise(scores)
+    summary = summarize(scores)
     assert list(summary.columns) == COLUMNS
     assert len(summary) == 4 * len(CELLS)
     keys = ["dataset", "ipc", "objective", "space", "architecture"]
@@ -216,7 +216,7 @@ def test_a_grid_of_one_space_has_no_differences_between_spaces(scores, space):
 
 
 def test_the_table_has_the_layout_of_the_paper(scores):
-    table = paper_style(summarise(scores))
+    table = paper_style(summarize(scores))
     assert list(table.columns) == ["IPC", "Set", "ViT", "ConvNet", "AlexNet", "Unseen mean"]
     names = ["Random real", "DM Pixel", "DM LD3M", "MTT Pixel", "MTT LD3M"]
     rows = [(ipc, name) for ipc in (1, 10) for name in names]
@@ -383,7 +383,7 @@ def test_the_tables_hold_the_numbers(params):
     assert len(history) == 2 * 8 and history[history.cell == "mtt-ld3m-10"].loss.tolist() == [1.0, 0.0]
     assert len(pd.read_csv(tables("main") / "differences.csv")) == 48
     assert pd.read_csv(tables("main") / "prior.csv").sample_class_accuracy.tolist() == [0.95]
-    for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distil"):
+    for part in ("| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distill"):
         assert part in markdown
     assert (
         "- DM, IPC 1: LD3M is significantly better than pixel" in markdown

@@ -1,4 +1,4 @@
-"""Subsets of ImageNet-1k that the literature distils, by name: ten class indices each, in the published order."""
+"""Subsets of ImageNet-1k that the literature distills, by name: ten class indices each, in the published order."""
 
 import csv
 import re

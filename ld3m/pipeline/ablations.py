@@ -57,7 +57,7 @@ def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) ->
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
-    """Distils one image per class and evaluates it: `images` (N, C, H, W) in [-1, 1], `accuracy` (architecture to one
+    """Distills one image per class and evaluates it: `images` (N, C, H, W) in [-1, 1], `accuracy` (architecture to one
     number a seed, on test images, in [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`,
     and `peak_mib` of the process (None where the system cannot tell a setting from those before it).
 

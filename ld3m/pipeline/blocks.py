@@ -49,7 +49,7 @@ class Model(BaseModel):
 
 
 class CellParams(Model):
-    """Sets to distil, one for each of `runs`. `prior` and `experts` name what the stage reads under runs/<dataset>:
+    """Sets to distill, one for each of `runs`. `prior` and `experts` name what the stage reads under runs/<dataset>:
     "data" where it needs none."""
 
     objective: str

@@ -8,7 +8,7 @@ from ld3m.pipeline.params import Params
 from ld3m.runtime import paths
 
 TABLES = ("main", "report")  # the main table, and what the report adds to it
-UNSEEN = "unseen"  # the mean over the architectures that were not used to distil
+UNSEEN = "unseen"  # the mean over the architectures that were not used to distill
 
 
 class Names(dict[str, str]):

@@ -149,7 +149,7 @@ class Experiment:
         ).to(self.params.on_device)
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
-        """Called with `seed=...`, gives a freshly initialised network of the data set's size."""
+        """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
         given = self.params.network_arguments(architecture)
         if "factory" in given:
             given["factory"] = imported(given["factory"])
@@ -251,7 +251,7 @@ class Experiment:
         return (CONTROLS[name] if name in CONTROLS else imported(name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
-        """Distils one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
+        """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
 
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """

@@ -17,7 +17,7 @@ from ld3m.runtime.storage import new_folder, tensors_hash, write_tensors
 
 
 def distill_runs(experiment: Experiment, cell: Cell) -> list[Path]:
-    """Distil the set of every run of a cell and return their folders.
+    """Distill the set of every run of a cell and return their folders.
 
     One run uses all `processes`; several run side by side with one process each.
     """
@@ -27,14 +27,14 @@ def distill_runs(experiment: Experiment, cell: Cell) -> list[Path]:
     else:
         alone = params.model_copy(update={"processes": 1, "cluster": None})
         tasks = [{"params": alone, "cell": cell, "run": run} for run in cell.runs]
-        folders = fan_out(_distil, tasks, processes=params.processes, cluster=params.cluster, label="runs")
+        folders = fan_out(_distill, tasks, processes=params.processes, cluster=params.cluster, label="runs")
         end_workers()
     for run in cell.runs:
         experiment.of_run(run).checkpoint_of(cell, {}).remove()
     return folders
 
 
-def _distil(params: Params, cell: Cell, run: int) -> Path:
+def _distill(params: Params, cell: Cell, run: int) -> Path:
     return Experiment(params, run).distill(cell)
 
 

@@ -65,7 +65,7 @@ def _huggingface(target: Path, tensors: dict[str, Tensor], metadata: dict[str, A
     (target / "README.md").write_text(
         f"# {metadata['name']}\n\nA distilled set of {len(encoded)} images, clamped to [0, 1] and rounded to 8 bit; "
         f"the tensors it is made from have the sha256 {metadata['tensors_sha256']}.\n\n"
-        f"Normalise with mean {metadata['normalization']['mean']} and std {metadata['normalization']['std']}.\n"
+        f"Normalize with mean {metadata['normalization']['mean']} and std {metadata['normalization']['std']}.\n"
     )
 
 

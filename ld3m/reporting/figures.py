@@ -17,7 +17,7 @@ from ld3m.pipeline.cells import NAMES, UNSEEN
 plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-paper", {"lines.markeredgewidth": 1, "axes.linewidth": 0.8}])
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
 DASHES = {"grad_norm_w": "--", "grad_norm_c": "--", "grad_norm_student_lr": ":"}  # what is learned beside the images
-SPACE_COLOURS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
+SPACE_COLORS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
 def save(figure: Figure, name: str, folder: Path) -> Path:
@@ -49,7 +49,7 @@ def _closed(figure: Figure) -> Figure:
 
 
 def image_rows(rows: dict[str, Tensor], *, columns: list[str] | None = None, size_inch: float = 0.62) -> Figure:
-    """One labelled row of images per entry; every value is pixels (n, C, H, W), shown clamped to [-1, 1]."""
+    """One labeled row of images per entry; every value is pixels (n, C, H, W), shown clamped to [-1, 1]."""
     count = max(len(pixels) for pixels in rows.values())
     figure, axes = plt.subplots(
         len(rows), count, figsize=(size_inch * count + 1.2, size_inch * len(rows) + 0.3), squeeze=False
@@ -78,9 +78,9 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
     figure, axes = plt.subplots(1, len(networks), figsize=size, sharey=True)
     for axis, network in zip(np.atleast_1d(axes), networks, strict=True):
         part = frame[frame.Network == network].set_index("Set").loc[sets]
-        colours = [SPACE_COLOURS.get(name.split()[-1], "#666666") for name in sets]
-        for place, (mean, low, high, colour) in enumerate(
-            zip(part["mean"], part.ci_low, part.ci_high, colours, strict=True)
+        colors = [SPACE_COLORS.get(name.split()[-1], "#666666") for name in sets]
+        for place, (mean, low, high, color) in enumerate(
+            zip(part["mean"], part.ci_low, part.ci_high, colors, strict=True)
         ):
             axis.errorbar(
                 100 * mean,
@@ -89,7 +89,7 @@ def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
                 fmt="o",
                 ms=3,
                 capsize=2,
-                color=colour,
+                color=color,
             )
         axis.set(
             title=network,
@@ -124,10 +124,10 @@ def _intervals(changes: pd.DataFrame, names: list[str], *, label: str) -> Figure
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(names) + 0.7))
     axis.axvline(0, color="0.4", lw=1)
     for place, row in enumerate(changes.itertuples()):
-        colour = "#1b9e77" if row.ci_low > 0 else "#d95f02" if row.ci_high < 0 else "0.5"
-        axis.plot([100 * row.ci_low, 100 * row.ci_high], [place, place], color=colour, lw=2, solid_capstyle="round")
+        color = "#1b9e77" if row.ci_low > 0 else "#d95f02" if row.ci_high < 0 else "0.5"
+        axis.plot([100 * row.ci_low, 100 * row.ci_high], [place, place], color=color, lw=2, solid_capstyle="round")
         significant = row.ci_low > 0 or row.ci_high < 0
-        axis.plot(100 * row.mean, place, "o", ms=5, color=colour, mfc=colour if significant else "white")
+        axis.plot(100 * row.mean, place, "o", ms=5, color=color, mfc=color if significant else "white")
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
     figure.tight_layout()
     return _closed(figure)
@@ -141,16 +141,16 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     learnables = [name for name in history.columns if name.startswith("grad_norm_")]
     for column, objective in zip(axes.T, objectives, strict=True):
         for space, run in history[history.objective == objective].groupby("space"):
-            colour = SPACE_COLOURS.get(NAMES[space], "#666666")
-            column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=colour, label=NAMES[space])
+            color = SPACE_COLORS.get(NAMES[space], "#666666")
+            column[0].plot(run.step, run.loss.rolling(5, min_periods=1).mean(), color=color, label=NAMES[space])
             checks = validation[(validation.objective == objective) & (validation.space == space)]
-            column[1].plot(checks.iteration, 100 * checks.accuracy, "o", ms=4, color=colour)
-            column[1].plot(checks.iteration, 100 * checks.accuracy, ":", lw=0.7, alpha=0.6, color=colour)
+            column[1].plot(checks.iteration, 100 * checks.accuracy, "o", ms=4, color=color)
+            column[1].plot(checks.iteration, 100 * checks.accuracy, ":", lw=0.7, alpha=0.6, color=color)
             for name in learnables:
                 if run[name].notna().any():
                     label = f"{NAMES[space]} {name.removeprefix('grad_norm_')}"
                     smooth = run[name].rolling(5, min_periods=1).mean()
-                    column[2].plot(run.step, smooth, DASHES.get(name, "-"), color=colour, label=label)
+                    column[2].plot(run.step, smooth, DASHES.get(name, "-"), color=color, label=label)
         column[0].set(title=f"{NAMES[objective]}, IPC {ipc}", yscale="log")
         column[2].set(yscale="log", xlabel="iteration")
         column[2].legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
@@ -200,7 +200,7 @@ def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
 
 
 def gradient_norms(norms: pd.DataFrame) -> Figure:
-    """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrisation:
+    """Gradient norm of the learned latent against the number of steps, one line for each skip and parametrization:
     the mean over images, with bars from the smallest to the largest where there are several.
 
     Columns: skip, learned ("z" or "z_T"), steps, image, norm.

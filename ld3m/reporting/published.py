@@ -73,7 +73,7 @@ def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
     given, ld3m, recipe = params.data, params.spaces.ld3m, params.evaluate.recipe
     network = params.networks[params.distill.network]
     depth = f", depth {network.depth}" if getattr(network, "depth", None) else ""
-    distils = f"{NAMES[params.distill.network]}{depth}, width {getattr(network, 'width', 'its own')}"
+    distills = f"{NAMES[params.distill.network]}{depth}, width {getattr(network, 'width', 'its own')}"
     counts: dict[str, dict[str, dict[int, int]]] = {}
     for cell in distilled:
         budget = params.budget(*cell.row, iterations=cell.iterations)
@@ -104,7 +104,7 @@ def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
         ),
         ("Reverse steps T; guidance", "10; 3.0", f"{ld3m.steps}; {ld3m.guidance}"),
         ("Iterations", "10,000 (GLaD 1,000)", "; ".join(iterations)),
-        ("Network that distils", "ConvNet, depth 5, width 128", distils),
+        ("Network that distills", "ConvNet, depth 5, width 128", distills),
         ("Width of the evaluation networks", "as published", ", ".join(widths)),
         ("Epochs of the evaluation networks", "1,000", ", ".join(epochs)),
         (

@@ -36,7 +36,7 @@ from ld3m.reporting.tables import (
     scores_of_run_0,
     scores_of_runs,
     spread,
-    summarise,
+    summarize,
     verdicts,
     with_unseen_mean,
 )
@@ -82,7 +82,7 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
     seen, found = params.distill.network, first_runs(params, table)
     folder = reports_path(params.dataset, "tables", table)
     scores = with_unseen_mean(scores_of_run_0(params, found), seen)
-    tables = {"main": summarise(scores), "differences": differences(scores), "costs": read_costs(params, found)}
+    tables = {"main": summarize(scores), "differences": differences(scores), "costs": read_costs(params, found)}
     tables["scores"] = tables["main"][tables["main"].architecture != UNSEEN][COLUMNS]
     norms = _gradient_norms(params).groupby(["learned", "skip", "steps"]).norm
     tables["gradient_norms"] = norms.agg(["mean", "min", "max"]).reset_index()
@@ -119,7 +119,7 @@ def _tables_of_the_report(params: Params, found: list[Cell]) -> dict[str, pd.Dat
     runs = with_unseen_mean(scores_of_runs(params), seen)
     if not runs.empty:
         one_each = runs[runs.seed == 0]
-        tables |= {"runs": summarise(one_each), "runs_differences": differences(one_each), "spread": spread(runs)}
+        tables |= {"runs": summarize(one_each), "runs_differences": differences(one_each), "spread": spread(runs)}
     return tables
 
 
@@ -142,7 +142,7 @@ def described(params: Params, tables: dict[str, pd.DataFrame], name: str) -> tup
     if name == "main":
         note = (
             f"{percent}interval over n = {params.evaluate.seeds} networks trained on one distilled set. {NAMES[seen]} "
-            "is the architecture used to distil; the unseen mean is over the others."
+            "is the architecture used to distill; the unseen mean is over the others."
         )
         return paper_style(tables[name]), note, verdicts(tables["differences"], seen, paired_by="networks")
     if name == "runs":
@@ -154,7 +154,7 @@ def described(params: Params, tables: dict[str, pd.DataFrame], name: str) -> tup
         )
         return paper_style(tables[name]), note, verdicts(tables["runs_differences"], seen, paired_by="runs")
     note = (
-        "Mean test accuracy in percent over the architectures that were not used to distil, and paired differences "
+        "Mean test accuracy in percent over the architectures that were not used to distill, and paired differences "
         "between spaces. Paper: LD3M, Table 4, 128 px, IPC 10, with what it prints after ±. "
         "Ours: ± half of the 95 % interval. The settings differ (settings.csv): compare the differences between the "
         "spaces and their signs, not the accuracies."

@@ -66,7 +66,7 @@ def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
     return pd.concat([scores, unseen.assign(architecture=UNSEEN)], ignore_index=True)
 
 
-def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     """`COLUMNS`: one row per cell and architecture; the interval is over networks (of one run) or runs (of one
     network each), whichever there are."""
     keys = ["dataset", "ipc", "objective", "space", "architecture"]
