@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.experts import textbook
@@ -73,7 +73,11 @@ def _train(
     rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / half, total_iters=half)
     fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, epochs - half))
     schedule = lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[half])
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+
+    def ema(mean: Tensor, weight: Tensor, updates: int) -> Tensor:
+        return weight + min(ema_decay, updates / (updates + 1)) * (mean - weight)
+
+    average = AveragedModel(network, avg_fn=ema)
     network.train()
     with forked(seed, "dropout"):
         for epoch in range(epochs):

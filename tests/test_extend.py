@@ -2,11 +2,12 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
 
-from ld3m.pipeline import profiles, runs
+from ld3m.pipeline import runs
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profiles, load_params
@@ -98,9 +99,8 @@ def test_a_factory_that_is_missing_or_cannot_be_called_is_named(changes, words):
 
 
 def test_all_runs_share_what_is_loaded(monkeypatch):
-    loads = []
-    load = profiles.load_params  # any callable will do
-    monkeypatch.setattr("ld3m.pipeline.experiment.data.load_dataset", lambda **given: loads.append(given) or load)
+    loads, dataset = [], SimpleNamespace(train=SimpleNamespace(classes=("a", "b")))
+    monkeypatch.setattr("ld3m.pipeline.experiment.data.load_dataset", lambda **given: loads.append(given) or dataset)
     experiment = Experiment(load_params())
     assert experiment.of_run(2).dataset is experiment.dataset is experiment.of_run(1).dataset and len(loads) == 1
     assert experiment.of_run(2).seed != experiment.seed

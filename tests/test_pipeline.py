@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
@@ -146,8 +147,9 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_ends_with_the_s
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0][-5000:]
         time.sleep(0.01)
-    kernel = int(checkpoint.with_suffix(".lock").read_text())
-    os.kill(kernel, signal.SIGKILL)
+    for kernel in psutil.process_iter(["cmdline", "cwd"]):
+        if "ipykernel_launcher" in (kernel.info["cmdline"] or ()) and kernel.info["cwd"].startswith(str(clone)):
+            kernel.kill()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert checkpoint.exists() and not artefact.exists()  # DVC has removed the output, and nothing else
@@ -206,7 +208,7 @@ def test_explore_runs_on_the_cells_of_the_clone(clone):
 def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
     """Photographs as people have them: of any size and mode, in folders that bear the names of their classes."""
     overlay = tmp_path / "dm.yaml"  # experts of so few images hardly move, which MTT refuses
-    overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\n")
+    overlay.write_text(f"dataset: folder\ncells: {{dm-ld3m-1: {DM}}}\n")
     clone = new_clone(tmp_path / "clone", "folder", "smoke", overlay)
     rng = np.random.default_rng(0)
     for split, count in {"train": 20, "test": 5}.items():
@@ -230,7 +232,7 @@ def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_
     import datasets
 
     overlay, source = tmp_path / "here.yaml", tmp_path / "cifar10"
-    overlay.write_text(f"cells: {{dm-ld3m-1: {DM}}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
+    overlay.write_text(f"dataset: cifar10\ncells: {{dm-ld3m-1: {DM}}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
     clone = new_clone(tmp_path / "clone", "cifar10", "smoke", overlay)
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))

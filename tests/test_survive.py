@@ -68,7 +68,7 @@ def dm_ld3m(keep: Callable[[str], Checkpoint], out: Path) -> None:
     x, labels, prior = train.x(torch.arange(3)), train.labels[:3], make_prior().freeze_()
     synthetic = start_ld3m(x, labels, prior, steps=2, guidance=2.0, skip="mean", noise="redrawn", render_batch=2)
     objective = OBJECTIVES["dm"](train, experts=None, real_batch=4, **SHARED)
-    distill(synthetic, objective, {"z_T": 0.3, "c": 0.3}, keep("cell"), out)
+    distill_to_file(synthetic, objective, {"z_T": 0.3, "c": 0.3}, keep("cell"), out)
 
 
 def mtt_pixel(keep: Callable[[str], Checkpoint], out: Path) -> None:
@@ -82,10 +82,10 @@ def mtt_pixel(keep: Callable[[str], Checkpoint], out: Path) -> None:
         train, experts=partial(open_experts, experts, count=3, parameters=parameters), student_lr=0.1,
         student_steps=2, expert_epochs=1, max_start_epoch=2, student_batch=2, first_order=False, **SHARED,
     )  # fmt: skip
-    distill(synthetic, objective, {"images": 10.0, "student_lr": 1e-4}, keep("cell"), out)
+    distill_to_file(synthetic, objective, {"images": 10.0, "student_lr": 1e-4}, keep("cell"), out)
 
 
-def distill(
+def distill_to_file(
     synthetic: Synthetic, objective: Objective, rates: dict[str, float], checkpoint: Checkpoint, out: Path
 ) -> None:
     given = dict(iterations=5, momentum=0.5, validation_checks=2, validate=lambda images: [images.std().item()])

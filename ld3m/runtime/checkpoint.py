@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -116,7 +117,8 @@ class Checkpoint:
         if self.file is None or not self.file.exists():
             return
         data = self.file.read_bytes()
-        start_over = f"to start over delete {self.file}" + (f" and {self.folder}" if self.folder.is_dir() else "")
+        files = [self.file, *([self.folder] if self.folder.is_dir() else [])]
+        start_over = f"to start over delete {' and '.join(map(os.path.relpath, files))}"
         try:
             if data[:32] != hashlib.sha256(data[32:]).digest():
                 raise ValueError("its hash is not that of its content")
@@ -136,7 +138,8 @@ class Checkpoint:
         """Return what is on disk and how to go on."""
         if self.file is None or not self.file.exists():
             return "Last written: nothing"
-        return f"Last written: {self.file}; the same command resumes from it, or starts over if you delete it"
+        file = os.path.relpath(self.file)  # outputs of notebooks name no machine's folders
+        return f"Last written: {file}; the same command resumes from it, or starts over if you delete it"
 
     def remove(self) -> None:
         """Remove the file and the folder, once the result is written."""
