@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from ld3m.data import dataset as data
@@ -29,7 +27,6 @@ from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
 from ld3m.runtime.parallel import end_workers
-from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
 
@@ -288,7 +285,7 @@ class Experiment:
         if cell.space == "ld3m":
             given = self.params.spaces.ld3m
             cost["denoising steps, forward and backward"] = iterations * given.steps
-            cost["of them forward once more"] = iterations * max(0, given.steps - given.uncheckpointed_steps)
+            cost["recomputed forward steps"] = iterations * max(0, given.steps - given.uncheckpointed_steps)
         end_workers()
         write_artefact(
             folder,
@@ -316,31 +313,6 @@ class Experiment:
                 return self.control(self.params.controls[cell.key].control, cell.ipc)
         tensors, _ = read_artefact(cell.artefact(self.run))
         return tensors["images"].to(self.params.on_device), tensors["labels"]
-
-    def gradient_norms(self) -> pd.DataFrame:
-        """The norms of every image's DM gradient of what is learned, at iteration 0: columns skip, learned, steps,
-        image, norm."""
-        given = self.params.gradient_norms
-        objective = self.objective("dm")
-        settings = [
-            (learn, skip, steps) for learn in ("z", "z_T") for skip in ("x0", "mean", "none") for steps in given.steps
-        ]
-        rows = []
-        cell = Cell(self.params.dataset, "gradient-norms", "main", "dm", "ld3m", given.images_per_class, prior="prior")
-        configuration = self.configuration(cell) | given.model_dump()
-        with self.params.checkpoint("gradient-norms", configuration) as checkpoint:
-            checkpoint.resume(rows.extend)
-            done = len(rows) // (given.images_per_class * len(self.dataset.train.classes))
-            for k in progress(len(settings), label="gradient norms", start=done):
-                with checkpoint.step(lambda: rows):
-                    learn, skip, steps = settings[k]
-                    synthetic = self.synthetic("ld3m", given.images_per_class, learn=learn, skip=skip, steps=steps)
-                    images = synthetic.render()
-                    _, grad = objective(images.detach(), synthetic.labels, step=0)
-                    (grad,) = torch.autograd.grad(images, synthetic.learnables[learn], grad)
-                    norms = grad.flatten(1).norm(dim=1).tolist()
-                    rows.extend((skip, learn, steps, image, norm) for image, norm in enumerate(norms))
-        return pd.DataFrame(rows, columns=["skip", "learned", "steps", "image", "norm"])
 
     def configuration(self, cell: Cell) -> dict[str, Any]:
         """Return plain values that say how a cell was made, and which a resumed run must find unchanged."""

@@ -20,7 +20,7 @@ COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", 
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high", "p"]
 MEASURES = {
     "classifier_accuracy": "Accuracy of the classifier on real images",
-    "recognised": "Share of samples that it gives the class asked for",
+    "sample_class_accuracy": "Share of samples that it gives the class asked for",
     "samples": "Samples",
     "mse": "Reconstruction: mean squared error",
     "psnr_db": "Reconstruction: dB",
