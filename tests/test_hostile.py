@@ -177,18 +177,6 @@ def test_a_pickle_hidden_in_a_file_of_tensors_is_not_executed(tmp_path, dataset)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "metadata", [{}, [], {"classes": 3}, {"classes": ["a", "b", "c"], "normalization": {"mean": [0], "std": [[]]}}]
-)
-def test_metadata_of_other_types_are_refused(tmp_path, dataset, metadata):
-    content = {"images": IMAGES, "labels": LABELS}
-    if isinstance(metadata, dict):
-        metadata = metadata | {"tensors_sha256": tensors_hash(content)}
-    write_tensors(tmp_path / "distilled.safetensors", content, metadata)
-    with pytest.raises(ValueError, match=r"distilled\.safetensors"):
-        read_artefact(tmp_path)
-
-
 def test_a_prior_that_is_linked_to_itself_is_refused(tmp_path):
     (tmp_path / "source.json").write_text(json.dumps({"source": str(tmp_path), "classes": [0], "sha256": ""}))
     with pytest.raises((ValueError, OSError), match=str(tmp_path)):
@@ -196,14 +184,19 @@ def test_a_prior_that_is_linked_to_itself_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: &a [*a]\n", "{" * 1200, "? " * 1200, "seed: 2001-99-99\n",
-             "seed: " + "9" * 5000 + "\n", "!!python/object/apply:os.system ['true']\n", "a: !!x b\n"],
-)  # fmt: skip
+    "text",
+    [
+        "seed: &a [*a]\n",
+        "{" * 1200,
+        "seed: 2001-99-99\n",
+        f"seed: {'9' * 5000}\n",
+        "!!python/object/apply:os.system [a]",
+    ],
+)
 def test_yaml_that_expands_or_executes_is_refused(tmp_path, text):
-    (file, profile), (load_params, apply) = parameters(tmp_path, None)
-    profile.write_text(text)
-    with pytest.raises((ValueError, OSError), match=r"profile\.yaml"):
-        apply()
-    file.write_text(text)
-    with pytest.raises((ValueError, OSError), match=r"params\.yaml"):
-        load_params()
+    for file, read in zip(*parameters(tmp_path, None), strict=True):
+        whole = file.read_text()
+        file.write_text(text)
+        with pytest.raises((ValueError, OSError), match=file.name):
+            read()
+        file.write_text(whole)
