@@ -15,7 +15,6 @@ from ld3m.evaluation.training import accuracy, train, train_together
 from ld3m.models.networks import build, flat_parameters, unflatten
 from ld3m.runtime import storage
 from ld3m.runtime.checkpoint import Checkpoint
-from ld3m.runtime.devices import network_chunk_size
 from ld3m.runtime.parallel import fan_out
 from ld3m.runtime.seeds import derive, generator
 
@@ -193,12 +192,6 @@ def test_experts_trained_in_groups_do_not_depend_on_how_many_there_are(three, tm
     torch.testing.assert_close(snapshots[:3], three[2], rtol=1e-3, atol=1e-5)
     for one, other in zip(three[1], fewer, strict=True):
         assert one["validation_accuracy"] == pytest.approx(other["validation_accuracy"], abs=0.1)
-
-
-def test_networks_at_once():
-    cases = [("cpu", 10, 32), ("cuda", 10, 32), ("cuda", 256, 32), ("cuda", 256, 128)]
-    found = [network_chunk_size(device, batch=batch, size_px=size_px) for device, batch, size_px in cases]
-    assert found == [1, 8, 4, 1]
 
 
 def test_snapshots_are_those_of_plain_sgd_from_the_initialization(tmp_path):
