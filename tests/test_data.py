@@ -12,6 +12,9 @@ from pyarrow import parquet
 from ld3m.data import dataset as data
 from ld3m.data import images as files
 from ld3m.data import mnist5k
+from ld3m.data.coresets import herding, k_center
+from ld3m.data.subsets import IMAGENET, imagenet_classes, imagenet_indices, of_imagenet
+from ld3m.pipeline.profiles import load_params
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
@@ -207,3 +210,75 @@ def test_files_of_every_kind_and_gray_ones_of_every_depth_show_the_same_picture(
     for name, gray in {"8.pgm": Image.fromarray(ramp), "16.png": deep, "16.tif": deep}.items():
         gray.save(tmp_path / name)
         np.testing.assert_array_equal(square(files.open_image(str(tmp_path / name)), channels=1), ramp)
+
+
+def test_every_subset_is_ten_distinct_classes():
+    assert " ".join(IMAGENET) == "a b c d e nette woof birds fruits cats yellow geo food mammals marine"
+    for indices in IMAGENET.values():
+        assert len(set(indices)) == 10 and all(0 <= index < 1000 for index in indices)
+    assert len({index for name in "abcde" for index in IMAGENET[name]}) == 50
+    assert sum(map(sum, IMAGENET.values())) == 68011  # of the published numbers
+
+
+def test_a_subset_is_its_classes_in_the_published_order(tmp_path):
+    wnids = [imagenet_classes()[index]["wnid"] for index in IMAGENET["woof"]]
+    for label, wnid in enumerate(wnids):
+        for file in (f"train/{wnid}/0.png", f"train/{wnid}/1.png", f"val/{wnid}/0.png"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.frombytes("L", (8, 8), bytes(range(label, label + 64))).save(tmp_path / file)
+    splits = {"train": "train", "validation": 0.5, "test": "val"}
+    dataset = load(source=tmp_path, size_px=8, splits=splits, classes="woof")
+    assert dataset.train.classes == tuple(wnids) and wnids != sorted(wnids)
+    for part in (dataset.train, dataset.validation, dataset.test):
+        assert part.uint8[part.labels.argsort(), 0, 0, 0].tolist() == list(range(10))
+
+
+def test_an_unknown_subset_lists_those_that_exist():
+    with pytest.raises(ValueError, match=r"datasets\.mnist5k\.classes: .*named 'dogs'; there are a, .*\[dogs\]"):
+        load_params({"datasets.mnist5k.classes": "dogs"})
+
+
+def test_a_subset_is_found_by_wnid_or_word_or_in_imagenet_s_order():
+    wnids, words = ([entry[key] for entry in imagenet_classes()] for key in ("wnid", "name"))
+    assert len(set(wnids)) == 1000 and wnids == sorted(wnids) and (wnids[0], words[701]) == ("n01440764", "parachute")
+    numbers, fake = [str(index) for index in range(1000)], [f"n{index:08d}" for index in range(1000)]
+    for names in (numbers, ["tench, Tinca tinca", *words[1:]], fake, wnids):
+        assert of_imagenet("nette", names, where="toy") == [names[index] for index in IMAGENET["nette"]]
+    for names in (wnids, words):
+        ten = [names[index] for index in IMAGENET["woof"]]
+        assert of_imagenet("woof", sorted(ten), where="toy") == ten  # just those ten, in any order
+        assert imagenet_indices(ten) == IMAGENET["woof"] and imagenet_indices([*ten, "0"]) is None
+    assert imagenet_indices(["crane"]) is None  # a bird and a machine
+    for names in (sorted(numbers), numbers[:10], [f"animal {index:03d}" for index in range(1000)]):
+        with pytest.raises(ValueError, match=r"toy: classes='nette' needs the folders n01440764, .*rename the folders"):
+            of_imagenet("nette", names, where="toy")
+
+
+@pytest.fixture
+def features():
+    return torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_herding_takes_the_best_next_image(features):
+    chosen = herding(features, 6).tolist()
+    for k in range(6):
+        others = [i for i in range(30) if i not in chosen[:k]]
+        gap = {i: (features[[*chosen[:k], i]].mean(0) - features.mean(0)).norm().item() for i in others}
+        assert chosen[k] == min(gap, key=gap.get)
+
+
+def test_k_center_takes_the_farthest_next_image(features):
+    chosen = k_center(features, 6).tolist()
+    assert chosen[0] == (features - features.mean(0)).norm(dim=1).argmin()
+    for k in range(1, 6):
+        gap = {i: min((features[i] - features[j]).norm().item() for j in chosen[:k]) for i in range(30)}
+        assert chosen[k] == max(gap, key=gap.get)
+
+
+@pytest.mark.parametrize("choose", [herding, k_center])
+def test_all_images_once_and_refusals(choose, features):
+    for rows in (features, torch.zeros(3, 2)):  # equal rows are distinct images
+        assert sorted(choose(rows, len(rows)).tolist()) == list(range(len(rows)))
+    for count in (0, 31):
+        with pytest.raises(ValueError, match="choose 1..30"):
+            choose(features, count)
