@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import make_halves
 from torch import nn
 
-from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation import evaluate, experts
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import open_experts, train_experts
@@ -20,27 +20,17 @@ from ld3m.runtime.seeds import derive, generator
 
 RECIPE = {"epochs": 2, "batch": 4, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01, "warm_up": False}
 RECIPE |= {"ema_decay": None}
-NETWORK = partial(build, "convnet", channels=1, size_px=8, classes=3, width=4, depth=1)
+NETWORK = partial(build, "convnet", channels=1, size_px=16, classes=2, width=4, depth=1)
 SIZE = len(flat_parameters(NETWORK(seed=0)))
 
 
-def split(count, seed):
-    """Blurry blobs, bright in a third of the image that depends on the class."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    uint8 = torch.randint(0, 60, (count, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    for k, label in enumerate(labels):
-        uint8[k, :, 2 * label : 2 * label + 3] += 150
-    return Split(uint8, labels, ("a", "b", "c"))
-
-
-DATASET = Dataset("toy", split(24, 0), split(12, 1), split(12, 2), Normalization((0.3,), (0.25,)))
+DATASET = make_halves(background=200, brightness=(15, 50))
 LABELS = DATASET.train.labels
 IMAGES = DATASET.normalization.normalize(DATASET.train.x())
 
 
 def linear():
-    network, rng = nn.Sequential(nn.Flatten(), nn.utils.skip_init(nn.Linear, 64, 3)).double(), generator(0)
+    network, rng = nn.Sequential(nn.Flatten(), nn.utils.skip_init(nn.Linear, 256, 2)).double(), generator(0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) / 10)
@@ -48,7 +38,7 @@ def linear():
 
 
 def batches(seed, epoch, batch):
-    return torch.randperm(24, generator=generator(seed, "epoch", epoch)).split(batch)
+    return torch.randperm(64, generator=generator(seed, "epoch", epoch)).split(batch)
 
 
 def plain_training(rates, *, batch, momentum=0.9, weight_decay=0.01, clip_norm=math.inf):
@@ -58,7 +48,7 @@ def plain_training(rates, *, batch, momentum=0.9, weight_decay=0.01, clip_norm=m
     for epoch, rate in enumerate(rates):
         for index in batches(3, epoch, batch):
             x = IMAGES[index].flatten(1).double()
-            error = ((x @ weight.T + bias).softmax(1) - nn.functional.one_hot(LABELS[index], 3)) / len(index)
+            error = ((x @ weight.T + bias).softmax(1) - nn.functional.one_hot(LABELS[index], 2)) / len(index)
             grads = [error.T @ x, error.sum(0)]
             scale = min(1.0, clip_norm / math.sqrt(sum(grad.square().sum() for grad in grads)))
             grads = [scale * grads[0] + weight_decay * weight, scale * grads[1] + weight_decay * bias]
@@ -223,7 +213,7 @@ def test_chosen_snapshots_are_read_and_the_record_is_the_accuracy_of_the_last(th
     nn.utils.vector_to_parameters(snapshots[1][-1], network.parameters())
     images = DATASET.normalization.normalize(DATASET.validation.x())
     expected = (network(images).argmax(1) == DATASET.validation.labels).double().mean().item()
-    assert records[1]["validation_accuracy"] == expected > 0.5
+    assert records[1]["validation_accuracy"] == expected > 0.6
 
 
 def test_files_of_experts_that_do_not_fit_are_refused(three):
