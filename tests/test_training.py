@@ -10,7 +10,7 @@ from torch import nn
 
 from ld3m.evaluation import evaluate, experts
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
-from ld3m.evaluation.experts import open_experts, train_experts
+from ld3m.evaluation.experts import open_experts, snapshot_bytes, train_experts
 from ld3m.evaluation.training import accuracy, train, train_together
 from ld3m.models.networks import build, flat_parameters, unflatten
 from ld3m.runtime import storage
@@ -204,7 +204,7 @@ def test_snapshots_are_those_of_plain_sgd_from_the_initialization(tmp_path):
 def test_chosen_snapshots_are_read_and_the_record_is_the_accuracy_of_the_last(three):
     folder, records, snapshots = three
     opened = open_experts(folder, count=3, last_epoch=2, parameters=SIZE)
-    assert len(opened) == 3
+    assert len(opened) == 3 and snapshot_bytes(NETWORK(seed=0), count=3, epochs=2) == 3 * snapshots[0].nbytes
     for expert, whole in enumerate(snapshots):
         assert whole.shape == (3, SIZE) and len(torch.unique(whole, dim=0)) == 3
         assert torch.equal(opened.snapshots(expert, [2, 0]), whole[[2, 0]])
@@ -226,13 +226,6 @@ def test_files_of_experts_that_do_not_fit_are_refused(three):
             open_experts(three[0], **{"count": 3, "last_epoch": 2, "parameters": SIZE} | changes)
 
 
-def test_experts_ask_for_the_space_they_need(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(experts, "require_space", lambda folder, needed_bytes: asked.append(needed_bytes))
-    trained_experts(tmp_path / "experts", count=2)
-    assert asked == [2 * 3 * 4 * SIZE]
-
-
 RECIPES = {
     "convnet": RECIPE | {"epochs": 1, "strategy": "color_crop"},
     "other": RECIPE | {"epochs": 2, "strategy": "none"},
@@ -244,9 +237,9 @@ def job(images, *, names=("convnet", "other"), count=2, seed=0):
     return EvaluationJob(images.__getitem__, LABELS[: len(images)], recipes, range(count), seed)
 
 
-def evaluated(*jobs, processes=1):
-    shared = dict(normalization=DATASET.normalization, networks=dict.fromkeys(RECIPES, NETWORK), processes=processes)
-    return evaluate_sets(jobs, DATASET.test, **shared)
+def evaluated(*jobs, processes=1, networks=None):
+    shared = {"normalization": DATASET.normalization, "networks": networks or dict.fromkeys(RECIPES, NETWORK)}
+    return evaluate_sets(jobs, DATASET.test, processes=processes, **shared)
 
 
 def seeds_of(*jobs):
@@ -257,8 +250,7 @@ def seeds_of(*jobs):
         asked.append((name, seed))
         return NETWORK(seed=seed)
 
-    networks = {name: partial(new_network, name) for name in RECIPES}
-    evaluate_sets(jobs, DATASET.test, normalization=DATASET.normalization, networks=networks, processes=1)
+    evaluated(*jobs, networks={name: partial(new_network, name) for name in RECIPES})
     return asked
 
 
