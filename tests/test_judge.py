@@ -119,14 +119,14 @@ def test_several_runs_are_distilled_side_by_side_as_each_alone(experiment, tmp_p
     assert (alone / "distilled.safetensors").read_bytes() == together[1] != together[0]
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101])
+@pytest.mark.parametrize("name", ["", "../x", ".hidden", "x" * 101])
 def test_a_name_that_is_no_name_is_refused_before_anything_is_judged(experiment, tmp_path, name):
     with pytest.raises(ValueError, match="a set is named by letters"):
         run(path=str(tmp_path), name=name)
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(smoke, tmp_path, monkeypatch):
+def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(smoke, monkeypatch):
     epochs = {"convnet": 30, "vit": 2}  # enough to know a trained network from an untrained one
     experiment = smoke(**{"evaluate.recipe.epochs": epochs, "distill.validation_seeds": 3})
     synthetic = experiment.synthetic("pixel", 1)
@@ -134,8 +134,7 @@ def test_the_recipe_of_the_card_has_ten_lines_and_reproduces_its_score(smoke, tm
     accuracies = experiment.validate(images, synthetic.labels)
     validation = [{"iteration": 0, "accuracy": accuracies[0], "accuracies": accuracies}]
     distilled = Distilled(best={"images": images}, history=[{"step": 0}], validation=validation)
-    cell = Cell("smoke", "dm-pixel-1", "main", "dm", "pixel", 1)
-    monkeypatch.chdir(experiment._write(distilled, synthetic, cell))
+    monkeypatch.chdir(experiment._write(distilled, synthetic, Cell("smoke", "dm-pixel-1", "main", "dm", "pixel", 1)))
     card = open("card.md").read()
     (recipe,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     lines = [line for line in recipe.splitlines() if line.strip() and not line.startswith(("import", "from"))]
