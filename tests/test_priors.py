@@ -268,7 +268,7 @@ def test_a_link_stands_for_its_source_until_that_changes(dit_copy, tmp_path):
 def test_a_link_to_a_compvis_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(compvis.load_checkpoint.__kwdefaults__, "kind", SMALL)
     file = tmp_path / "model.ckpt"
-    torch.save({"state_dict": original(SMALL).state_dict()}, file)
+    torch.save({"state_dict": original(SMALL).state}, file)
     link_prior(tmp_path / "prior", source=str(file), **FITTING | {"classes": range(10)})
     assert load_prior(tmp_path / "prior").fingerprint() == load_prior(file).fingerprint()
 
