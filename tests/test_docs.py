@@ -126,14 +126,3 @@ def test_the_example_in_the_readme_has_ten_lines_runs_and_uses_the_committed_rec
     recipe = load_params().evaluate.recipe
     assert (float(rate), int(epochs)) == (recipe.learning_rates["convnet"], recipe.epochs["convnet"])
     assert f"width={load_params().networks['convnet'].width}," in block
-
-
-def test_examples_in_extend_are_short_and_run():
-    scope = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT["docs/extend.md"], re.DOTALL):
-        assert len([line for line in block.splitlines() if line.strip()]) <= 20
-        exec(block, scope)
-    for block in re.findall(r"```yaml\n(.*?)```", TEXT["docs/extend.md"], re.DOTALL):
-        named = re.findall(r'"mine:(\w+)"', str(yaml.safe_load(block)).replace("'", '"'))
-        assert named and all(callable(scope[name]) for name in named)
-    assert scope["recovered"](accuracy=0.6, random_real=0.4, full_data=0.8) == pytest.approx(0.5)

@@ -72,6 +72,13 @@ def test_each_block_is_valid_over_the_base(written, block):
     apply_profiles(written / "block.yaml", path=written / "params.yaml")
 
 
+def test_each_example_is_short_and_the_statistic_is_the_one_described():
+    assert all(sum(bool(line.strip()) for line in code.splitlines()) < 20 for code in PYTHON)
+    scope = {}
+    exec(next(code for code in PYTHON if "def recovered" in code), scope)
+    assert scope["recovered"](accuracy=0.6, random_real=0.4, full_data=0.8) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
