@@ -88,17 +88,13 @@ def test_a_data_set_that_does_not_fit(prior, change, message):
         prior.check(**{"size_px": 16, "channels": 1, "classes": 3} | change)
 
 
-def test_build_depends_on_the_seed_alone_and_takes_other_numbers_of_channels():
+def test_build_depends_on_the_seed_alone():
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
     first = make_prior().fingerprint()
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(1)
     assert make_prior().fingerprint() == first != make_prior(seed=1).fingerprint()
-    prior = make_prior(channels=3, latent_channels=4).freeze_()
-    z = prior.encode(torch.zeros(2, 3, 16, 16))
-    assert z.shape == (2, 4, 4, 4) == (2, *prior.latent_shape(16))
-    assert prior.denoise(z, 1, prior.null(2)).shape == z.shape and prior.decode(z).shape == (2, 3, 16, 16)
 
 
 def test_fingerprint_changes_with_scale_schedule_and_any_weight_but_not_with_the_order_of_memory():

@@ -208,7 +208,6 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
         (dict(names=("a", "b"), classes=[1, 1000]), r"classes=\[1000\]: the prior has no such classes, only 0 to 999"),
         (dict(names=("a", "b"), classes=[1, 1]), r"classes=\[1, 1\] repeats a class"),
         (dict(subset="woof", size_px=64), "size_px=64: this prior takes 32"),
-        (dict(subset="woof", channels=1), "channels=1: this prior has 3"),
     ],
 )
 def test_a_prior_that_does_not_fit_the_data_set(dit_folder, changes, message):
