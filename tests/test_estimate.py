@@ -77,17 +77,19 @@ def test_the_seconds_of_an_iteration_a_training_and_a_network_are_those_of_the_r
     assert estimate.network_seconds(halved, "convnet", 3200, 2, 32) < many
 
 
+@pytest.mark.parametrize("part", ["autoencoder", "denoiser", "gan"])
+def test_a_step_of_training_a_prior_is_timed(part, monkeypatch):
+    monkeypatch.setattr(estimate.os, "cpu_count", lambda: 1)
+    small = {"prior.autoencoder.batch": 4, "prior.denoiser.batch": 4, "gan.batch": 4}
+    assert estimate.prior_seconds(StandIns(load_params(small)), part) > 0
+
+
 def test_what_is_missing_is_replaced_by_random_data_weights_and_experts(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "ROOT", tmp_path)  # no prior, no GAN, no trajectories
-    monkeypatch.setattr(estimate.os, "cpu_count", lambda: 1)
-    changes = {"datasets.mnist5k.source": "data/nowhere", "spaces.ld3m.steps": 1}
-    changes |= {f"{part}.batch": 4 for part in ("prior.autoencoder", "prior.denoiser", "gan")}
-    experiment = StandIns(load_params(changes))
+    experiment = StandIns(load_params({"datasets.mnist5k.source": "data/nowhere", "spaces.ld3m.steps": 1}))
     assert len(experiment.dataset.train.labels) == 11_700 and experiment.dataset.train.stored.numel() < 10**6
     for objective, space in (("mtt", "pixel"), ("dm", "glad"), ("dc", "ld3m")):
         assert estimate.iteration_seconds(experiment, objective, space, 1) > 0
-    for part in ("autoencoder", "denoiser", "gan"):
-        assert estimate.prior_seconds(experiment, part) > 0
 
 
 def test_the_command_applies_a_profile_and_leaves_params_yaml_as_it_is(monkeypatch):
