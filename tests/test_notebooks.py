@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
+from ld3m.pipeline.notebook_parameters import check_parameters
 from ld3m.runtime.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -72,43 +73,40 @@ def test_a_stage_depends_on_its_notebook_and_injects_only_what_it_takes(notebook
             assert f"notebooks/{notebook.name}.ipynb" in STAGES[name].get("do", STAGES[name])["deps"], name
 
 
-def execute(folder, source, *options):
-    """Papermill as dvc.yaml calls it, on a notebook of two cells: parameters, and a source."""
-    cells = [nbformat.v4.new_code_cell("ipc = 1\nname = 'a'", metadata={"tags": ["parameters"]})]
-    given = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(source)])
-    given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(given, folder / "given.ipynb")
-    return papermill(folder, "given.ipynb", "executed.ipynb", *options)
-
-
 def papermill(folder, *arguments):
     command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-CHECK = """from ld3m.pipeline.notebook_parameters import check_parameters
+def test_a_parameter_of_another_type_is_named():
+    check_parameters({"ipc": 1, "name": "001"}, ipc=float, name=(str, type(None)))
+    for given, words in (
+        ({"ipc": "1", "name": "a"}, "parameter ipc = '1' is str, must be int$"),
+        ({"ipc": 1, "name": 1}, "parameter name = 1 is int, must be str.* -r"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_parameters(given, ipc=int, name=str)
 
-check_parameters(globals(), ipc=int, name=str)"""
+
+CHECK = "from ld3m.pipeline.notebook_parameters import check_parameters\ncheck_parameters(globals(), ipc=int, name=str)"
+KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    "source, words",
     [
-        (("-p", "ipc", "1", "-r", "name", "001"), None),
-        (("-r", "ipc", "1"), "parameter ipc = '1' is str, must be int"),
-        (("-p", "name", "001"), "parameter name = 1 is int, must be str.* -r"),
-        (("-p", "nam", "b"), "unknown parameter nam; this notebook has ipc, name"),
+        (CHECK, "unknown parameter nam; this notebook has ipc, name"),
+        (KILL, r"probably since memory ran out \(it used 0\.\d GiB\)"),
     ],
 )
-def test_parameters_are_checked(tmp_path, options, named):
-    done = execute(tmp_path, CHECK, *options)
-    assert done.returncode == (named is not None) and re.search(named or "", done.stderr), done.stderr
-
-
-def test_a_kernel_that_is_killed_is_said_to_have_run_out_of_memory(tmp_path):
-    done = execute(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert done.returncode and re.search(r"probably since memory ran out \(it used 0\.\d GiB\)", done.stderr)
+def test_an_unknown_parameter_and_a_kernel_that_was_killed_are_named(tmp_path, source, words):
+    parameters = nbformat.v4.new_code_cell("ipc = 1\nname = 'a'", metadata={"tags": ["parameters"]})
+    given = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
+    given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(given, tmp_path / "given.ipynb")
+    done = papermill(tmp_path, "given.ipynb", "executed.ipynb", "-p", "nam", "b")
+    assert done.returncode and re.search(words, done.stderr), done.stderr
 
 
 def test_the_demo_runs(tmp_path):
