@@ -89,7 +89,7 @@ def test_time_that_is_up_and_a_signal_stop_what_runs(repository, arguments):
     folder = repository(SLOW)
     code = f"from ld3m.pipeline import batch; batch.paths.ROOT = batch.Path({str(folder)!r}); batch.main({arguments})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    wait_until((folder / "begun").exists)
+    wait_until((folder / "begun").exists, seconds=300)
     if not arguments:
         process.terminate()
     assert process.communicate(timeout=60)[1] == "not done: slow\n" and process.returncode == 1
@@ -123,7 +123,7 @@ def test_an_interrupted_notebook_has_time_to_write_its_checkpoint(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(paths.__file__).parents[2])}
     pipes = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, "executed.ipynb"], **pipes)
-    wait_until((tmp_path / "begun").exists)
+    wait_until((tmp_path / "begun").exists, seconds=300)
     process.terminate()
     assert "a line" in process.communicate(timeout=60)[1] and process.returncode
     assert (tmp_path / "saved").exists()
