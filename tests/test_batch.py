@@ -1,14 +1,13 @@
 """The stages of dvc.yaml, several at a time: the result of `dvc repro`, failures, time limit and signals."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import wait_until
 from ruamel.yaml import YAML
 
 from ld3m.pipeline import batch
@@ -31,17 +30,18 @@ stages:
 """
 
 
+def dvc(*arguments):
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    def dvc(*arguments):
-        return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, check=True, capture_output=True)
-
     def start(pipeline):
         (tmp_path / "dvc.yaml").write_text(pipeline)
         (tmp_path / "word").write_text("word\n")
-        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+        subprocess.run(["git", "init", "-q"], check=True)
         dvc("init", "-q")
-        return tmp_path, dvc
+        return tmp_path
 
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,9 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_result_is_that_of_dvc_repro_and_only_what_changed_runs_again(repository):
-    folder, dvc = repository(PIPELINE)
+    folder = repository(PIPELINE)
+    with pytest.raises(SystemExit, match="nowhere"):
+        batch.main(["nowhere"])
     batch.main(["--jobs", "3"])
     assert sorted((folder / "ran").read_text().split()) == ["a", "alone", "b", "c", "last", "last"]
     dvc("repro")  # has nothing to do
@@ -66,7 +68,7 @@ def test_the_result_is_that_of_dvc_repro_and_only_what_changed_runs_again(reposi
 
 
 def test_after_a_failure_the_others_finish_and_those_that_need_it_do_not_run(repository, capsys):
-    folder, _ = repository(PIPELINE.replace("cp a b", "echo no such thing && false"))
+    folder = repository(PIPELINE.replace("cp a b", "echo no such thing && false"))
     with pytest.raises(SystemExit) as end:
         batch.main(["--jobs", "2"])
     printed = capsys.readouterr()
@@ -76,35 +78,20 @@ def test_after_a_failure_the_others_finish_and_those_that_need_it_do_not_run(rep
     assert (folder / "c").exists() and (folder / "alone").exists() and "last" not in (folder / "ran").read_text()
 
 
-def test_a_stage_that_is_not_in_dvc_yaml_is_named(repository):
-    repository(PIPELINE)
-    with pytest.raises(SystemExit, match="nowhere"):
-        batch.main(["nowhere"])
-
-
 SLOW = """
 stages:
   slow: {cmd: "python -c 'open(\\"begun\\", \\"w\\"); import time; time.sleep(60)'", outs: [never]}
 """
 
 
-def test_time_that_is_up_stops_what_runs(repository, capsys):
-    folder, _ = repository(SLOW)
-    with pytest.raises(SystemExit) as end:
-        batch.main(["--minutes", "0.4"])
-    assert end.value.code == 1 and capsys.readouterr().err == "not done: slow\n"
-    assert (folder / "begun").exists() and "KeyboardInterrupt" in (folder / "runs/logs/slow.log").read_text()
-
-
-def test_a_signal_stops_what_runs(repository):
-    folder, _ = repository(SLOW)
-    code = (
-        f"from ld3m.runtime import paths; paths.ROOT = paths.Path({str(folder)!r})\nfrom ld3m.pipeline import batch\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", f"{code}batch.main([])"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (folder / "begun").exists():
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
+@pytest.mark.parametrize("arguments", [["--minutes", "0.4"], []])
+def test_time_that_is_up_and_a_signal_stop_what_runs(repository, arguments):
+    folder = repository(SLOW)
+    code = f"from ld3m.pipeline import batch; batch.paths.ROOT = batch.Path({str(folder)!r}); batch.main({arguments})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    wait_until((folder / "begun").exists, seconds=300)
+    if not arguments:
+        process.terminate()
     assert process.communicate(timeout=60)[1] == "not done: slow\n" and process.returncode == 1
     assert "KeyboardInterrupt" in (folder / "runs/logs/slow.log").read_text()
 
@@ -136,8 +123,7 @@ def test_an_interrupted_notebook_has_time_to_write_its_checkpoint(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(paths.__file__).parents[2])}
     pipes = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, "executed.ipynb"], **pipes)
-    while process.poll() is None and not (tmp_path / "begun").exists():
-        time.sleep(0.1)
+    wait_until((tmp_path / "begun").exists, seconds=300)
     process.terminate()
     assert "a line" in process.communicate(timeout=60)[1] and process.returncode
     assert (tmp_path / "saved").exists()

@@ -1,7 +1,5 @@
 """The benchmarks of the table, everything tiny: they run, compare equals, and keep each other's rows."""
 
-import csv
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -15,8 +13,7 @@ from ld3m.models.networks import build
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
 
-NAMES = {"ld3m_iteration", "ld3m_iteration_kept", "ld3m_memory_in_steps", "rendering"}
-NAMES |= {"dc_step", "dm_step", "mtt_step", "mtt_memory", "experts", "evaluation", "roofline"}
+NAMES = "ld3m_iteration ld3m_iteration_kept ld3m_memory_in_steps rendering dc_step dm_step mtt_step mtt_memory experts"
 
 
 @pytest.fixture(autouse=True)
@@ -27,24 +24,15 @@ def threads():
     torch.set_num_threads(before)
 
 
-def rows(file):
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
-
-
 def test_all_benchmarks_run(tmp_path, capsys):
     everything.main(["--smoke", "--out", str(tmp_path / "benchmarks.csv")])
-    found = rows(tmp_path / "benchmarks.csv")
-    assert list(found[0]) == ["benchmark", "compared_with", "ratio", "ours", "other", "unit", "device"]
-    assert {row["benchmark"] for row in found} == NAMES
-    keys = [(row["benchmark"], row["compared_with"]) for row in found]
-    assert len(set(keys)) == len(keys)
+    found = table.read(tmp_path / "benchmarks.csv")
+    assert {row.benchmark for row in found} == {*NAMES.split(), "evaluation", "roofline"}
+    assert len({(row.benchmark, row.compared_with) for row in found}) == len(found)
     for row in found:
-        ours, other = float(row["ours"]), float(row["other"])
-        expected = ours / other if row["benchmark"] == "roofline" else other / ours
-        assert float(row["ratio"]) == pytest.approx(expected, rel=2e-3) and expected > 0
-        assert row["unit"] and row["device"]
-    flat = [float(row["ratio"]) for row in found if row["compared_with"].startswith("one step with gradient")]
+        expected = row.ours / row.other if row.benchmark == "roofline" else row.other / row.ours
+        assert row.ratio == pytest.approx(expected, rel=2e-3) and expected > 0 and row.unit and row.device
+    flat = [row.ratio for row in found if row.compared_with.startswith("one step with gradient")]
     assert len(flat) == 2 and min(flat) > 1 / 1.1
     said = capsys.readouterr().out
     assert "[1 of 7, 0 s] iteration" in said and "4T floor" in said
@@ -64,10 +52,9 @@ def test_one_script_replaces_its_own_rows_alone(tmp_path):
 
 
 def test_ways_that_compute_something_else_are_not_compared(monkeypatch):
-    with pytest.raises(ValueError, match="differ by 0.5"):
-        require_same([torch.ones(2)], [2 * torch.ones(2)], what="two", within=0.1)
-    with pytest.raises(ValueError, match="differ by nan"):
-        require_same([torch.full((1,), torch.nan)], [torch.ones(1)], what="two", within=0.1)
+    for ours, difference in ((0.5, "0.5"), (torch.nan, "nan")):
+        with pytest.raises(ValueError, match=f"differ by {difference}"):
+            require_same([torch.full((2,), ours)], [torch.ones(2)], what="two", within=0.1)
     monkeypatch.setattr(iteration, "plain", lambda prior, z, c, **given: z + 0 * c.sum())
     with pytest.raises(ValueError, match="the gradients of ours and of plain autograd"):
         iteration.measure(smoke=True)

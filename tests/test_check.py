@@ -29,22 +29,17 @@ def test_images_that_two_splits_share_are_counted(tmp_path):
     for split, source in {"train": "train", "validation": "validation", "test": "validation"}.items():
         shutil.copy(paths.ROOT / f"data/mnist5k/{source}.parquet", tmp_path / f"{split}.parquet")
     lines = check({"datasets.mnist5k.source": str(tmp_path)})
-    assert lines[1].startswith("data    500 images of test are in validation too")
+    assert lines[1].startswith("data    500 images of test are in validation too") and lines[2].startswith("nets")
 
 
-TOO_MANY = {"ipc": 400, "runs": [0], "table": "main", "prior": "data"}
+TOO_MANY = {"control": "random_real", "ipc": 400, "runs": [0], "table": "main", "prior": "data"}
 
 
 @pytest.mark.parametrize(
     "overrides, words",
     [
         ({"gradient_norms.images_per_class": 400}, r"gradient_norms.images_per_class in params.yaml: .*1\.\."),
-        (
-            {"cells": {"many": {"objective": "dm", "space": "pixel", "experts": "data"} | TOO_MANY}},
-            r"cells.many.ipc in params.yaml: .*1\.\.350",
-        ),
-        ({"controls": {"many": {"control": "random_real"} | TOO_MANY}}, "controls.many.ipc"),
-        ({"datasets.mnist5k.size_px": 36}, "size_px = 36.*multiple of 8"),
+        ({"controls": {"many": TOO_MANY}}, r"controls.many.ipc in params.yaml: .*1\.\.350"),
         ({"datasets.mnist5k.classes": ["0", "eleven"]}, "eleven"),
         ({"datasets.mnist5k.source": "data/nowhere"}, "change datasets.mnist5k.source, .*`dvc pull -f data.dvc`"),
         ({"networks.convnet": {"width": 8, "depth": 6}}, "depth"),
@@ -74,11 +69,10 @@ def test_without_data_and_priors_it_says_how_to_get_them(monkeypatch, tmp_path):
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """Copies the embedded prior and GAN, to be broken."""
-    folders = {"prior": runs_path("mnist5k", "prior"), "gan": runs_path("mnist5k", "gan")}
-    for folder in folders.values():
-        shutil.copytree(folder, tmp_path / folder.relative_to(paths.ROOT))
+    for stage in ("prior", "gan"):
+        shutil.copytree(runs_path("mnist5k", stage), tmp_path / "runs/mnist5k" / stage)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    return {stage: tmp_path / "runs/mnist5k" / stage for stage in folders}
+    return tmp_path / "runs/mnist5k"
 
 
 @pytest.mark.parametrize(
@@ -86,29 +80,23 @@ def trained(monkeypatch, tmp_path):
 )
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-100]), Path.unlink])
 def test_a_broken_prior_is_an_error_that_says_how_to_restore_it(trained, stage, part, damage):
-    damage(trained[stage] / part)
+    damage(trained / stage / part)
     with pytest.raises(ValueError, match=f"dvc checkout -f {stage}.*git checkout -- store.*delete .*{stage}"):
         check({})
 
 
 def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch):
     """The embedded prior in the place of a released one, for two of its classes."""
-    source = trained["prior"].rename(tmp_path / "elsewhere")
+    source = (trained / "prior").rename(tmp_path / "elsewhere")
     given = {"prior.source": str(source), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
     assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, its class of each class: 7 = 7, 3 = 3"
-    for changes, words in [
-        ({}, "the data set has 2 classes, .* 10; list for each class"),
-        ({"prior.classes": [7]}, "classes has 1 entries, but the data set has 2 classes"),
-        ({"prior.classes": [7, 10]}, r"classes=\[10\]: the prior has no such classes, only 0 to"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            check(given | changes)
+    with pytest.raises(ValueError, match="the data set has 2 classes, .* 10; list for each class"):
+        check(given)
     monkeypatch.setattr(Experiment, "dataset", property(lambda experiment: pytest.fail("the data were decoded first")))
     (tmp_path / "model.ckpt").write_bytes(b"cut short")
     for changes, words in [
         ({"prior.source": str(tmp_path / "nowhere.ckpt")}, "nowhere.ckpt is missing"),
         ({"prior.source": str(tmp_path / "model.ckpt")}, "model.ckpt is broken or no checkpoint of PyTorch"),
-        ({"prior.source": "elsewhere/nowhere"}, "no prior in .*nowhere: there is no such folder"),
         ({"datasets.mnist5k.size_px": 36}, "size_px=36: this prior takes multiples of 8"),
         ({"datasets.mnist5k.channels": 1}, "channels=1: this prior has 3"),
     ]:

@@ -14,7 +14,6 @@ from tiny_priors import SIDE, SIZE_PX, embeddings, make_autoencoder, make_dit, m
 
 from ld3m.method.sampler import reverse, timesteps
 from ld3m.models.prior_io import load_prior
-from ld3m.models.prior_variants import with_random_unet, with_random_weights
 
 SPACINGS = [  # as DiT-XL/2 has it, as CompVis, as Stable Diffusion's successors, and what is left
     dict(),
@@ -97,7 +96,7 @@ def test_the_timesteps_are_those_of_the_scheduler_in_the_folder(dit_copy, spacin
     scheduler = DDIMScheduler(**spacing)
     scheduler.save_pretrained(dit_copy / "scheduler")
     prior = load_prior(dit_copy)
-    for steps in (1, 2, 3, 5, 7, 10, 20, 50, 250, 1000):
+    for steps in (1, 2, 3, 7, 20, 250, 1000):
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.tolist()[::-1]
         if expected[-1] < 1000:
@@ -143,13 +142,3 @@ def test_the_names_in_released_models(dit_folder, dit_copy):
     assert any("query" in key for key in former)
     save_file(former, file, metadata={"format": "pt"})
     assert load_prior(dit_copy).fingerprint() == load_prior(dit_folder).fingerprint()
-
-
-def test_a_random_dit(dit_folder, randn):
-    prior = load_prior(dit_folder)
-    z, null = randn(2, 4, SIDE, SIDE).float(), prior.null(2)
-    made = with_random_unet(prior, seed=0)
-    assert not torch.allclose(made.denoise(z, 1, null), prior.denoise(z, 1, null))
-    assert made.autoencoder is prior.autoencoder and torch.equal(made.null(2), null)
-    drawn = with_random_weights(prior, seed=0)
-    assert torch.equal(drawn.denoise(z, 1, null), made.denoise(z, 1, null)) and not torch.equal(drawn.null(2), null)

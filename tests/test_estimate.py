@@ -21,11 +21,8 @@ def test_every_stage_is_counted_as_often_as_it_works():
     found = list(stages(StandIns(params), {name: ablation_settings(name) for name in ("steps", "learned")}))
     work = {(name, part): kinds for name, part, _, kinds in found}
     assert len(work) == len(found)
-    assert {name for name, part in work if part == "trained already"} == {
-        "prior, autoencoder",
-        "prior, denoiser",
-        "gan",
-    }
+    trained = {name for name, part in work if part == "trained already"}
+    assert trained == {"prior, autoencoder", "prior, denoiser", "gan"}
     iterations, networks = counts(work["distill dm-ld3m-1", "main"])
     checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
     assert (iterations, networks) == (params.budget("dm", "ld3m", 1).iterations, checks)
@@ -37,19 +34,35 @@ def test_every_stage_is_counted_as_often_as_it_works():
     assert counts(work["ablation steps", "report"]) == [*tests, *[params.ablations.iterations] * 4]
 
 
-def test_a_kind_of_work_is_timed_once_and_its_seconds_multiplied(monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(estimate, "network_seconds", lambda experiment, name, *size: calls.append((name, *size)) or 2.0)
-    monkeypatch.setattr(estimate, "iteration_seconds", lambda *arguments, **changes: 3.0)
-    monkeypatch.setattr(estimate, "prior_seconds", lambda experiment, part: 0.5)
-    params = load_params()
-    show(StandIns(params), {})
-    assert len(calls) == len(set(calls))
-    printed = capsys.readouterr().out
-    iterations = params.budget("dm", "pixel", 1).iterations
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What is printed where an iteration takes what is given, and every size of network is asked for once."""
+
+    def show_with(iteration_seconds):
+        calls = []
+        given = {"network_seconds": lambda experiment, *size: calls.append(size) or 2.0}
+        given |= {"iteration_seconds": iteration_seconds, "prior_seconds": lambda experiment, part: 0.5}
+        for name, function in given.items():
+            monkeypatch.setattr(estimate, name, function)
+        show(StandIns(load_params()), {})
+        assert len(calls) == len(set(calls))
+        return capsys.readouterr().out
+
+    return show_with
+
+
+def test_a_kind_of_work_is_timed_once_and_its_seconds_multiplied(shown):
+    printed, params = shown(lambda *arguments, **changes: 3.0), load_params()
     checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-    assert re.search(rf"(?m)^distill dm-pixel-1 +{3 * iterations + 2 * checks} s +\d+\.\d\d GiB  main$", printed)
+    seconds = 3 * params.budget("dm", "pixel", 1).iterations + 2 * checks
+    assert re.search(rf"(?m)^distill dm-pixel-1 +{seconds} s +\d+\.\d\d GiB  main$", printed)
     assert re.search(rf"(?m)^prior, denoiser +{params.prior.denoiser.steps / 2:,.0f} s", printed)
+
+
+def test_memory_that_runs_out_is_a_row_that_names_what_to_lower_and_the_others_follow(shown):
+    printed = shown(lambda *arguments, **changes: torch.empty(2**50))
+    assert re.search(r"(?m)^distill dc-pixel-1 +memory ran out .*: lower objectives\.dc\.real_batch", printed)
+    assert re.search(r"(?m)^evaluate dm-ld3m-10 +\d+ s", printed) and re.search(r"main: \d+ min", printed)
 
 
 def test_the_seconds_of_an_iteration_a_training_and_a_network_are_those_of_the_real_code(monkeypatch):
@@ -77,23 +90,6 @@ def test_what_is_missing_is_replaced_by_random_data_weights_and_experts(monkeypa
     assert len(experiment.dataset.train.labels) == 11_700 and experiment.dataset.train.stored.numel() < 10**6
     for objective, space in (("mtt", "pixel"), ("dm", "glad"), ("dc", "ld3m")):
         assert estimate.iteration_seconds(experiment, objective, space, 1) > 0
-
-
-def test_memory_that_runs_out_is_a_row_that_names_what_to_lower_and_the_others_follow(monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "prior_seconds", lambda *arguments: 1.0)
-    monkeypatch.setattr(estimate, "network_seconds", lambda *arguments: 1.0)
-    monkeypatch.setattr(estimate, "iteration_seconds", lambda *arguments, **changes: torch.empty(2**50))
-    show(StandIns(load_params()), {})
-    printed = capsys.readouterr().out
-    assert re.search(r"(?m)^distill dc-pixel-1 +memory ran out .*: lower objectives\.dc\.real_batch", printed)
-    assert re.search(r"(?m)^evaluate dm-ld3m-10 +\d+ s", printed) and re.search(r"main: \d+ min", printed)
-
-
-def test_no_stage_waits_for_an_estimate_nor_can_be_refused_by_one():
-    files = [*(paths.ROOT / "notebooks").glob("*.ipynb"), *(paths.ROOT / "ld3m").rglob("*.py")]
-    users = [file.name for file in files if re.search(r"(?m)^(from|import) .*\bestimate\b", file.read_text())]
-    assert users == []
-    assert "pipeline.estimate" not in (paths.ROOT / "dvc.yaml").read_text()
 
 
 def test_the_command_applies_a_profile_and_leaves_params_yaml_as_it_is(monkeypatch):

@@ -30,14 +30,21 @@ class OnDevice(torch.Tensor):
         return made.as_subclass(torch.Tensor) if operation is torch.Tensor.cpu else made
 
 
+class SplitOnDevice(Split):
+    def x(self, *rows):
+        return super().x(*rows).as_subclass(OnDevice)
+
+
 def test_the_nearest_are_those_of_the_plain_distances():
     draw = torch.Generator().manual_seed(0)
     uint8 = torch.randint(256, (2300, 1, 4, 4), dtype=torch.uint8, generator=draw)
     split = Split(uint8, torch.zeros(2300, dtype=torch.int64), ("a",))
     x = split.x(torch.tensor([7, 2200])) + 0.01
     plain = ((x[:, None].double() - split.x().double()) ** 2).sum((2, 3, 4)).argsort(1)[:, :3]
-    index = function("nearest")(x, split, count=3)
-    assert index.tolist() == plain.tolist() and index[:, 0].tolist() == [7, 2200]
+    for given, others in ((x, split), (x.as_subclass(OnDevice), SplitOnDevice(uint8, split.labels, ("a",)))):
+        index = function("nearest")(given, others, count=3)
+        assert index.tolist() == plain.tolist() and index[:, 0].tolist() == [7, 2200]
+        assert type(index) is torch.Tensor  # on the CPU, where the labels are
 
 
 def test_confusion_counts_true_classes_in_rows_wherever_the_network_is():
@@ -46,12 +53,3 @@ def test_confusion_counts_true_classes_in_rows_wherever_the_network_is():
     for network in (torch.nn.Identity(), lambda images: images.as_subclass(OnDevice)):
         counts = function("confusion")(network, logits.__getitem__, labels)
         assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [2, 0, 1]]
-
-
-def test_indices_of_the_nearest_are_on_the_cpu_where_the_labels_are():
-    split = Split(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5), ("a",))
-    x = split.x().as_subclass(OnDevice)
-    split_on_device = type(
-        "S", (), {"x": lambda self, part: split.x(part).as_subclass(OnDevice), "__len__": lambda s: 5}
-    )
-    assert type(function("nearest")(x, split_on_device(), count=2)) is torch.Tensor

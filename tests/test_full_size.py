@@ -16,9 +16,8 @@ def run(tmp_path):
     """Runs the benchmark and returns the rows of its file."""
 
     def main(*options):
-        full_size.main(
-            ["--device", "cpu", "--smoke", "--out", str(tmp_path / "costs.csv"), "--precisions", "float32", *options]
-        )
+        given = ["--device", "cpu", "--smoke", "--out", str(tmp_path / "costs.csv"), "--precisions", "float32"]
+        full_size.main([*given, *options])
         return list(csv.DictReader((tmp_path / "costs.csv").read_text().splitlines()))
 
     return main

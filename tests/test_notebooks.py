@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
+from ld3m.pipeline.notebook_parameters import check_parameters
 from ld3m.runtime.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -19,16 +20,8 @@ STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 COMMANDS = {name: stage.get("do", stage)["cmd"] for name, stage in STAGES.items()}
 
 
-def run_by(command):
-    return re.findall(r"(?<!\S)notebooks/(\S+)\.ipynb", command)
-
-
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def tree(notebook):
-    return ast.parse("\n".join(cell.source for cell in code(notebook)))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda file: file.stem)
@@ -39,7 +32,9 @@ def notebook(request):
     return read
 
 
-def test_a_notebook_is_stripped_or_whole(notebook):
+def test_a_notebook_begins_with_its_claim_and_is_stripped_or_whole(notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "**Claim.**" in first.source
     assert notebook.metadata.kernelspec.name == "python3"
     for cell in code(notebook):
         if notebook.name in WITH_OUTPUTS:
@@ -49,20 +44,15 @@ def test_a_notebook_is_stripped_or_whole(notebook):
             assert cell.outputs == [] and cell.execution_count is None, f"{notebook.name}: run `make strip`"
 
 
-def test_a_notebook_begins_with_its_claim(notebook):
-    first = notebook.cells[0]
-    assert first.cell_type == "markdown" and first.source.startswith("# ") and "**Claim.**" in first.source
-
-
 def test_a_notebook_uses_only_what_the_library_has(notebook):
-    modules = {}
-    for node in ast.walk(tree(notebook)):
+    modules, nodes = {}, [*ast.walk(ast.parse("\n".join(cell.source for cell in code(notebook))))]
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "ld3m":
             package = importlib.import_module(node.module)
             for alias in node.names:
                 if not hasattr(package, alias.name):
                     modules[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
-    for node in ast.walk(tree(notebook)):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
 
@@ -78,18 +68,9 @@ def test_a_stage_depends_on_its_notebook_and_injects_only_what_it_takes(notebook
     (checks,) = re.findall(r"^check_parameters\(\s*globals\(\), (.*?)\n?\)$", code(notebook)[1].source, re.M | re.S)
     assert set(re.findall(r"(\w+)=", checks)) == takes
     for name, command in COMMANDS.items():
-        if notebook.name in run_by(command):
+        if f"notebooks/{notebook.name}.ipynb" in command.split():
             assert set(re.findall(r"(?<!\S)-[pry] (\w+) ", command)) == takes - {"overrides"}, name
             assert f"notebooks/{notebook.name}.ipynb" in STAGES[name].get("do", STAGES[name])["deps"], name
-
-
-def execute(folder, source, *options):
-    """Papermill as dvc.yaml calls it, on a notebook of two cells: parameters, and a source."""
-    cells = [nbformat.v4.new_code_cell("ipc = 1\nname = 'a'", metadata={"tags": ["parameters"]})]
-    given = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(source)])
-    given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(given, folder / "given.ipynb")
-    return papermill(folder, "given.ipynb", "executed.ipynb", *options)
 
 
 def papermill(folder, *arguments):
@@ -98,29 +79,34 @@ def papermill(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-CHECK = """from ld3m.pipeline.notebook_parameters import check_parameters
+def test_a_parameter_of_another_type_is_named():
+    check_parameters({"ipc": 1, "name": "001"}, ipc=float, name=(str, type(None)))
+    for given, words in (
+        ({"ipc": "1", "name": "a"}, "parameter ipc = '1' is str, must be int$"),
+        ({"ipc": 1, "name": 1}, "parameter name = 1 is int, must be str.* -r"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_parameters(given, ipc=int, name=str)
 
-check_parameters(globals(), ipc=int, name=str)"""
+
+CHECK = "from ld3m.pipeline.notebook_parameters import check_parameters\ncheck_parameters(globals(), ipc=int, name=str)"
+KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    "source, words",
     [
-        (("-p", "ipc", "1", "-r", "name", "001"), None),
-        (("-r", "ipc", "1"), "parameter ipc = '1' is str, must be int"),
-        (("-p", "ipc", "2.5"), "parameter ipc = 2.5 is float, must be int"),
-        (("-p", "name", "001"), "parameter name = 1 is int, must be str.* -r"),
-        (("-p", "nam", "b"), "unknown parameter nam; this notebook has ipc, name"),
+        (CHECK, "unknown parameter nam; this notebook has ipc, name"),
+        (KILL, r"probably since memory ran out \(it used 0\.\d GiB\)"),
     ],
 )
-def test_parameters_are_checked(tmp_path, options, named):
-    done = execute(tmp_path, CHECK, *options)
-    assert done.returncode == (named is not None) and re.search(named or "", done.stderr), done.stderr
-
-
-def test_a_kernel_that_is_killed_is_said_to_have_run_out_of_memory(tmp_path):
-    done = execute(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert done.returncode and re.search(r"probably since memory ran out \(it used 0\.\d GiB\)", done.stderr)
+def test_an_unknown_parameter_and_a_kernel_that_was_killed_are_named(tmp_path, source, words):
+    parameters = nbformat.v4.new_code_cell("ipc = 1\nname = 'a'", metadata={"tags": ["parameters"]})
+    given = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
+    given.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(given, tmp_path / "given.ipynb")
+    done = papermill(tmp_path, "given.ipynb", "executed.ipynb", "-p", "nam", "b")
+    assert done.returncode and re.search(words, done.stderr), done.stderr
 
 
 def test_the_demo_runs(tmp_path):

@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 
 import pytest
 from pydantic import ValidationError
@@ -15,8 +17,7 @@ from ld3m.runtime.paths import ROOT
 
 COMMITTED = YAML(typ="safe").load(FILE.read_text())
 PARAMS = load_params()
-NAMES = sorted(file.stem for file in PROFILES.glob("*.yaml"))
-CELL, DATA = COMMITTED["cells"]["dm-ld3m-1"], COMMITTED["datasets"]["mnist5k"]
+CELL, CONTROL = COMMITTED["cells"]["dm-ld3m-1"], COMMITTED["controls"]["herding-1"]
 # mappings whose keys the user chooses, and optional keys
 FREE = ("cells", "controls", "datasets", "networks", "distill", "epochs", "learning_rates", "recipe_overrides")
 OPTIONAL = ("depth", "norms", "iterations")
@@ -44,20 +45,14 @@ def test_the_committed_file_holds_exactly_the_values_that_are_read():
 def test_an_unknown_key_and_a_missing_key_are_named_at_every_level(at):
     def changed(change):
         values = copy.deepcopy(COMMITTED)
-        node = values
-        for part in at:
-            node = node[part]
-        change(node)
+        change(reduce(getitem, at, values))
         with pytest.raises(ValueError, match=r"params\.yaml") as refused:
             validate(values, origin="params.yaml")
         return str(refused.value)
 
     assert "typo" in changed(lambda node: node.update(typo=12345))
     if not set(at[-1:]) & set(FREE) and at[-2:-1] != ("recipe_overrides",) and at[:1] != ("distill",):
-        node = COMMITTED
-        for part in at:
-            node = node[part]
-        for key in node:
+        for key in reduce(getitem, at, COMMITTED):
             if key not in OPTIONAL or at[0] == "ablations":
                 assert ".".join((*at, key)) in changed(lambda node, key=key: node.pop(key))
 
@@ -69,15 +64,12 @@ def entry(**changes):
 @pytest.mark.parametrize(
     "overrides, named",
     [
-        ({"seed": -1}, "seed: .*got -1"),
+        ({"seed": -1, "processes": 0}, "seed: .*got -1.*processes: .*got 0"),  # all at once
         ({"dataset": "mnist6k"}, "dataset: 'mnist6k' is not among datasets"),
         ({"architectures": ["convnet", "convnet"]}, "architectures: has an entry twice"),
         ({"architectures": ["resnet50"]}, "networks.resnet50 is missing"),
         ({"networks.resnet50": {"width": 8}}, "there is no such key"),
-        ({"datasets.mnist5k.augmentation": "crop_shear"}, "datasets.mnist5k.augmentation"),
         ({"datasets.mnist5k.size_px": 36}, "size_px = 36: must be a multiple of 8"),
-        ({"datasets.mnist5k.normalization": {"mean": [0.5], "std": [0.0]}}, r"normalization\.std\.0: .*got 0\.0"),
-        ({"spaces.ld3m.steps": 1001}, "spaces.ld3m.steps: .*got 1001"),
         ({"distill.dm.pixel.learning_rates": {"z": 1.0}}, "distill.dm.pixel.learning_rates has z; needed are images"),
         ({"spaces.ld3m.learn": "z_T", "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0}}, "needed are c, z_T"),
         ({"trajectories.epochs": 2, "objectives.mtt.expert_epochs": 2}, "trajectories.epochs = 2: must be 3"),
@@ -86,24 +78,16 @@ def entry(**changes):
         ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
         ({"prior.source": "notebooks/../runs/mnist5k/prior"}, "prior.source = .*copy the prior"),
         ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
-        (
-            {"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}},
-            "recipe_overrides.ipc_5.epochs.* is missing",
-        ),
-        (entry(prior="data", space="pixel") | {"dataset": "a.1", "datasets": {"a.1": DATA}}, "datasets.a.1: .*pattern"),
+        ({"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}}, "overrides.ipc_5.epochs.* is missing"),
         ({"cells": {"a b": CELL}}, "cells.a b: .*pattern"),
         (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
         (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
         (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),
         (entry(experts="trajectories"), "cells.mine.experts = 'trajectories'"),
-        (entry(table="other"), "cells.mine.table"),
         ({"cells": {"one": CELL, "two": CELL | {"table": "report"}}}, "cells.two.runs has run 0, which cells.one has"),
-        ({"controls": {"dm-ld3m-1": COMMITTED["controls"]["herding-1"]}}, "one key for two entries"),
-        (
-            {"controls": {"a": COMMITTED["controls"]["herding-1"] | {"control": "noise"}}},
-            "controls.a.control = 'noise'",
-        ),
-        ({"controls": {"a": COMMITTED["controls"]["full_data"] | {"ipc": 1}}}, "controls.a.ipc = 1"),
+        ({"controls": {"dm-ld3m-1": CONTROL}}, "one key for two entries"),
+        ({"controls": {"a": CONTROL | {"control": "noise"}}}, "controls.a.control = 'noise'"),
+        ({"controls": {"a": CONTROL | {"control": "full_data"}}}, "controls.a.ipc = 1"),
         ({"distill.typo": 1}, "override 'distill.typo'"),
     ],
 )
@@ -112,16 +96,10 @@ def test_a_wrong_value_is_named(overrides, named):
         load_params(overrides)
 
 
-def test_every_wrong_key_is_named_at_once():
-    with pytest.raises(ValueError, match=r"(?s)seed: .*got -1.*processes: .*got 0"):
-        load_params({"seed": -1, "processes": 0})
-
-
 def test_overrides_replace_values_and_nothing_else():
     changed = load_params({"distill.momentum": 0.25, "seed": 3})
-    assert changed == PARAMS.model_copy(
-        update={"seed": 3, "distill": PARAMS.distill.model_copy(update={"momentum": 0.25})}
-    )
+    distill = PARAMS.distill.model_copy(update={"momentum": 0.25})
+    assert changed == PARAMS.model_copy(update={"seed": 3, "distill": distill})
     with pytest.raises(ValidationError):
         changed.seed = 1
 
@@ -149,10 +127,8 @@ def test_a_recipe_is_that_of_its_images_per_class():
 
 def test_cells_are_in_the_order_of_the_tables():
     main = [cell.key for cell in cells(PARAMS, "main")]
-    assert main == [
-        "random_real-1", "iteration0-1", "prior_samples-1", "dc-pixel-1", "dc-ld3m-1", "dm-pixel-1", "dm-ld3m-1",
-        "mtt-pixel-1", "mtt-ld3m-1", "full_data",
-    ]  # fmt: skip
+    distilled = [f"{objective}-{space}-1" for objective in ("dc", "dm", "mtt") for space in ("pixel", "ld3m")]
+    assert main == ["random_real-1", "iteration0-1", "prior_samples-1", *distilled, "full_data"]
     report = [cell.key for cell in cells(PARAMS)]
     assert set(report) == {*COMMITTED["cells"], *COMMITTED["controls"]} and report[-1] == "full_data"
     assert report.index("dc-glad-1") == report.index("dc-pixel-1") + 1 == report.index("dc-ld3m-1") - 1
@@ -165,7 +141,7 @@ def test_cells_are_in_the_order_of_the_tables():
 # Profiles
 
 
-@pytest.mark.parametrize("text", ["seed: [", "seed: 1\nseed: 2\n", "- seed\n", "42\n", "", "a: &a [1]\nb: *a\n"])
+@pytest.mark.parametrize("text", ["seed: [", "seed: 1\nseed: 2\n", "- seed\n", "", "a: &a [1]\nb: *a\n"])
 def test_a_file_that_is_not_a_mapping_is_refused(file, text, tmp_path):
     profile = tmp_path / "profile.yaml"
     profile.write_text(text)
@@ -182,14 +158,12 @@ def test_the_committed_file_is_the_base_and_dvc_changes_its_value_alone(file):
     from dvc.utils.serialize import modify_yaml  # what `dvc exp run -S seed=1` writes with
 
     assert FILE.read_bytes() == BASE.read_bytes()
-    with modify_yaml(file) as values:
-        values["seed"] = 1
-    assert file.read_text() == FILE.read_text().replace("\nseed: 0\n", "\nseed: 1\n")
-    apply_profiles("imagenet256", "paper", path=file)
-    before = file.read_text()
-    with modify_yaml(file) as values:
-        values["seed"] = 1
-    assert file.read_text() == before.replace("\nseed: 0\n", "\nseed: 1\n")
+    for profiles in ((), ("imagenet256", "paper")):
+        apply_profiles(*profiles, path=file)
+        before = file.read_text()
+        with modify_yaml(file) as values:
+            values["seed"] = 1
+        assert file.read_text() == before.replace("\nseed: 0\n", "\nseed: 1\n") != before
     apply_profiles(path=file)
     assert file.read_bytes() == BASE.read_bytes()
 
@@ -231,12 +205,11 @@ def test_a_refused_profile_leaves_the_file_as_it_was(file, tmp_path, text, named
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(file.stem for file in PROFILES.glob("*.yaml")))
 def test_every_profile_applies_with_its_ablations(file, name):
     apply_profiles(name, path=file)
-    params = load_params(path=file)
-    for ablation in params.ablations.settings:
-        assert ablation_settings(ablation, path=file) is not None
+    for ablation in load_params(path=file).ablations.settings:
+        ablation_settings(ablation, path=file)
 
 
 @pytest.mark.parametrize("size_px, depth, steps", [(128, 5, 10), (256, 6, 20)])

@@ -25,8 +25,6 @@ from ld3m.runtime.storage import read_tensors
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 USER = "somebody-special"
 DM = "{objective: dm, space: ld3m, ipc: 1, runs: [0], table: main, prior: prior, experts: data}"
-
-
 PACKAGES = ("runtime", "data", "models", "method", "evaluation", "pipeline", "reporting")
 
 
@@ -40,11 +38,9 @@ def test_packages_import_in_one_direction():
 def test_a_stage_depends_on_its_notebook_and_on_the_packages_that_it_uses(name):
     stage = STAGES[name].get("do", STAGES[name])
     notebook = next(word for word in stage["cmd"].split() if word.startswith("notebooks/"))
-    used = {PACKAGES.index(package) for package in re.findall(r"from ld3m\.(\w+)", (ROOT / notebook).read_text())}
-    if name in ("tables", "report"):
-        packages = ["ld3m"]
-    else:  # figures that are shown in the notebook are read by no other stage
-        packages = [f"ld3m/{package}" for package in PACKAGES[: max(used - {PACKAGES.index("reporting")}) + 1]]
+    used = set(re.findall(r"from ld3m\.(\w+)", (ROOT / notebook).read_text())) - {"reporting"}
+    last = max(map(PACKAGES.index, used))  # without figures, which are shown in the notebook and read by no other stage
+    packages = ["ld3m"] if name in ("tables", "report") else [f"ld3m/{package}" for package in PACKAGES[: last + 1]]
     assert [dep for dep in stage["deps"] if dep.startswith(("notebooks", "ld3m"))] == [notebook, *packages]
 
 
@@ -63,11 +59,12 @@ def test_a_stage_depends_on_what_it_reads_and_on_nothing_more():
     with Repo(ROOT) as repo:
         index = repo.index
         for key, cell in load_params().cells.items():
-            for stage, is_read in {
+            wanted = {
                 "prior": cell.space == "ld3m",
                 "gan": cell.space == "glad",
                 "trajectories": cell.objective == "mtt",
-            }.items():
+            }
+            for stage, is_read in wanted.items():
                 assert depends_on(index, f"distill@{key}", stage) == is_read, key
         assert not depends_on(index, "tables", "gan") and not depends_on(index, "ablation@steps", "gan")
         assert depends_on(index, "report", "gan") and depends_on(index, "tables", "evaluate@dc-pixel-1")
@@ -118,21 +115,20 @@ def test_the_smoke_profile_runs_whole_a_second_run_does_nothing_and_tables_repea
     dvc(clone, "repro")
     reports = clone / "reports/smoke"
     main, report = written(reports / "tables/main"), written(reports / "tables/report")
-    assert {"scores.csv", "main.md", "main.tex", "comparison.csv", "comparison.md", "comparison.tex"} < set(main)
     figures, page = written(reports / "figures/main"), (reports / "index.html").read_bytes()
-    assert {"prior.png", "distilled-ipc1.png", "accuracy-ipc1.png", "curves-ipc1.png", "gradient-norms.png"} < set(
-        figures
-    )
-    lines = main["scores.csv"].decode().splitlines()
-    assert lines[0] == "dataset,ipc,objective,space,architecture,n,mean,ci_low,ci_high"
-    assert len(lines) == 1 + 2 * (1 + 1 + 1)  # architectures x (cells, control, full data)
-    assert len(report["scores.csv"].decode().splitlines()) == 1 + 2 * (2 + 2 + 1)
-    assert len(report["runs.csv"].decode().splitlines()) == 1 + 3 * (2 + 1)  # LD3M, GLaD and random real images
-    assert {"runs.md", "runs_differences.csv", "spread.csv", "metrics.csv"} < set(report)
-    assert len(report["ablations.csv"].decode().splitlines()) == 1 + 2 * 3  # settings x architectures and unseen mean
+    assert {"prior", "distilled-ipc1", "accuracy-ipc1", "curves-ipc1", "gradient-norms"} < {
+        Path(k).stem for k in figures
+    }
+    for table, rows in (
+        (main["scores.csv"], 2 * (1 + 1 + 1)),  # architectures x (cells, control, full data)
+        (report["scores.csv"], 2 * (2 + 2 + 1)),
+        (report["runs.csv"], 3 * (2 + 1)),  # LD3M, GLaD and random real images
+        (report["ablations.csv"], 2 * 3),  # settings x architectures and unseen mean
+    ):
+        assert len(table.decode().splitlines()) == 1 + rows
     assert "up to date" in dvc(clone, "repro")
-    dvc(clone, "repro", "--single-item", "--force", "tables")
-    dvc(clone, "repro", "--single-item", "--force", "report")
+    for stage in ("tables", "report"):
+        dvc(clone, "repro", "--single-item", "--force", stage)
     assert (written(reports / "tables/main"), written(reports / "tables/report")) == (main, report)
     assert written(reports / "figures/main") == figures and (reports / "index.html").read_bytes() == page
     assert not list((clone / "checkpoints").rglob("*.*"))
@@ -192,58 +188,55 @@ def test_dvc_reports_nothing_to_anybody():
 
 def test_explore_runs_on_the_cells_of_the_clone(clone):
     """After the test above, with its cells."""
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "notebooks/explore.ipynb", "explored.ipynb"]
     environment = os.environ | {"PYTHONPATH": str(clone)}
-
-    def python(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    python("-m", "papermill", "-k", "python3", "--no-progress-bar", "notebooks/explore.ipynb", "explored.ipynb")
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     cells = json.loads((clone / "explored.ipynb").read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
 
 
-def test_a_folder_of_images_is_distilled_and_evaluated(tmp_path):
-    """Photographs as people have them: of any size and mode, in folders that bear the names of their classes."""
-    overlay = tmp_path / "dm.yaml"  # experts of so few images hardly move, which MTT refuses
-    overlay.write_text(f"dataset: folder\ncells: {{dm-ld3m-1: {DM}}}\n")
-    clone = new_clone(tmp_path / "clone", "folder", "smoke", overlay)
+def photographs(folder: Path) -> None:
+    """As people have them: of any size and mode, in folders that bear the names of their classes."""
     rng = np.random.default_rng(0)
     for split, count in {"train": 20, "test": 5}.items():
         for name, mode in {"my cat": "RGB", "naïve dog": "L", "owl": "RGBA"}.items():
-            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for k in range(count):
-                size = rng.integers(20, 90, 2).tolist()
-                picture = Image.effect_noise(size, 60).convert(mode)
-                picture.save(tmp_path / "images" / split / name / f"{k}.{'jpg' if mode == 'RGB' else 'png'}")
-    dvc(clone, "repro", "evaluate@dm-ld3m-1")
-    pictures = clone / "runs/folder/main/distilled/dm-ld3m-1/run-0/images"
-    assert len(list(pictures.rglob("*.png"))) == 3
-    scores = read_scores(clone / "runs/folder/main/scores/dm-ld3m-1/scores.json").runs[0]
-    assert list(scores) == ["convnet", "vit"] and all(0 <= value <= 1 for values in scores.values() for value in values)
-    assert len(list((clone / "cache/decoded").glob("*.npy"))) == 2  # made by the first stage, read by the others
+                picture = Image.effect_noise(rng.integers(20, 90, 2).tolist(), 60).convert(mode)
+                picture.save(folder / split / name / f"{k}.{'jpg' if mode == 'RGB' else 'png'}")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_the_profile_of_cifar10_runs_on_parquet_files_laid_out_as_the_hub_s(tmp_path):
+def parquet_files(folder: Path) -> None:
+    """Laid out as the hub's of CIFAR-10."""
     import datasets
 
-    overlay, source = tmp_path / "here.yaml", tmp_path / "cifar10"
-    overlay.write_text(f"dataset: cifar10\ncells: {{dm-ld3m-1: {DM}}}\ndatasets: {{cifar10: {{source: {source}}}}}\n")
-    clone = new_clone(tmp_path / "clone", "cifar10", "smoke", overlay)
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=names))
-    source.mkdir()
+    folder.mkdir()
     for split, count in {"train": 100, "test": 20}.items():
         pictures = [Image.effect_noise((32, 32), 60).convert("RGB") for _ in range(count)]
         columns = {"img": pictures, "label": [k % 10 for k in range(count)]}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(source / f"{split}.parquet")
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name, write, classes",
+    [("folder", photographs, 3), pytest.param("cifar10", parquet_files, 10, marks=pytest.mark.slow)],
+)
+def test_images_of_the_user_s_are_distilled_and_evaluated(tmp_path, name, write, classes):
+    overlay, source = tmp_path / "dm.yaml", tmp_path / "images"  # of so few images, experts hardly move: MTT refuses
+    overlay.write_text(f"dataset: {name}\ncells: {{dm-ld3m-1: {DM}}}\ndatasets: {{{name}: {{source: {source}}}}}\n")
+    clone = new_clone(tmp_path / "clone", name, "smoke", overlay)
+    write(source)
     dvc(clone, "repro", "evaluate@dm-ld3m-1")
-    assert len(list((clone / "runs/cifar10/main/distilled/dm-ld3m-1/run-0/images").rglob("*.png"))) == 10
-    assert len(list((clone / "runs/cifar10/main/scores/dm-ld3m-1").iterdir())) == 3
+    results = clone / "runs" / name / "main"
+    assert len(list((results / "distilled/dm-ld3m-1/run-0/images").rglob("*.png"))) == classes
+    scores = read_scores(results / "scores/dm-ld3m-1/scores.json").runs[0]
+    assert list(scores) == ["convnet", "vit"] and all(0 <= value <= 1 for values in scores.values() for value in values)
+    assert len(list((clone / "cache/decoded").glob("*.npy"))) == 2  # made by the first stage, read by the others
 
 
 @pytest.mark.slow

@@ -54,38 +54,36 @@ def test_save_and_load(saved):
         assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
-def test_a_missing_folder_or_part_is_named(saved, tmp_path):
+def test_a_missing_folder_part_or_file_and_a_broken_one_are_named(saved, tmp_path):
     for source in ("runs/nowhere", tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no prior in .*nowhere: there is no such folder"):
             load_prior(source)
     folder = shutil.copytree(saved, tmp_path / "broken")
-    (folder / "vqvae").rename(tmp_path / "vqvae")
-    with pytest.raises(FileNotFoundError, match=f"no prior in .*broken: vqvae or vae missing; .*{EMBEDDER}"):
-        load_prior(folder)
-
-
-@pytest.mark.parametrize("part", ["unet", "vqvae", "scheduler", "class_embedder"])
-def test_a_missing_or_broken_file_is_named(saved, tmp_path, part):
-    folder = shutil.copytree(saved, tmp_path / "broken")
-    for file in (folder / part).iterdir():
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
         whole = file.read_bytes()
-        for content in (None, b"", whole[: len(whole) // 2], b"[" * 1200):
+        for content in (None, whole[: len(whole) // 2], b"[" * 1200):
             file.unlink()
             if content is not None:
                 file.write_bytes(content)
             with pytest.raises(ValueError, match=f"^{file} cannot be used"):
                 load_prior(folder)
             file.write_bytes(whole)
-
-
-@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", EMBEDDER])
-def test_weights_that_are_not_finite_are_refused(saved, tmp_path, part):
-    folder = shutil.copytree(saved, tmp_path / "broken")
-    tensors = load_file(folder / part)
-    next(iter(tensors.values())).view(-1)[0] = torch.nan
-    save_file(tensors, folder / part)
-    with pytest.raises(ValueError, match=f"^{folder / part} cannot be used .*finite"):
+    (folder / "vqvae").rename(tmp_path / "vqvae")
+    with pytest.raises(FileNotFoundError, match=f"no prior in .*broken: vqvae or vae missing; .*{EMBEDDER}"):
         load_prior(folder)
+
+
+def test_tensors_that_are_missing_unknown_or_not_finite_are_named(dit_copy):
+    file = dit_copy / "transformer/diffusion_pytorch_model.safetensors"
+    state, bias = load_file(file), "pos_embed.proj.bias"
+    for changes, message in (
+        ({"blocks.0.weight": torch.ones(1)}, r"missing \[\], unknown \['blocks.0.weight'\]"),
+        ({bias: None}, rf"missing \['{bias}'\], unknown \[\]"),
+        ({bias: torch.full_like(state[bias], torch.nan)}, f"1 tensors are not finite: {bias}"),
+    ):
+        save_file({key: tensor for key, tensor in (state | changes).items() if tensor is not None}, file)
+        with pytest.raises(ValueError, match=f"^{file} cannot be used .*{message}"):
+            load_prior(dit_copy)
 
 
 def test_a_prior_and_a_link_replace_each_other(dit_folder, tmp_path):
@@ -138,28 +136,12 @@ def test_pickled_weights_are_read_without_executing_them(dit_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_tensors_that_are_missing_or_unknown_are_named(dit_copy):
-    file = dit_copy / "transformer/diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    for broken, message in (
-        (state | {"blocks.0.weight": torch.ones(1)}, r"missing \[\], unknown \['blocks.0.weight'\]"),
-        ({key: tensor for key, tensor in state.items() if "proj_out_1.w" not in key}, r"\['proj_out_1.weight'\], un"),
-    ):
-        save_file(broken, file)
-        with pytest.raises(ValueError, match=f"{file} cannot be used .*{message}"):
-            load_prior(dit_copy)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            dict(unet=make_unet(), embedding=embeddings()[:, :7].clone()),
-            rf"{EMBEDDER} cannot .*the shape \(11, 7\).*\(classes \+ 1, 8\)",
-        ),
-        (dict(unet=make_unet()), EMBEDDER),
+        (dict(unet=make_unet(), embedding=embeddings()[:, :7].clone()), rf"{EMBEDDER} cannot .*\(11, 7\).*, 8\)"),
+        (dict(unet=make_unet(), embedding=torch.full((11, 8), torch.nan)), f"{EMBEDDER} cannot .*weight is not finite"),
         (dict(unet=make_unet(class_embed_type="identity")), "unet/config.json cannot .*class_embed_type is not supp"),
-        (dict(unet=make_unet(num_class_embeds=3)), "num_class_embeds is not supported"),
         (dict(unet=make_unet(in_channels=9), embedding=embeddings()), "unet takes 9 channels and gives 4, .* have 4"),
         (dict(unet=make_dit(classes=3, share_tables=False)), "transformer cannot .*tables of the DiT's blocks differ"),
         (dict(autoencoder=diffusers.AutoencoderTiny()), "AutoencoderTiny.*must be VQModel or AutoencoderKL"),
@@ -168,10 +150,7 @@ def test_tensors_that_are_missing_or_unknown_are_named(dit_copy):
         (dict(scheduler=DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")), "no signal is left"),
         (dict(scheduler=DDIMScheduler(timestep_spacing="karras")), "'leading', 'trailing' or 'linspace'.*'karras'"),
         (dict(scheduler=DDIMScheduler(steps_offset=-1)), "scheduler_config.json cannot .*greater than or equal to 0"),
-        (
-            dict(scheduler=diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
-            "'epsilon', 'v_prediction' or 'sample'.*flow_prediction",
-        ),
+        (dict(scheduler=DDIMScheduler(prediction_type="flow")), "'epsilon', 'v_prediction' or 'sample'.*flow"),
     ],
 )
 def test_what_no_prior_can_be_made_of(tmp_path, changes, message):
@@ -193,9 +172,8 @@ def test_a_hub_id_without_a_network(dit_folder, tmp_path, monkeypatch):
 
 def test_only_the_parts_of_a_hub_repository_are_fetched(dit_copy, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda hub_id, allow_patterns: asked.extend(allow_patterns) or dit_copy
-    )
+    fetch = lambda hub_id, allow_patterns: asked.extend(allow_patterns) or dit_copy  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     load_prior("someone/dit")
     assert "vae/diffusion_pytorch_model.safetensors*" in asked and not [name for name in asked if ".bin" in name]
     file = dit_copy / "transformer/diffusion_pytorch_model.safetensors"
@@ -211,7 +189,6 @@ def test_only_the_parts_of_a_hub_repository_are_fetched(dit_copy, monkeypatch):
         (dict(subset="woof"), IMAGENET["woof"]),
         (dict(names=range(1000), subset="woof", classes=range(1000)), tuple(range(1000))),
         (dict(names=("n03888257", "tench")), (701, 0)),
-        (dict(names=("a", "b"), classes=[7, 3]), (7, 3)),
         (dict(subset="woof", classes=range(10)), tuple(range(10))),
     ],
 )
@@ -231,7 +208,6 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
         (dict(names=("a", "b"), classes=[1, 1000]), r"classes=\[1000\]: the prior has no such classes, only 0 to 999"),
         (dict(names=("a", "b"), classes=[1, 1]), r"classes=\[1, 1\] repeats a class"),
         (dict(subset="woof", size_px=64), "size_px=64: this prior takes 32"),
-        (dict(subset="woof", channels=1), "channels=1: this prior has 3"),
     ],
 )
 def test_a_prior_that_does_not_fit_the_data_set(dit_folder, changes, message):
@@ -259,16 +235,15 @@ def test_a_link_stands_for_its_source_until_that_changes(dit_copy, tmp_path):
     shutil.rmtree(dit_copy)
     with pytest.raises(FileNotFoundError, match="no prior in .*copied"):
         load_prior(folder)
-    for content in ("{}", '{"source": 1, "classes": ["a"], "sha256": ""}', "[]", "no JSON"):
-        (folder / "source.json").write_text(content)
-        with pytest.raises(ValueError, match="source.json is broken"):
-            load_prior(folder)
+    (folder / "source.json").write_text("{}")
+    with pytest.raises(ValueError, match="source.json is broken"):
+        load_prior(folder)
 
 
 def test_a_link_to_a_compvis_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(compvis.load_checkpoint.__kwdefaults__, "kind", SMALL)
     file = tmp_path / "model.ckpt"
-    torch.save({"state_dict": original(SMALL).state_dict()}, file)
+    torch.save({"state_dict": original(SMALL).state}, file)
     link_prior(tmp_path / "prior", source=str(file), **FITTING | {"classes": range(10)})
     assert load_prior(tmp_path / "prior").fingerprint() == load_prior(file).fingerprint()
 
@@ -288,14 +263,14 @@ def test_a_set_is_distilled_through_a_prior_from_elsewhere(dit_folder, tmp_path,
         "spaces.ld3m.steps": 2,
         "processes": 1,
     }
-    with pytest.raises(ValueError, match=f"prior.source is {dit_folder}, but .*prior holds no such prior: `dvc repro"):
+    with pytest.raises(ValueError, match=f"prior.source is {dit_folder}, but .*holds no such prior: `dvc repro"):
         _ = Experiment(load_params(overrides)).prior
     for name in ("00_prior", "02_distill"):
         run_notebook(PROFILES.parent / f"notebooks/{name}.ipynb", {"overrides": overrides})
     tensors, record = read_artefact(cell_of(load_params(), "dm-ld3m-1").artefact(0))
-    whole = load_prior(dit_folder)
-    assert record["configuration"]["prior_sha256"] == with_classes(whole, [7, 2]).fingerprint()
-    started = whole.embed(torch.tensor([7, 2]))
+    restricted = with_classes(load_prior(dit_folder), [7, 2])
+    assert record["configuration"]["prior_sha256"] == restricted.fingerprint()
+    started = restricted.embed(torch.arange(2))
     assert relative_difference(tensors["c"], started) < 0.1
     assert all(step[f"grad_norm_{name}"] > 0 for step in record["history"] for name in ("z", "c"))
     assert json.loads((runs_path("mnist5k", "prior-check") / "check.json").read_text())["samples"] == 2
