@@ -188,11 +188,12 @@ def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
     assert not list(checkpoint.parent.iterdir())
 
 
-def test_the_best_iteration_outlives_a_restart(run):
-    falling = iter([0.9, 0.5, 0.4])
-    with pytest.raises(Killed):
-        run(validate=lambda images: [next(falling)], callback=kill_at(4))
-    result = run(validate=lambda images: [0.1])
+def test_the_best_iteration_outlives_a_restart_and_no_check_is_repeated(run):
+    falling = iter([0.9, 0.5, 0.4, 0.3])
+    with pytest.raises(ValueError, match="step 3"):
+        run(objective=Wrong(), validate=lambda images: [next(falling)], validation_checks=ITERATIONS)
+    result = run(validate=lambda images: [0.1], validation_checks=ITERATIONS)
+    assert [record["accuracy"] for record in result.validation] == [0.9, 0.5, 0.4, 0.3] + [0.1] * 4
     assert result.chosen["iteration"] == 0
     torch.testing.assert_close(result.best["images"], 0.5 * start())
 
