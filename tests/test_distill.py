@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ld3m.method.distill
-import ld3m.runtime.checkpoint
 from ld3m.method.distill import distill
 from ld3m.runtime.checkpoint import Checkpoint
 
@@ -84,9 +83,9 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def run(checkpoint):
-    def run(synthetic=None, objective=None, *, minutes=0, **changes):
+    def run(synthetic=None, objective=None, **changes):
         options = dict(iterations=ITERATIONS, learning_rates=RATES, momentum=0.7, validation_checks=3)
-        options |= {"validate": accuracy_of, "checkpoint": Checkpoint(checkpoint, minutes=minutes)} | changes
+        options |= {"validate": accuracy_of, "checkpoint": Checkpoint(checkpoint, minutes=0)} | changes
         result = distill(synthetic or Codes(), objective or Squares(), **options)
         options["checkpoint"].remove()  # the caller's part, once the result is safe
         return result
@@ -198,57 +197,22 @@ def test_the_best_iteration_outlives_a_restart_and_no_check_is_repeated(run):
     torch.testing.assert_close(result.best["images"], 0.5 * start())
 
 
-@pytest.mark.parametrize("asked", range(4))
-def test_killed_in_a_validation_and_resumed_gives_the_same_bits(run, asked):
-    undisturbed = run()
-    accuracies = iter([*undisturbed.validation[:asked], None])
-
-    def validate(images):
-        if (record := next(accuracies)) is None:
-            raise Killed
-        return record["accuracies"]
-
-    with pytest.raises(Killed):
-        run(validate=validate)
-    assert_same(run(), undisturbed)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A list with the time in seconds."""
+def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, monkeypatch):
     now = [0.0]
-    time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
-    for module in (ld3m.method.distill, ld3m.runtime.checkpoint):
-        monkeypatch.setattr(module, "time", time)
-    return now
+    monkeypatch.setattr(ld3m.method.distill, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-
-def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, clock):
     class Slow(Squares):
         def __call__(self, *arguments, **options):
-            clock[0] += 3.0
+            now[0] += 3.0
             return super().__call__(*arguments, **options)
 
     def validate(images):
-        clock[0] += 100.0
+        now[0] += 100.0
         return accuracy_of(images)
 
     with pytest.raises(Killed):
         run(objective=Slow(), validate=validate, callback=kill_at(4))
     assert run(objective=Slow(), validate=validate).seconds == 3.0 * ITERATIONS
-
-
-def test_the_state_is_saved_every_some_minutes(run, checkpoint, clock):
-    saved_at = []
-
-    def callback(step):
-        if checkpoint.exists():
-            saved_at.append(steps_in(checkpoint))
-            checkpoint.unlink()
-        clock[0] += 60
-
-    run(minutes=2, callback=callback)
-    assert saved_at == [2, 4, 7]  # two with the checks at 2 and 4, one after the seventh step
 
 
 @dataclass
