@@ -163,22 +163,12 @@ def test_a_signal_at_any_call_of_a_block_ends_it_with_what_is_done(file):
     assert set(found) == {0, 1, 2} and len(found) > 50
 
 
-def test_an_error_in_a_step_leaves_the_state_before_it(file):
-    with pytest.raises(ZeroDivisionError), Checkpoint(file, minutes=0) as checkpoint:
-        for step in range(3):
-            with checkpoint.step(lambda step=step: [step]):
-                1 / (1 - step)
-    assert read(checkpoint) == [0]
-
-
-def test_without_a_file_and_after_the_block_signals_do_what_they_did_before(file):
+def test_without_a_file_signals_do_what_they_did_before_and_blocks_can_be_nested(file):
     before = handlers()
-    with Checkpoint(file):
-        assert handlers() != before
-        with Checkpoint(file.with_name("inner.safetensors")):
-            pass
     with Checkpoint() as checkpoint, checkpoint.step(dict):
         assert handlers() == before
+    with Checkpoint(file), Checkpoint(file.with_name("inner.safetensors")):
+        assert handlers() != before
     assert handlers() == before
 
 

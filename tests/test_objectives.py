@@ -92,13 +92,14 @@ def class_matching(split, name, *, most_classes=1, **options):
 
 @pytest.mark.parametrize("name", ["dc", "dm"])
 def test_class_matching_is_the_sum_over_classes_with_the_draws_of_the_step(dataset, learned, name):
-    (images, labels), train = learned, dataset.train
-    loss, gradient = class_matching(train, name)(images, labels, step=5)
-    network = new_network(seed=derive(0, "network", 5)).double()
+    (images, labels), train, state = learned, dataset.train, torch.random.get_rng_state()
+    loss, gradient = class_matching(train, name, seed=1)(images, labels, step=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    network = new_network(seed=derive(1, "network", 5)).double()
     images.requires_grad_()
     total = 0.0
     for label in range(CLASSES):
-        rng = generator(0, "real", 5, label)
+        rng = generator(1, "real", 5, label)
         index = class_batch(train, label, count=4, generator=rng)
         augmentation = draw(DSA, count=1, generator=rng)
         real, own = (
@@ -143,18 +144,6 @@ def test_threads_change_no_bit_and_classes_in_one_pass_only_the_rounding(dataset
 def test_classes_at_once(name, real_batch, size_px, count):
     split = Split(torch.zeros(1, 1, size_px, size_px, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
     assert class_matching(split, name, most_classes=None, real_batch=real_batch).class_chunk_size == count
-
-
-def test_a_step_can_be_repeated_and_differs_from_others(dataset, learned):
-    objective = class_matching(dataset.train, "dm")
-    loss, gradient = objective(*learned, step=7)
-    state = torch.random.get_rng_state()
-    assert objective(*learned, step=8)[0] != loss
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(99)
-    again, same = objective(*learned, step=7)
-    assert again == loss and torch.equal(same, gradient)
-    assert replace(objective, seed=1)(*learned, step=7)[0] != loss
 
 
 def trajectory(network, randn, *, steps=3, batch=4, strategy=DSA):
@@ -210,120 +199,40 @@ def test_trajectory_gradient_equals_finite_differences(network, randn):
     assert grad_lr.item() == pytest.approx(along_lr, rel=1e-5)
 
 
-def test_a_student_that_does_not_move_has_loss_one_and_one_at_its_target_zero(network, randn):
-    images, labels, lr, start, target, plan = trajectory(network, randn, steps=1)
-    given = {"plan": plan, "first_order": False}
-    still, grad_images, _ = match_trajectory(network, images, labels, 0 * lr, start, target, **given)
-    assert still == pytest.approx(1, rel=1e-12) and grad_images.norm() == 0
-    index, augmentation = plan[0]
-    gradients = weight_gradients(network, augment(images[index], augmentation), labels[index])
-    reached = start - lr * torch.cat([gradients[name].flatten() for name, _ in network.named_parameters()])
-    assert match_trajectory(network, images, labels, lr, start, reached, **given)[0] == pytest.approx(0, abs=1e-20)
-
-
 class FakeExperts:
-    """Three experts of five snapshots; what is asked for is kept."""
+    """Three experts of five snapshots."""
 
     def __init__(self, network):
         start, draw = flat_parameters(network).float(), torch.Generator().manual_seed(0)
         self.table = start + 0.1 * torch.randn(3, 5, len(start), generator=draw)
-        self.asked = []
 
     def __len__(self):
         return 3
 
     def snapshots(self, expert, epochs):
-        self.asked.append((expert, *epochs))
         return self.table[expert, epochs]
 
 
-def trajectory_matching(network, **changes):
-    experts, asked = FakeExperts(network), []
-    options = {
-        "normalization": NORMALIZATION,
-        "new_network": lambda seed: network,
-        "experts": lambda last_epoch: asked.append(last_epoch) or experts,
-        "strategy": DSA,
-        "threads": 1,
-        "seed": 0,
-        "student_steps": 2,
-        "student_batch": 4,
-        "expert_epochs": 2,
-        "max_start_epoch": 3,
-        "student_lr": 0.05,
-        "first_order": False,
-    }
-    objective = OBJECTIVES["mtt"](None, **options | changes)
-    assert asked == [4]  # before the first step, and up to the last epoch that is read
-    return objective
-
-
-@pytest.fixture
-def students(monkeypatch):
-    """Keeps what students are given, in place of training them."""
-    calls = []
-
-    def spy(network, images, labels, lr, theta_start, theta_target, *, plan, first_order):
-        calls.append((theta_start, theta_target, lr, plan, first_order))
-        return 1.0, images, lr
-
-    monkeypatch.setattr(objectives, "match_trajectory", spy)
-    return calls
-
-
-def test_trajectory_matching_reads_the_right_snapshots(network, learned, students):
-    objective = trajectory_matching(network)
-    for step in range(60):
-        objective(*learned, step=step)
-    asked, table = objective.trajectories.asked, objective.trajectories.table
-    draws = [generator(0, "trajectory", step) for step in range(60)]
-    assert [expert for expert, _, _ in asked] == [int(torch.randint(3, (), generator=rng)) for rng in draws]
-    assert {start for _, start, _ in asked} == {0, 1, 2} and all(end == start + 2 for _, start, end in asked)
-    for (expert, start, end), (theta_start, theta_target, lr, _, first_order) in zip(asked, students, strict=True):
-        assert torch.equal(theta_start, table[expert, start].double())
-        assert torch.equal(theta_target, table[expert, end].double())
-        assert lr.item() == pytest.approx(0.05) and not lr.requires_grad and first_order is False
-    assert len({augmentation.operation for *_, plan, _ in students for _, augmentation in plan}) == 6
-
-
-@pytest.mark.parametrize(("student_batch", "sizes"), [(None, [6] * 4), (1, [1] * 4), (4, [4, 2, 4, 2])])
-def test_a_student_goes_through_the_set_without_replacement_and_augments_each_image(
-    network, learned, students, student_batch, sizes
+@pytest.mark.parametrize(("student_batch", "first_order"), [(None, False), (1, False), (4, True)])
+def test_trajectory_matching_is_that_of_a_student_between_two_snapshots_with_the_draws_of_the_step(
+    network, learned, student_batch, first_order
 ):
-    objective = trajectory_matching(network, student_batch=student_batch, student_steps=4)
-    drawn = []
-    for step in range(9):
-        objective(*learned, step=step)
-        plan = students[-1][3]
-        indices = [index for index, _ in plan]
-        assert [len(index) for index in indices] == sizes
-        for epoch in torch.cat(indices).split(6):
-            assert len(epoch.unique()) == len(epoch)
-        for index, augmentation in plan:  # one operation, and a value for each image
-            assert all(len(values) == len(index) for values in augmentation.parameters.values())
-            drawn += [tuple(values) for values in augmentation.parameters.values()]
-    assert len(set(drawn)) > 4 and (sizes[0] == 1 or any(len(set(values)) > 1 for values in drawn))
-
-
-def test_trajectory_matching_sets_the_gradient_of_the_rate_and_can_be_repeated(network, learned):
-    objective = trajectory_matching(network)
-
-    def call(step, objective=objective):
+    experts, asked, state = FakeExperts(network), [], torch.random.get_rng_state()
+    student = dict(student_steps=4, student_batch=student_batch, student_lr=0.05, first_order=first_order)
+    objective = OBJECTIVES["mtt"](
+        None, normalization=NORMALIZATION, new_network=lambda seed: network, threads=1, strategy=DSA, seed=1,
+        experts=lambda last_epoch: asked.append(last_epoch) or experts, expert_epochs=2, max_start_epoch=3, **student,
+    )  # fmt: skip
+    assert asked == [4] and list(objective.learnables) == ["student_lr"]  # known before the first step
+    for step in range(6):
         loss, gradient = objective(*learned, step=step)
-        return loss, gradient, objective.learnables["student_lr"].grad.clone()
-
-    loss, gradient, grad_lr = call(3)
-    assert list(objective.learnables) == ["student_lr"] and grad_lr.shape == ()
-    state = torch.random.get_rng_state()
-    assert call(4)[0] != loss
+        rng, plan = generator(1, "trajectory", step), []
+        expert, epoch = (int(torch.randint(3, (), generator=rng)) for _ in range(2))
+        while len(plan) < 4:  # through all images without replacement, and a value of the augmentation for each
+            for index in torch.randperm(6, generator=rng).split(student_batch or 6):
+                plan.append((index, draw(DSA, count=len(index), generator=rng)))
+        ends, lr = experts.table[expert, [epoch, epoch + 2]].double(), torch.tensor(0.05)
+        expected = match_trajectory(network, *learned, lr, *ends, plan=plan[:4], first_order=first_order)
+        assert loss == expected[0] and torch.equal(gradient, expected[1]) and not gradient.requires_grad
+        assert torch.equal(objective.learnables["student_lr"].grad, expected[2])
     assert torch.equal(torch.random.get_rng_state(), state)
-    again, same, same_lr = call(3)
-    assert again == loss and torch.equal(same, gradient) and torch.equal(same_lr, grad_lr)
-    assert call(3, replace(objective, seed=1))[0] != loss
-
-    def at(lr):
-        with torch.no_grad():
-            objective.learnables["student_lr"].fill_(lr)
-        return call(3)[0]
-
-    assert grad_lr.item() == pytest.approx((at(0.0505) - at(0.0495)) / 0.001, rel=1e-3)

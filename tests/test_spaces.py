@@ -167,16 +167,6 @@ def test_the_set_is_a_fixed_set_of_images(prior, pixels, randn):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("space", ["ld3m", "glad"])
-def test_an_image_depends_on_its_own_codes_alone(prior, gan, pixels, randn, space):
-    made = codes(prior, pixels) if space == "ld3m" else glad(gan)
-    weight = torch.zeros_like(pixels)
-    weight[3] = randn(1, SIZE_PX, SIZE_PX)
-    _, gradients = images_and_gradients(made, weight)
-    for gradient in gradients.values():
-        assert gradient.flatten(1).norm(dim=1).nonzero().flatten().tolist() == [3]
-
-
 @pytest.mark.parametrize("skip", ["x0", "mean"])
 def test_the_path_starts_at_z_T_and_ends_at_the_rendered_images(prior, pixels, skip):
     made = codes(prior, pixels, skip=skip)
