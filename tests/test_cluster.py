@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,15 +31,10 @@ def written(stage, folder, **where):
 
 def test_one_parameter_sends_tasks_to_a_cluster(tmp_path, monkeypatch):
     """Everything that fans out asks for the cluster, whatever `processes` is."""
-    asked = []
-
-    def on_cluster(cluster):
-        asked.append(cluster)
-        return partial(ThreadPoolExecutor(1).submit, parallel._on_one_thread), 1, wait
-
-    monkeypatch.setattr(parallel, "_on_cluster", on_cluster)
+    asked, here = [], partial(ThreadPoolExecutor(1).submit, parallel._on_one_thread)
+    monkeypatch.setattr(parallel, "_on_cluster", lambda cluster: asked.append(cluster) or (here, 1, wait))
     experiment = Experiment(load_params({"cluster": "auto", "processes": 2}))
-    assert written(trajectories, tmp_path, cluster=experiment.params.cluster)
+    written(trajectories, tmp_path, cluster=experiment.params.cluster)
     experiment.evaluate([], experiment.dataset.test)
     assert asked == ["auto", "auto"]
 
@@ -49,22 +43,6 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"cluster='auto': needs Ray, `pip install -e '.\[cluster\]'`"):
         fan_out(str, [{}], processes=1, cluster="auto", label="tasks")
-
-
-@pytest.mark.parametrize("is_callers", [False, True])
-def test_a_connection_that_the_caller_opened_stays_open(monkeypatch, is_callers):
-    is_open = [is_callers]
-    ray = SimpleNamespace(
-        is_initialized=lambda: is_open[-1],
-        init=lambda **given: is_open.append(True),
-        shutdown=lambda: is_open.append(False),
-        cluster_resources=lambda: {"CPU": 2.0},
-        remote=lambda **given: lambda function: function,
-    )
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    assert parallel._on_cluster("auto")[1] == 2 and is_open[-1]
-    end_workers()
-    assert is_open[-1] is is_callers
 
 
 @pytest.fixture(scope="module")

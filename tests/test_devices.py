@@ -36,8 +36,12 @@ def settings(monkeypatch):
 
 
 def new_network(device, *, seed, name="convnet"):
-    width = {"convnet": 8, "alexnet": 8, "resnet18": 8, "vit": 32}[name]
+    width = 32 if name == "vit" else 8
     return build(name, channels=1, size_px=SIZE_PX, classes=CLASSES, width=width, seed=seed, device=device)
+
+
+def new_gan():
+    return build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
 
 
 def space(name, dataset, device):
@@ -45,10 +49,8 @@ def space(name, dataset, device):
     if name == "pixel":
         return SPACES["pixel"](x, LABELS, prior=None, start="real", **shared)
     if name == "glad":
-        gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0)
-        gan = gan.freeze_().to(device)
         options = {"layer": 1, "mean_w": True, "shifted_normalization": False, "render_batch": 4}
-        return SPACES["glad"](x, LABELS, prior=gan, **options, **shared)
+        return SPACES["glad"](x, LABELS, prior=new_gan().freeze_().to(device), **options, **shared)
     return start_ld3m(x, LABELS, make_prior().freeze_().to(device), skip=name, render_batch=4)
 
 
@@ -96,7 +98,7 @@ def test_distilling_on_cuda_also_when_it_is_resumed_is_that_on_the_cpu(dataset, 
 @pytest.mark.parametrize("name", ["convnet", "alexnet", "resnet18", "vit"])
 def test_evaluation_on_cuda(dataset, name):
     recipe = dict(epochs=3, batch=4, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, warm_up=True, ema_decay=0.9)
-    recipe |= {"strategy": DSA}
+    recipe["strategy"] = DSA
     placed = dataset.to("cuda")
     images = NORMALIZATION.normalize(placed.train.x())
     jobs = [EvaluationJob(images.__getitem__, placed.train.labels, {name: recipe}, range(2), 0)]
@@ -114,9 +116,8 @@ def test_the_priors_train_on_cuda(dataset):
     given = dict(steps=3, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
     losses = fit_denoiser(prior.in_precision("bfloat16"), placed.train, **given)
     assert len(losses) == 3 and reconstruct(prior, placed.test.x()).isfinite().all()
-    gan = build_generator(channels=1, classes=CLASSES, noise_width=4, w_width=4, widths=(8, 8, 8), seed=0).to("cuda")
     given = dict(discriminator_widths=(8, 8), steps=3, batch=4, learning_rate=1e-3, r1=1.0, r1_every=2, ema_decay=0.9)
-    assert len(fit_gan(gan, placed.train, strategy=DSA, seed=0, **given)) == 3
+    assert len(fit_gan(new_gan().to("cuda"), placed.train, strategy=DSA, seed=0, **given)) == 3
 
 
 @pytest.mark.parametrize("skip", ["x0", "mean"])

@@ -21,22 +21,20 @@ def exhaust(*_, **__):
     torch.empty(2**50)
 
 
-def fail(error):
-    raise error
-
-
 @pytest.mark.parametrize(
-    "run_out",
+    "error",
     [
-        exhaust,
-        lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
-        lambda: fail(TerminatedWorkerError("A worker process was unexpectedly terminated")),
+        None,  # torch's
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        TerminatedWorkerError("A worker process was unexpectedly terminated"),
     ],
 )
-def test_memory_that_runs_out_names_what_to_lower_in_the_inner_block(run_out):
+def test_memory_that_runs_out_names_what_to_lower_in_the_inner_block(error):
     with pytest.raises(OutOfMemory, match=r"^\[Errno 12\] memory ran out \(.*\): lower a\.batch or b\.batch$"):
         with explain_out_of_memory("outer"), explain_out_of_memory("a.batch", "b.batch"):
-            run_out()
+            if error:
+                raise error
+            exhaust()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), FileNotFoundError("a file"), ValueError("out of memory")])
@@ -61,19 +59,18 @@ def test_a_cell_names_the_batches_of_its_space_and_its_objective(monkeypatch, ob
 
 def test_evaluating_a_control_an_ablation_and_training_a_prior_name_theirs(monkeypatch):
     experiment = Experiment(load_params({"processes": 1}))
-    monkeypatch.setattr("ld3m.pipeline.experiment.evaluate_sets", exhaust)
+    params, data = experiment.params, experiment.dataset
+    of_pipeline = ("experiment.evaluate_sets", "experiment.Experiment.control", "ablations.distill")
+    for exhausted in (*(f"pipeline.{name}" for name in of_pipeline), "models.train_prior._encode_all"):
+        monkeypatch.setattr(f"ld3m.{exhausted}", exhaust)
     with pytest.raises(OutOfMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.recipe_overrides"):
-        experiment.evaluate([], experiment.dataset.test)
-    monkeypatch.setattr(Experiment, "control", exhaust)
+        experiment.evaluate([], data.test)
     with pytest.raises(OutOfMemory, match=r"lower spaces\.ld3m\.render_batch"):
-        experiment.images_of(cell_of(experiment.params, "iteration0-1"))
-    monkeypatch.setattr(ablations, "distill", exhaust)
+        experiment.images_of(cell_of(params, "iteration0-1"))
     with pytest.raises(OutOfMemory, match=r"spaces\.ld3m\.render_batch or objectives\.dm\.real_batch or processes"):
-        ablations.measure(experiment.params, "dm", "ld3m")
-    monkeypatch.setattr("ld3m.models.train_prior._encode_all", exhaust)
+        ablations.measure(params, "dm", "ld3m")
     with pytest.raises(OutOfMemory, match=r"lower prior\.denoiser\.batch"):
-        training = experiment.params.prior.denoiser.training()
-        fit_denoiser(experiment.prior, experiment.dataset.train, **training, seed=0)
+        fit_denoiser(experiment.prior, data.train, **params.prior.denoiser.training(), seed=0)
 
 
 def test_the_peak_is_that_since_it_was_forgotten():

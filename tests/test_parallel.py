@@ -12,12 +12,10 @@ import pytest
 from conftest import wait_until
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from ld3m.runtime.checkpoint import Checkpoint, Interrupted
+from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory
 from ld3m.runtime.parallel import end_workers, fan_out
 from ld3m.runtime.paths import ROOT
-
-SQUARES = [k * k for k in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,33 +31,18 @@ def squared(folder, k, lost=None):
     return k * k
 
 
-def squares(folder, *, processes, receive=lambda k, result: result, **given):
+def squares(folder, **given):
     tasks, checkpoint = [{"folder": folder, "k": k} | given for k in range(8)], Checkpoint(folder / "state.pt")
-    return fan_out(squared, tasks, processes=processes, label="tasks", checkpoint=checkpoint, receive=receive)
+    return fan_out(squared, tasks, processes=2, label="tasks", checkpoint=checkpoint)
 
 
 def test_a_lost_worker_is_out_of_memory_at_once_and_the_results_before_it_are_kept(tmp_path):
     with pytest.raises(OutOfMemory, match="lower the.batch") as failed, explain_out_of_memory("the.batch"):
-        squares(tmp_path, processes=2, lost=7)
+        squares(tmp_path, lost=7)
     assert isinstance(failed.value.__cause__, TerminatedWorkerError)
     assert len(list(tmp_path.glob("7-*"))) == 1
-    assert squares(tmp_path, processes=2) == SQUARES
+    assert squares(tmp_path) == [k * k for k in range(8)]
     assert len(list(tmp_path.glob("0-*"))) == 1
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_while_the_last_result_arrives_ends_the_call(tmp_path, processes):
-    arrived = []
-
-    def receive(k, result):
-        arrived.append(k)
-        if len(arrived) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with pytest.raises(Interrupted):
-        squares(tmp_path, processes=processes, receive=receive)
-    assert squares(tmp_path, processes=processes, receive=receive) == SQUARES and len(arrived) == 8
 
 
 FANS_OUT = """
@@ -72,13 +55,12 @@ end_workers()
 
 def test_a_stage_with_workers_is_over_with_its_last_cell(tmp_path):
     """A kernel that is asked to end signals joblib's trackers for half a minute, and they ignore it."""
-    cells = [nbformat.v4.new_code_cell(FANS_OUT)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "given.ipynb")
-    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", "given.ipynb", "executed.ipynb"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
-    executed = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
-    ended = datetime.fromisoformat(executed.cells[-1].metadata.papermill.end_time).replace(tzinfo=UTC)
+    given, executed = tmp_path / "given.ipynb", tmp_path / "executed.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(FANS_OUT)]), given)
+    command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", given, executed]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    last = nbformat.read(executed, as_version=4).cells[-1]
+    ended = datetime.fromisoformat(last.metadata.papermill.end_time).replace(tzinfo=UTC)
     assert (datetime.now(UTC) - ended).total_seconds() < 10
 
 
@@ -117,12 +99,10 @@ import sys
 from multiprocessing import util
 from pathlib import Path
 
-from ld3m.runtime.parallel import end_workers
 from test_parallel import counts
 
 try:
     counts(Path(sys.argv[1]), seconds=0.02, processes=2)
-    end_workers()
 finally:
     util._exit_function()  # as in a child of multiprocessing: waits for workers before they are asked to end
 """
