@@ -134,7 +134,7 @@ def dit_copy(dit_folder, tmp_path):
     return shutil.copytree(dit_folder, tmp_path / "copied")
 
 
-def wait_until(holds, *, seconds=60):
+def wait_until(holds, *, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
