@@ -246,7 +246,7 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
         )
     axes[1].plot(*steps[1].sort_values("T")[["T", "seconds_per_iteration"]].to_numpy().T, "o-", ms=4, color="black")
     axes[0].set(title="test accuracy, % (mean and 95 % interval)", xlabel="number of steps T")
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[0].legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
     axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(sorted(steps[0]["T"].unique()))
