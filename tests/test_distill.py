@@ -25,12 +25,14 @@ class Codes:
     z: torch.Tensor = field(default_factory=lambda: start().requires_grad_())
     c: torch.Tensor = field(default_factory=lambda: torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
     labels = torch.tensor([0, 0, 1, 1])
+    asked: list = field(default_factory=list)  # the steps of all calls
 
     @property
     def learnables(self):
         return {"z": self.z, "c": self.c}
 
     def render(self, step=None):
+        self.asked.append(step)
         return self.z * self.c
 
     def tensors(self):
@@ -127,6 +129,7 @@ def test_the_loop_is_sgd_with_momentum(run, momentum):
     values, losses, norms = by_hand(momentum)
     torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), values[-1], rtol=1e-12, atol=1e-12)
     assert [record["step"] for record in result.history] == list(range(ITERATIONS))
+    assert [step for step in synthetic.asked if step is not None] == list(range(ITERATIONS))
     assert [record["loss"] for record in result.history] == pytest.approx(losses, rel=1e-12)
     for record, expected in zip(result.history, norms, strict=True):
         assert [record[f"grad_norm_{name}"] for name in RATES] == pytest.approx(expected, rel=1e-12)

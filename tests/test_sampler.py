@@ -6,6 +6,7 @@ from conftest import directional_derivative, make_prior, relative_difference
 
 from benchmarks.memory import LiveBytes
 from ld3m.method.sampler import noised, reverse, sample, skip_weight, timesteps
+from ld3m.models.diffusion_prior import Spacing
 from ld3m.runtime.seeds import generator
 
 
@@ -48,6 +49,7 @@ def test_timesteps():
     for steps in (*range(1, 1000, 37), 999):
         ts = timesteps(steps, total=1000)
         assert len(ts) == steps and ts == sorted(set(ts)) and ts[0] == 1 and ts[-1] < 1000
+    assert timesteps(1000, total=1000, spacing=Spacing("leading", 0)) == list(range(1000))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -62,7 +64,7 @@ def test_impossible_numbers_of_steps(steps):
 )
 def test_skip_weights_in_the_order_the_steps_run(skip, weights, of_one_step):
     assert [skip_weight(skip, i, 5) for i in (4, 3, 2, 1, 0)] == pytest.approx(weights, abs=1e-15)
-    assert skip_weight(skip, 0, 1) == of_one_step
+    assert skip_weight(skip, 0, 1) == of_one_step and skip_weight(skip, 1, 2) == weights[0]
 
 
 def test_unknown_skip():
