@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import directional_derivative, make_prior, relative_difference
+from diffusers import DDIMScheduler
 
 from benchmarks.memory import LiveBytes
 from ld3m.method.sampler import noised, reverse, sample, skip_weight, timesteps
@@ -50,6 +51,14 @@ def test_timesteps():
         ts = timesteps(steps, total=1000)
         assert len(ts) == steps and ts == sorted(set(ts)) and ts[0] == 1 and ts[-1] < 1000
     assert timesteps(1000, total=1000, spacing=Spacing("leading", 0)) == list(range(1000))
+
+
+@pytest.mark.parametrize("kind, offset", [("leading", 1), ("trailing", 0), ("linspace", 0)])
+def test_every_spacing_is_that_of_diffusers(kind, offset):
+    scheduler = DDIMScheduler(timestep_spacing=kind, steps_offset=offset)
+    for steps in (1, 2, 7, 50, 999):
+        scheduler.set_timesteps(steps)
+        assert timesteps(steps, total=1000, spacing=Spacing(kind, offset)) == sorted(scheduler.timesteps.tolist())
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
