@@ -110,7 +110,7 @@ def test_every_stage_and_parameter_in_a_command_exists():
 def test_papermill_is_given_parameters_of_the_notebook(name):
     cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
     (parameters,) = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    lines = re.findall(rf"papermill -k python3 notebooks/{name}.ipynb(.*)", EVERY.replace("\\\n", ""))
+    lines = re.findall(rf"papermill_engine -k python3 notebooks/{name}.ipynb(.*)", EVERY.replace("\\\n", ""))
     given = re.findall(r" -[pr] (\w+)", " ".join(lines))
     assert given and [key for key in given if not re.search(rf"^{key} =", parameters, re.MULTILINE)] == []
 
