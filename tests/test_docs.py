@@ -71,6 +71,10 @@ def test_documents_are_short_and_profiles_have_their_numbers():
     assert [number for number in re.findall(r"\b\d+\.\d\b", "\n".join(headers)) if number not in EVERY] == []
 
 
+def test_the_readme_names_the_test_command_of_ci():
+    assert f"`{(ROOT / '.ci/run').read_text().splitlines()[-1]}`" in TEXT["README.md"]
+
+
 def test_every_link_leads_somewhere():
     for name, text in TEXT.items():
         for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
