@@ -8,12 +8,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def fan_out(
             if processes == 1 and cluster is None:
                 arriving = (_on_one_thread(*call) for call in calls)
             else:
-                arriving = _arriving(calls, _on_cluster(cluster) if cluster else _on_this_machine(processes))
+                arriving = _arriving(calls, _on_cluster(cluster) if cluster else _on_this_machine(processes, function))
             with closing(arriving):
                 for _ in progress(len(tasks), label=label, start=len(results)):
                     k, result = next(arriving)
@@ -101,8 +101,10 @@ def _on_one_thread(function: Callable[..., Any], k: int, task: dict[str, Any]) -
         torch.set_num_threads(threads)
 
 
-def _on_this_machine(processes: int) -> Pool:
-    workers = get_reusable_executor(processes, timeout=300, initializer=_start_worker, initargs=(os.getpid(),))
+def _on_this_machine(processes: int, function: Callable[..., Any]) -> Pool:
+    server = get_context("forkserver")  # imports torch once for all workers
+    server.set_forkserver_preload([function.__module__])
+    workers = get_reusable_executor(processes, context=server, timeout=300, initializer=_start_worker)
     _open["workers"] = partial(workers.shutdown, kill_workers=True)
 
     def end(running: set[Future]) -> None:
@@ -114,18 +116,17 @@ def _on_this_machine(processes: int) -> Pool:
     return partial(workers.submit, _in_worker), processes, end
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     keep_freed_memory()
     for number in SIGNALS:
         signal.signal(number, _end_task)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def _watch(parent: int) -> None:
+def _watch() -> None:
     """End this worker with its parent, even a killed one: else the task would hold its checkpoint until its end."""
-    while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
+    parent_process().join()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
