@@ -1,6 +1,8 @@
 """Training against plain loops by hand, experts and evaluation networks against each trained alone."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -294,3 +296,18 @@ def test_tasks_keep_their_order_and_run_on_one_thread(processes):
         fan_out(threads_of, [{"k": k} for k in range(6)], **given)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_training_loads_no_compiler():
+    """It would take a second in every worker process."""
+    program = """
+import sys
+import torch
+from ld3m.evaluation.training import train
+from ld3m.models.networks import build
+network = build("convnet", channels=1, size_px=8, classes=2, width=2, seed=0)
+recipe = dict(momentum=0.9, weight_decay=0.0, warm_up=True, ema_decay=0.9, strategy="flip", clip_norm=1.0)
+train(network, torch.randn(2, 1, 8, 8).__getitem__, torch.arange(2), epochs=2, batch=2, learning_rate=0.1, seed=0, **recipe)
+print("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"

@@ -1,5 +1,6 @@
 """Training classifiers: the one loop behind experts, validation, evaluation and the check of the prior."""
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -8,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.sgd import sgd  # torch.optim.SGD loads the compiler: a second more in every process
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ld3m.data.augment import augment_each, draw
@@ -55,8 +55,8 @@ def train_together(
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
-    optimizer = SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
-    schedule = _warm_up_then_cosine(optimizer, epochs) if warm_up else None
+    velocities: list[Tensor | None] = [None] * len(parameters)
+    constants = {"momentum": momentum, "dampening": 0.0, "nesterov": False, "maximize": False, "fused": True}
     average = [parameter.detach().clone() for parameter in parameters]
     for network in networks:
         network.train()
@@ -64,6 +64,7 @@ def train_together(
         for epoch in range(epochs):
             rngs = [generator(seed, "epoch", epoch) for seed in seeds]
             orders = torch.stack([torch.randperm(len(labels), generator=rng) for rng in rngs])  # (networks, N)
+            rate = learning_rate * (_warm_up_then_cosine(epoch, epochs) if warm_up else 1)
             losses = []
             for index in orders.split(batch, dim=1):
                 size = index.shape[1]
@@ -71,16 +72,17 @@ def train_together(
                 images = augment_each(fetch(index.flatten()), [size] * count, augmentations)
                 answers = labels[index.flatten()].to(images.device)
                 loss = cross_entropy(logits(images), answers, reduction="none").view(count, size).mean(1)
-                optimizer.zero_grad()
+                for parameter in parameters:
+                    parameter.grad = None
                 loss.sum().backward()
+                gradients = [parameter.grad for parameter in parameters]
                 if clip_norm is not None:
-                    _clip([parameter.grad for parameter in parameters], clip_norm, count)
-                optimizer.step()
+                    _clip(gradients, clip_norm, count)
+                with torch.no_grad():
+                    sgd(parameters, gradients, velocities, lr=rate, weight_decay=weight_decay, **constants)
                 losses.append(loss.detach())
             advice = f"the training diverges in epoch {epoch}: lower learning_rate={learning_rate}"
             require_finite(torch.stack(losses), advice=advice)
-            if schedule is not None:
-                schedule.step()
             if ema_decay is not None:
                 get_ema_multi_avg_fn(min(ema_decay, epoch / (epoch + 1)))(average, parameters, None)
             _give(parameters, networks)
@@ -124,11 +126,12 @@ def _give(parameters: Sequence[Tensor], networks: Sequence[nn.Module]) -> None:
             parameter.copy_(values[k] if len(networks) > 1 else values)
 
 
-def _warm_up_then_cosine(optimizer: SGD, epochs: int) -> SequentialLR:
+def _warm_up_then_cosine(epoch: int, epochs: int) -> float:
+    """The factor of the learning rate: a linear rise to 1 over the first half of the epochs, then a cosine to 0."""
     half = max(1, epochs // 2)
-    rise = LinearLR(optimizer, start_factor=1 / half, total_iters=half)
-    fall = CosineAnnealingLR(optimizer, T_max=max(1, epochs - half))
-    return SequentialLR(optimizer, [rise, fall], milestones=[half])
+    if epoch < half:
+        return 1 / half + (1 - 1 / half) * epoch / half
+    return (1 + math.cos(math.pi * (epoch - half) / max(1, epochs - half))) / 2
 
 
 @torch.no_grad()
