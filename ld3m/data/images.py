@@ -33,7 +33,7 @@ from ld3m.runtime.storage import locked, require_space, write_bytes
 
 # Formats that Pillow decodes itself: for others it may start a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
-LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+SKIPPED = re.compile(r"[.@#$]|__|(lost\+found|System Volume Information)$")  # folders that systems and tools make
 FLAT_RANGE = 16  # of 255: an image whose values span no more shows nothing
 CHUNK = 512  # images whose encoded bytes are in memory at once
 SQUARE_VERSION = 1  # raise it when `to_square` changes a pixel: images are then decoded again
@@ -45,6 +45,7 @@ class Selection(NamedTuple):
     """The images of the selected classes of a split, in the order of the source, not yet decoded."""
 
     labels: np.ndarray  # (n,) int64, indices into the selected classes
+    classes: Sequence[str]  # the selected ones
     identity: str  # changes when the images do
     read: Callable[[], Iterator[tuple[str, Encoded]]]  # yields the name of each image, for errors, and its content
     where: str  # names the split in errors
@@ -79,45 +80,66 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
     return _open_table(table, image_column=image_column, label_column=label_column, where=where)
 
 
+def nfc(name: str) -> str:
+    """The name in the Unicode form in which equal names are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
 def some(names: Sequence[str]) -> str:
     """At most five names for an error message."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Numbers by their value, so that 2 comes before 10; other names as text."""
-    names = list(names)
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+    """Names as text, but the numbers in them by value: class2 comes before class10."""
+
+    def key(name: str) -> tuple[list, str]:  # text and numbers alternate, and numbers of more digits are larger
+        return [(len(part), part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+    return sorted(names, key=key)
 
 
 def open_image_folder(folder: Path, *, where: str) -> Source:
-    """An image folder `<class>/<image files>`; files with the suffix of no image, and the folders that systems leave
-    beside others, are left out. A class is the folder's name in the Unicode form NFC."""
-    entries = [entry for entry in folder.glob("[!.@]*/") if entry.name not in LEFT_BY_SYSTEMS]
-    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in entries}
-    names = in_order(folders)
-    if not names or len(folders) < len(entries):
-        problem = "two folders whose names differ in their Unicode form only" if names else "no class folders"
-        raise ValueError(f"{where}: {folder} has {problem}: place its images in <class>/<image files>")
-    inside = sorted(entry.name for entry in folders[names[0]].glob("[!.@]*/"))
-    if len(names) == 1 and len(inside) > 1:
-        raise ValueError(
-            f"{where}: {folder} has one class, {names[0]!r}, that holds the folders {some(inside)}: if these are the "
-            f"classes, set the split to '{folder.name}/{names[0]}'"
-        )
+    """An image folder `<class>/<image files>`; hidden files, files of other kinds and folders that systems and tools
+    leave beside others are left out. A class is the folder's name in the Unicode form NFC."""
+    folders: dict[str, list[Path]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not SKIPPED.match(entry.name):
+            folders.setdefault(nfc(entry.name), []).append(entry)
+    if not folders:
+        raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
 
-    def select(classes: Sequence[str]) -> Selection:
-        labels, files = [], []
-        for name in filter(classes.__contains__, names):
-            present = folders[name].rglob("[!.]*")
-            found = sorted(str(file) for file in present if file.suffix.lower() in suffixes)
-            labels += [classes.index(name)] * len(found)
-            files += found
-        identity = _identity(folder, files, where=where)
-        return Selection(np.array(labels, dtype=np.int64), identity, lambda: zip(files, files, strict=True), where)
+    def is_image(name: str) -> bool:
+        return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
 
-    return Source(names, select)
+    def images_in(name: str) -> list[str]:
+        found = []
+        for place, inside, files in chain.from_iterable(map(os.walk, folders[name])):
+            inside[:] = [each for each in inside if not SKIPPED.match(each)]
+            found += [os.path.join(place, file) for file in files if is_image(file)]
+        return sorted(found)
+
+    for name, places in folders.items():
+        if len(folders) > 1 and any(map(is_image, chain.from_iterable(map(os.listdir, places)))):
+            continue
+        if deeper := [Path(file) for file in images_in(name) if Path(file).parent not in places]:
+            above = deeper[0].parents[1]
+            inside = in_order({file.parent.name for file in deeper if file.parents[1] == above})
+            longer = str(folder.name / above.relative_to(folder))
+            raise ValueError(
+                f"{where}: {above} holds folders of images, {some(inside)}. If these are the classes, write {longer!r} "
+                f"in place of {folder.name!r}; else move their images up into {folder}/<class>"
+            )
+
+    def select(classes: Sequence[str]) -> Selection:
+        files = {name: images_in(name) for name in in_order(folders) if name in classes}
+        labels = np.repeat([classes.index(name) for name in files], [len(found) for found in files.values()])
+        names = list(chain(*files.values()))
+        identity = _identity(folder, names, where=where)
+        return Selection(labels.astype(np.int64), classes, identity, lambda: zip(names, names, strict=True), where)
+
+    return Source(in_order(folders), select)
 
 
 def _identity(folder: Path, files: Iterable[str | Path], *, where: str) -> str:
@@ -165,7 +187,7 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
         selected = np.array([index.get(name, -1) for name in names], dtype=np.int64)[labels]
         rows = np.flatnonzero(selected >= 0)
         identity = f"{table.identity} {image_column} {hashlib.sha256(rows.tobytes()).hexdigest()}"
-        return Selection(selected[rows], identity, lambda: read(rows), where)
+        return Selection(selected[rows], classes, identity, lambda: read(rows), where)
 
     return Source(names, select)
 
@@ -175,12 +197,13 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
     values = [value for piece in table.pieces(column) for value in piece.to_pylist()]
     kinds = set(map(type, values))
     if kinds == {str} and all(values):
+        values = list(map(nfc, values))
         names = in_order(set(values))
         index = {name: label for label, name in enumerate(names)}
         return names, np.array([index[value] for value in values])
     try:
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        names = [str(name) for name in features[column]["names"]]
+        names = [nfc(str(name)) for name in features[column]["names"]]
     except Exception:  # nothing, or the words of another program: the labels have no names
         names = None
     if kinds != {int} or not 0 <= min(values) <= max(values) < len(names or range(2**20)):
@@ -267,39 +290,47 @@ def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tenso
 
 def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[bytes]:
     """Yields the bytes of decoded images, in order. Looks at every image before it raises the ValueError that names all
-    broken ones."""
-    broken: list[str] = []
+    broken ones, or those of a class in which at least half have almost one color."""
+    broken, flat = [], []
 
-    def decode(named: tuple[str, Encoded]) -> bytes | str:  # or what is wrong with the image
+    def decode(content: Encoded) -> np.ndarray | Exception:
         try:
-            with open_image(named[1]) as image:
-                square = np.array(to_square(image, size_px=size_px, channels=channels))
+            with open_image(content) as image:
+                return np.array(to_square(image, size_px=size_px, channels=channels))
         except Exception as error:  # broken files raise about anything
-            return f"{named[0]}: {type(error).__name__}: {error}"
-        return square.reshape(size_px, size_px, channels).transpose(2, 0, 1).tobytes()
+            return error
 
     images, count = selection.read(), math.ceil(len(selection.labels) / CHUNK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
         for _ in progress(count, label=f"{selection.where}: decoding {CHUNK} images"):
-            done = list(pool.map(decode, islice(images, CHUNK)))
-            broken += [text for text in done if isinstance(text, str)]
+            names, contents = zip(*islice(images, CHUNK), strict=True)
+            squares = list(pool.map(decode, contents))
+            for name, square in zip(names, squares, strict=True):
+                if isinstance(square, Exception):
+                    broken.append(f"{name}: {type(square).__name__}: {square}")
+                else:
+                    flat.append(name if np.ptp(square) <= FLAT_RANGE else None)
             if not broken:
-                yield b"".join(done)
+                yield np.stack(squares).reshape(-1, size_px, size_px, channels).transpose(0, 3, 1, 2).tobytes()
     if broken:
         shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
         raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
+    _report_flat(selection, np.array(flat, dtype=object))
 
 
-def require_contrast(uint8: Tensor, selection: Selection) -> None:
-    """ValueError where most images (N, C, H, W) of a selection have almost one color."""
-    flat = torch.cat([(part.amax((1, 2, 3)) - part.amin((1, 2, 3))) <= FLAT_RANGE for part in uint8.split(CHUNK)])
-    if 2 * int(flat.sum()) > len(flat):
-        names = [name for (name, _), is_flat in zip(selection.read(), flat.tolist(), strict=True) if is_flat]
-        raise ValueError(
-            f"{selection.where}: {len(names)} of {len(flat)} images have almost one color (their values span at most "
-            f"{FLAT_RANGE} of 255): {some(names)}. Are these 12 bits in 16-bit files, or fully transparent? Scale them "
-            "to the full range, or remove them"
-        )
+def _report_flat(selection: Selection, flat: np.ndarray) -> None:
+    """Prints which images have almost one color: `flat` (n,) has their names, and None for others."""
+    labels, few = selection.labels, f"almost one color (their values span at most {FLAT_RANGE} of 255)"
+    for label, name in enumerate(selection.classes):
+        of_class = flat[labels == label]
+        if 2 * len(found := [file for file in of_class if file]) >= len(of_class):
+            raise ValueError(
+                f"{selection.where}: {len(found)} of {len(of_class)} images of class {name!r} have {few}: "
+                f"{some(found)}. Are these 12 bits in 16-bit files, or transparent? Scale them to the full range, or "
+                "remove them"
+            )
+    if found := [file for file in flat if file]:
+        print(f"{selection.where}: {len(found)} of {len(flat)} images, which are kept, have {few}: {some(found)}")
 
 
 def open_images(file: Path) -> Tensor:
