@@ -59,16 +59,15 @@ class Source(NamedTuple):
 
 
 def open_split(source: str, split: str, *, image_column: str, label_column: str, where: str) -> Source:
-    """Finds a split in a folder (relative: to the repository root) or, if the source is no path, on the hub.
+    """Finds a split in a folder (see `load_dataset`) or, if the source is no path, on the hub.
 
-    A folder holds `<split>/<class>/<image files>`, or `<split>.parquet` or `<split>-*.parquet`, also in any one folder
-    inside it. `where` names the split in errors: FileNotFoundError for a missing source, ValueError for a broken one.
+    `where` names the split in errors: FileNotFoundError for a missing source, ValueError for a broken one.
     """
     folder = ROOT / Path(source).expanduser()
     advice = f"place {split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
     # A missing `data/mnist5k` must not be asked from the hub, where anyone could own the name.
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.startswith("data/")
-    is_hub_id = is_hub_id and not ("/" in source and folder.parent.is_dir())
+    is_path = source.startswith("data/") or "/" in source and folder.parent.is_dir()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not is_path
     if (folder / split).is_dir():
         return open_image_folder(folder / split, where=where)
     if files := _parquet_files(folder, split):
@@ -93,16 +92,20 @@ def some(names: Sequence[str]) -> str:
 def in_order(names: Iterable[str]) -> list[str]:
     """Names as text, but the numbers in them by value: class2 comes before class10."""
 
-    def key(name: str) -> tuple[list, str]:  # text and numbers alternate, and numbers of more digits are larger
-        return [(len(part), part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+    def key(name: str) -> tuple[list, str]:
+        text_and_numbers = re.split(r"0*(\d+)", name)  # in turn; of two numbers that with more digits is larger
+        text_and_numbers[1::2] = [(len(digits), digits) for digits in text_and_numbers[1::2]]
+        return text_and_numbers, name
 
     return sorted(names, key=key)
 
 
 def open_image_folder(folder: Path, *, where: str) -> Source:
-    """An image folder `<class>/<image files>`; hidden files, files of other kinds and folders that systems and tools
-    leave beside others are left out. A class is the folder's name in the Unicode form NFC."""
-    folders: dict[str, list[Path]] = {}
+    """Opens `<class>/<image files>`, without hidden files and the folders that systems and tools leave.
+
+    A class is the folder's name in the Unicode form NFC. ValueError where class folders hold folders of images.
+    """
+    folders: dict[str, list[Path]] = {}  # of each class: both forms may be there
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not SKIPPED.match(entry.name):
             folders.setdefault(nfc(entry.name), []).append(entry)
@@ -110,22 +113,15 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
         raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
 
-    def is_image(name: str) -> bool:
-        return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+    def images_in(name: str, pattern: str) -> Iterator[Path]:
+        for file in chain.from_iterable(place.glob(pattern) for place in folders[name]):
+            if file.suffix.lower() in suffixes and not any(map(SKIPPED.match, file.relative_to(folder).parts[1:-1])):
+                yield file
 
-    def images_in(name: str) -> list[str]:
-        found = []
-        for place, inside, files in chain.from_iterable(map(os.walk, folders[name])):
-            inside[:] = [each for each in inside if not SKIPPED.match(each)]
-            found += [os.path.join(place, file) for file in files if is_image(file)]
-        return sorted(found)
-
-    for name, places in folders.items():
-        if len(folders) > 1 and any(map(is_image, chain.from_iterable(map(os.listdir, places)))):
-            continue
-        if deeper := [Path(file) for file in images_in(name) if Path(file).parent not in places]:
-            above = deeper[0].parents[1]
-            inside = in_order({file.parent.name for file in deeper if file.parents[1] == above})
+    for name in in_order(folders):
+        if (len(folders) == 1 or not any(images_in(name, "[!.]*"))) and any(images_in(name, "*/**/[!.]*")):
+            above = min(images_in(name, "*/**/[!.]*")).parents[1]
+            inside = in_order(entry.name for entry in above.iterdir() if entry.is_dir())
             longer = str(folder.name / above.relative_to(folder))
             raise ValueError(
                 f"{where}: {above} holds folders of images, {some(inside)}. If these are the classes, write {longer!r} "
@@ -133,11 +129,13 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
             )
 
     def select(classes: Sequence[str]) -> Selection:
-        files = {name: images_in(name) for name in in_order(folders) if name in classes}
-        labels = np.repeat([classes.index(name) for name in files], [len(found) for found in files.values()])
-        names = list(chain(*files.values()))
-        identity = _identity(folder, names, where=where)
-        return Selection(labels.astype(np.int64), classes, identity, lambda: zip(names, names, strict=True), where)
+        labels, files = [], []
+        for name in filter(classes.__contains__, in_order(folders)):
+            found = sorted(map(str, images_in(name, "**/[!.]*")))
+            labels += [classes.index(name)] * len(found)
+            files += found
+        labels, identity = np.array(labels, dtype=np.int64), _identity(folder, files, where=where)
+        return Selection(labels, classes, identity, lambda: zip(files, files, strict=True), where)
 
     return Source(in_order(folders), select)
 
@@ -172,15 +170,13 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
     names, labels = _labels(table, label_column, where=f"{where}, column {label_column!r}")
 
     def read(rows: np.ndarray) -> Iterator[tuple[str, Encoded]]:
-        first = 0
-        for piece in table.pieces(image_column):
-            wanted = rows[(first <= rows) & (rows < first + len(piece))]
-            for row, cell in zip(wanted, piece.take(wanted - first).to_pylist(), strict=True):
-                path, content = (cell["path"], cell["bytes"]) if cell else (None, None)
+        wanted = set(rows.tolist())
+        for row, cell in enumerate(chain.from_iterable(table.pieces(image_column))):
+            if row in wanted:
+                path, content = map((cell.as_py() or {}).get, ("path", "bytes"))
                 if path and table.files and Path(os.path.abspath(path)).is_relative_to(table.files):
                     content = content or path
                 yield f"row {row} ({path or 'no file name'})", content
-            first += len(piece)
 
     def select(classes: Sequence[str]) -> Selection:
         index = {name: label for label, name in enumerate(classes)}
@@ -197,10 +193,9 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
     values = [value for piece in table.pieces(column) for value in piece.to_pylist()]
     kinds = set(map(type, values))
     if kinds == {str} and all(values):
-        values = list(map(nfc, values))
-        names = in_order(set(values))
+        names = in_order(set(map(nfc, values)))
         index = {name: label for label, name in enumerate(names)}
-        return names, np.array([index[value] for value in values])
+        return names, np.array([index[nfc(value)] for value in values])
     try:
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         names = [nfc(str(name)) for name in features[column]["names"]]
@@ -216,18 +211,18 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
 def _parquet_table(files: list[Path], *, where: str) -> Table:
     from pyarrow import parquet  # takes a moment that image folders do not need
 
-    def each(read: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    def pieces(column: str | None) -> Iterator[Any]:
         for file in files:
             try:
                 with parquet.ParquetFile(file) as opened:
-                    yield from read(opened)
+                    if column is None:
+                        yield opened.schema_arrow
+                    else:
+                        yield from (batch[column] for batch in opened.iter_batches(CHUNK, columns=[column]))
             except Exception as error:  # broken files raise about anything
                 raise ValueError(f"{file} is no readable parquet file ({error}): fetch it again") from error
 
-    def pieces(column: str) -> Iterator[Any]:
-        return each(lambda opened: (piece[column] for piece in opened.iter_batches(CHUNK, columns=[column])))
-
-    schemas = list(each(lambda opened: [opened.schema_arrow]))
+    schemas = list(pieces(None))
     if len({(schema.metadata or {}).get(b"huggingface") for schema in schemas}) > 1:
         raise ValueError(f"{where}: {files[0]} and the files beside it have different class names: fetch them again")
     return Table(schemas[0], pieces, _identity(files[0].parent, files, where=where), None)
@@ -300,37 +295,35 @@ def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[by
         except Exception as error:  # broken files raise about anything
             return error
 
-    images, count = selection.read(), math.ceil(len(selection.labels) / CHUNK)
+    images, labels = selection.read(), selection.labels.tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-        for _ in progress(count, label=f"{selection.where}: decoding {CHUNK} images"):
+        for k in progress(math.ceil(len(labels) / CHUNK), label=f"{selection.where}: decoding {CHUNK} images"):
             names, contents = zip(*islice(images, CHUNK), strict=True)
             squares = list(pool.map(decode, contents))
-            for name, square in zip(names, squares, strict=True):
+            for label, name, square in zip(labels[k * CHUNK : (k + 1) * CHUNK], names, squares, strict=True):
                 if isinstance(square, Exception):
                     broken.append(f"{name}: {type(square).__name__}: {square}")
-                else:
-                    flat.append(name if np.ptp(square) <= FLAT_RANGE else None)
+                elif np.ptp(square) <= FLAT_RANGE:
+                    flat.append((label, name))
             if not broken:
                 yield np.stack(squares).reshape(-1, size_px, size_px, channels).transpose(0, 3, 1, 2).tobytes()
     if broken:
         shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
         raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
-    _report_flat(selection, np.array(flat, dtype=object))
+    _check_range(selection, flat)
 
 
-def _report_flat(selection: Selection, flat: np.ndarray) -> None:
-    """Prints which images have almost one color: `flat` (n,) has their names, and None for others."""
-    labels, few = selection.labels, f"almost one color (their values span at most {FLAT_RANGE} of 255)"
-    for label, name in enumerate(selection.classes):
-        of_class = flat[labels == label]
-        if 2 * len(found := [file for file in of_class if file]) >= len(of_class):
-            raise ValueError(
-                f"{selection.where}: {len(found)} of {len(of_class)} images of class {name!r} have {few}: "
-                f"{some(found)}. Are these 12 bits in 16-bit files, or transparent? Scale them to the full range, or "
-                "remove them"
-            )
-    if found := [file for file in flat if file]:
-        print(f"{selection.where}: {len(found)} of {len(flat)} images, which are kept, have {few}: {some(found)}")
+def _check_range(selection: Selection, flat: list[tuple[int, str]]) -> None:
+    """Prints which images, given by label and name, have almost one color; ValueError if half of a class has."""
+    have = f"have almost one color (values within {FLAT_RANGE} of 255)"
+    for label, total in enumerate(np.bincount(selection.labels)):
+        names = [name for other, name in flat if other == label]
+        if 2 * len(names) >= total > 0:
+            of_class = f"{len(names)} of {total} images of class {selection.classes[label]!r}"
+            advice = "scale 12 bits in 16-bit files to the full range, and remove transparent images"
+            raise ValueError(f"{selection.where}: {of_class} {have}: {some(names)}: {advice}")
+    if names := [name for _, name in flat]:
+        print(f"{selection.where}: {len(names)} of {len(selection.labels)} images {have}: {some(names)}", flush=True)
 
 
 def open_images(file: Path) -> Tensor:

@@ -15,7 +15,6 @@ from ld3m.runtime.storage import write_bytes
 
 FOLDER = ROOT / "data" / "mnist5k"
 PER_CLASS = {"train": 350, "validation": 50, "test": 100}
-SEED = 0
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +30,7 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     """Disjoint, stratified and shuffled row indices of each split, `PER_CLASS` of every digit."""
 
     def shuffled(rows: np.ndarray, purpose: int | str) -> np.ndarray:
-        return rows[torch.randperm(len(rows), generator=seeds.generator(SEED, "mnist5k", purpose)).numpy()]
+        return rows[torch.randperm(len(rows), generator=seeds.generator(0, "mnist5k", purpose)).numpy()]
 
     ends = np.cumsum([*PER_CLASS.values()])[:-1]
     parts = [np.split(shuffled(np.flatnonzero(labels == digit), digit), ends) for digit in range(10)]
@@ -43,7 +42,7 @@ def build(folder: Path = FOLDER) -> None:
     from datasets import ClassLabel, Dataset, Features, Image
 
     images, labels = digits()
-    features = Features(image=Image(), label=ClassLabel(names=[str(digit) for digit in range(10)]))
+    features = Features(image=Image(), label=ClassLabel(names=[*"0123456789"]))
     for split, rows in split_indices(labels).items():
         columns = {"image": list(images[rows]), "label": labels[rows]}  # `datasets` encodes images as PNG
         buffer = io.BytesIO()
