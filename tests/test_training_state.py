@@ -24,12 +24,6 @@ def training_of(*losses, steps=5):
     return network, training
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_first_loss_that_is_not_finite_is_named_before_a_state_is_given(value):
-    with pytest.raises(ValueError, match=f"step 1: the loss is {value}; lower the rate"):
-        training_of(1.0, value, math.nan)[1].state()
-
-
 @pytest.mark.parametrize("steps", [2, CHECKED_STEPS + 2])
 def test_it_stops_soon_and_at_the_end_at_the_latest(steps):
     checked = min(steps, CHECKED_STEPS)
@@ -38,7 +32,10 @@ def test_it_stops_soon_and_at_the_end_at_the_latest(steps):
         training_of(*[math.nan] * checked, steps=steps)
 
 
-def test_weights_that_are_not_finite_are_no_state_either():
+def test_losses_and_weights_that_are_not_finite_are_no_state():
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"step 1: the loss is {value}; lower the rate"):
+            training_of(1.0, value, math.nan)[1].state()
     network, training = training_of(1.0)
     assert training.state()["done"] == 1
     with torch.no_grad():
