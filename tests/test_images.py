@@ -110,7 +110,7 @@ def test_shards_are_one_split_in_the_layouts_of_the_hub(parquet, tmp_path):
     write_parquet(sharded / "train-00001-of-00002.parquet", [0, 1], feature=REVERSED)
     refusal("different class names", whole)
     (sharded / "train-00001-of-00002.parquet").unlink()
-    refusal(r"'train' should be \[2\] files", whole)
+    refusal(r"'train' has 1 of \[2\] files: fetch the others", whole)
     shutil.copytree(sharded, whole / "other")
     refusal("'train' is in each of the folders .*: set source to one of them", whole)
 
@@ -134,7 +134,7 @@ def test_a_hub_dataset_is_known_by_its_fingerprint(folder, decoded, monkeypatch)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda source, *, split: {}[source])
     for source in ("org/toy", "toy"):
-        with pytest.raises(FileNotFoundError, match=r"KeyError.*train/<class>.*set source to that folder"):
+        with pytest.raises(FileNotFoundError, match=r"KeyError.*train/<class>.*in a folder and name it"):
             load(source)
 
 

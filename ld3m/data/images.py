@@ -179,8 +179,7 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
                 yield f"row {row} ({path or 'no file name'})", content
 
     def select(classes: Sequence[str]) -> Selection:
-        index = {name: label for label, name in enumerate(classes)}
-        selected = np.array([index.get(name, -1) for name in names], dtype=np.int64)[labels]
+        selected = np.array([classes.index(name) if name in classes else -1 for name in names], dtype=np.int64)[labels]
         rows = np.flatnonzero(selected >= 0)
         identity = f"{table.identity} {image_column} {hashlib.sha256(rows.tobytes()).hexdigest()}"
         return Selection(selected[rows], classes, identity, lambda: read(rows), where)
@@ -236,8 +235,7 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"split {split!r} is in each of the folders {some(places)}: set source to one of them")
     totals = {int(part[1]) for file in files if (part := re.search(r"-\d+-of-(\d+)$", file.stem))}
     if totals and totals != {len(files)}:
-        names = some([file.name for file in files])
-        raise ValueError(f"{folder}: split {split!r} should be {sorted(totals)} files, but they are {names}")
+        raise ValueError(f"{folder}: split {split!r} has {len(files)} of {sorted(totals)} files: fetch the others")
     return files
 
 
@@ -249,8 +247,7 @@ def _hub_table(source: str, split: str, *, advice: str, where: str) -> Table:
         table = datasets.load_dataset(source, split=split)
     except Exception as error:  # offline, unknown, gated and broken datasets raise about anything
         problem = f"source={source!r} is no folder, and as a hub dataset not readable ({type(error).__name__}: {error})"
-        advice = f"without a network {advice} in a folder and set source to that folder"
-        raise FileNotFoundError(f"{where}: {problem}: {advice}") from error
+        raise FileNotFoundError(f"{where}: {problem}: without a network {advice} in a folder and name it") from error
     identity, files = f"hub {source} {split} {table._fingerprint}", os.path.abspath(datasets.config.HF_CACHE_HOME)
     return Table(table.data.schema, lambda column: iter(table.data.column(column).chunks), identity, files)
 
