@@ -1,6 +1,5 @@
 """Shared by the tests of the mathematics: a tiny prior in float64 and a tiny data set."""
 
-import os
 import shutil
 import time
 
@@ -10,9 +9,8 @@ import torch
 from ld3m.data.dataset import Dataset, Normalization, Split, measure_normalization
 from ld3m.method.spaces import start_latents
 from ld3m.models.diffusion_prior import build_prior
-from ld3m.runtime import chunked, paths
+from ld3m.runtime import paths
 
-os.register_at_fork(after_in_child=chunked._pool.cache_clear)  # mutmut forks, and a child has none of the threads
 SIZE_PX = 16
 CLASSES = 3
 NORMALIZATION = Normalization((0.4,), (0.3,))

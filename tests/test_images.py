@@ -110,7 +110,7 @@ def test_shards_are_one_split_in_the_layouts_of_the_hub(parquet, tmp_path):
     write_parquet(sharded / "train-00001-of-00002.parquet", [0, 1], feature=REVERSED)
     refusal("different class names", whole)
     (sharded / "train-00001-of-00002.parquet").unlink()
-    refusal(r"'train' should be \[2\] files", whole)
+    refusal(r"'train' has 1 of \[2\] files: fetch the others", whole)
     shutil.copytree(sharded, whole / "other")
     refusal("'train' is in each of the folders .*: set source to one of them", whole)
 
@@ -134,7 +134,7 @@ def test_a_hub_dataset_is_known_by_its_fingerprint(folder, decoded, monkeypatch)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda source, *, split: {}[source])
     for source in ("org/toy", "toy"):
-        with pytest.raises(FileNotFoundError, match=r"KeyError.*train/<class>.*set source to that folder"):
+        with pytest.raises(FileNotFoundError, match=r"KeyError.*train/<class>.*in a folder and name it"):
             load(source)
 
 
@@ -157,7 +157,6 @@ def test_missing_paths_say_what_to_place(tmp_path, folder, monkeypatch):
     [
         ([2, 0, 1, 0], datasets.Value("int64"), ("0", "1", "2"), [2, 0, 1, 0]),
         (["b", "c", "a", "a"], datasets.Value("string"), ("a", "b", "c"), [1, 2, 0, 0]),
-        (["10", "2", "1", "1"], datasets.Value("string"), ("1", "2", "10"), [2, 1, 0, 0]),
     ],
 )
 def test_labels_without_class_names_are_in_the_order_of_their_values(parquet, labels, feature, classes, expected):
@@ -167,21 +166,15 @@ def test_labels_without_class_names_are_in_the_order_of_their_values(parquet, la
     assert test.classes == classes and test.labels.tolist() == expected * 2
 
 
-@pytest.mark.parametrize(
-    "labels, kind, message",
-    [
+def test_impossible_labels_and_columns_are_refused(parquet):
+    for labels, kind, message in [
         ([0, -1, 1], "int64", "not '-1', '0', '1': change label_column, or remove rows"),
         (["a", None], "string", "not 'None', 'a'"),
         ([0, 2**40], "int64", "not '0', '1099511627776'"),
         ([], "int64", "not no rows at all"),
-    ],
-)
-def test_impossible_labels_are_refused(parquet, labels, kind, message):
-    write_parquet(parquet / "train.parquet", labels, feature=datasets.Value(kind), cells=None if labels else [])
-    refusal(f"split 'train', column 'label': .* integers from 0, {message}", parquet)
-
-
-def test_columns_that_do_not_fit_are_refused(parquet):
+    ]:
+        write_parquet(parquet / "train.parquet", labels, feature=datasets.Value(kind), cells=None if labels else [])
+        refusal(f"split 'train', column 'label': .* integers from 0, {message}", parquet)
     for setting in ("image_column", "label_column"):
         refusal(rf"{setting}='img': the columns are \['image', 'label'\]", parquet, **{setting: "img"})
     refusal("column 'label' holds int64, not images", parquet, image_column="label")
@@ -220,22 +213,19 @@ def test_train_and_validation_share_the_stored_images(folder):
     assert load(folder).fingerprint == expected
 
 
-def test_another_setting_or_version_decodes_again(folder, decoded, monkeypatch):
-    for changes in ({}, {"size_px": 16}, {"channels": 1}):
-        load(folder, **changes)
-    for module, name in ((images, "SQUARE_VERSION"), (images.PIL, "__version__")):
-        monkeypatch.setattr(module, name, "another")
-        load(folder)
-    assert len(decoded) == 5 * 30
-
-
-def test_changed_files_are_noticed(folder, decoded):
+def test_another_setting_or_version_and_changed_files_are_decoded_again(folder, decoded, monkeypatch):
     file, found = folder / "train/bee/3.bmp", [load(folder).fingerprint]
     Image.new("RGB", (8, 8), "red").save(file)  # of the same size
     found.append(load(folder).fingerprint)
     (folder / "train/ant/7.bmp").rename(file.with_name("+.bmp"))  # the order of all stays
     found.append(load(folder).fingerprint)
     assert len(set(found)) == 3 and len(decoded) == 30 + 24 + 24  # train again, test not
+    for changes in ({"size_px": 16}, {"channels": 1}):
+        load(folder, **changes)
+    for module, name in ((images, "SQUARE_VERSION"), (images.PIL, "__version__")):
+        monkeypatch.setattr(module, name, "another")
+        load(folder)
+    assert len(decoded) == 78 + 4 * 30
 
 
 def test_space_is_asked_for_before_decoding(folder, decoded, monkeypatch):
@@ -283,56 +273,97 @@ def test_broken_cells_and_cells_that_name_a_file_are_refused(parquet):
     assert len(load(parquet, classes=["dog"]).test) == 1
 
 
-def test_an_image_for_which_pillow_starts_a_program_is_refused(folder, tmp_path, monkeypatch):
+def test_an_image_for_which_pillow_starts_a_program_and_a_pipe_are_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     Image.fromarray(noise(3)).save(folder / "train/cat/2.png", "EPS")
     refusal(r"train/cat/2\.png: UnidentifiedImageError", folder)
     assert not (tmp_path / "started").exists()
-
-
-def test_a_file_that_would_never_end_is_named(folder):
     os.mkfifo(folder / "train/cat/pipe.png")
     refusal(r"split 'train': .*train/cat/pipe\.png is no regular file: remove it", folder)
 
 
-def test_a_folder_too_deep_is_named(folder):
-    for split in COUNTS:
-        (folder / split).rename(folder / "images")
-        (folder / split).mkdir()
-        (folder / "images").rename(folder / split / "images")
-    refusal(r"one class, 'images', that holds the folders 'ant', 'bee', .*'train/images'", folder)
-    splits = {"train": "train/images", "validation": 0.25, "test": "test/images"}
-    assert load(folder, splits=splits).train.classes == ("ant", "bee", "cat")
+@pytest.mark.parametrize(
+    "where, named, write",  # the images of class {}; the folders of images; what to write if these are the classes
+    [
+        ("images/{}", "images holds folders of images, 'ant', 'bee', 'cat'", "images"),
+        ("mine/images/{}", "mine/images holds folders of images, 'ant', 'bee', 'cat'", "mine/images"),
+        ("{}/batch2", "ant holds folders of images, 'batch2'", "ant"),
+    ],
+)
+def test_folders_too_deep_are_named(folder, where, named, write):
+    for split, name in itertools.product(COUNTS, ("ant", "bee", "cat")):
+        (folder / split / name).rename(folder / "moved")
+        (folder / split / where.format(name)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "moved").rename(folder / split / where.format(name))
+    refusal(f"train/{named}. .*write 'train/{write}' in place of 'train'; else move their images up into", folder)
+    if write != "ant":
+        splits = {"train": f"train/{write}", "validation": 0.25, "test": f"test/{write}"}
+        assert load(folder, splits=splits).train.classes == ("ant", "bee", "cat")
 
 
-def test_numbered_folders_are_in_the_order_of_their_values_and_what_systems_leave_is_no_class(folder):
-    for split in COUNTS:
-        for left in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
-            shutil.copytree(folder / split / "ant", folder / split / left)
-        for name, number in {"ant": "10", "bee": "2", "cat": "1"}.items():
-            (folder / split / name).rename(folder / split / number)
-    dataset = load(folder)
-    assert dataset.train.classes == ("1", "2", "10")
-    assert torch.equal(dataset.test.uint8[0], torch.from_numpy(noise(202)).movedim(2, 0))  # that of "cat", now "1"
+@pytest.mark.parametrize(
+    "names, classes, expected",  # of the folders of ant, bee and cat; asked for; read
+    [
+        (("10", "02", "1"), None, "1 02 10"),
+        (("class10", "class2", "class1b"), None, "class1b class2 class10"),
+        (("b", "C", "a"), None, "C a b"),
+        (("10", "2", "1"), [10, 1], "10 1"),
+        (("10", "02", "01"), [10, 2], "10 02"),
+        (("ant", "bee", "cat"), [2, "ant"], "cat ant"),
+    ],
+)
+def test_classes_are_in_natural_order_and_a_number_is_a_name_where_names_are_numbers(folder, names, classes, expected):
+    first = {}  # the first test image of each class
+    for label, (former, name) in enumerate(zip(("ant", "bee", "cat"), names, strict=True)):
+        first[name] = torch.from_numpy(noise(100 * label + 2)).movedim(2, 0)
+        for split in COUNTS:
+            (folder / split / former).rename(folder / split / name)
+    test = load(folder, classes=classes).test
+    assert " ".join(test.classes) == expected
+    assert all(torch.equal(test.uint8[test.of_class(k)[0]], first[name]) for k, name in enumerate(test.classes))
+    if names[0] == "10":
+        refusal("classes has 0: write names, such as '", folder, classes=[0, 1])
+
+
+def test_what_systems_and_tools_leave_is_no_class_and_no_image_of_one(folder):
+    expected = load(folder).fingerprint
+    left = "__MACOSX __pycache__ @eaDir #recycle $RECYCLE.BIN .ipynb_checkpoints lost+found System_Volume_Information"
+    for place, name in itertools.product(("train", "test", "train/bee"), left.split()):
+        shutil.copytree(folder / "test/ant", folder / place / name.replace("_V", " V").replace("_I", " I"))
+    (folder / "train/bee/#1.bmp").hardlink_to(folder / "train/ant/0.bmp")
+    assert len(load(folder).train) == 19 and load(folder).train.classes == ("ant", "bee", "cat")
+    (folder / "train/bee/#1.bmp").unlink()
+    assert load(folder).fingerprint == expected
 
 
 def test_unicode_forms_of_a_name_are_one_class_and_names_that_differ_in_case_are_refused(folder):
-    (folder / "train/ant").rename(folder / "train" / unicodedata.normalize("NFD", "Bä"))
-    (folder / "test/ant").rename(folder / "test" / unicodedata.normalize("NFC", "Bä"))
-    assert load(folder).train.classes == ("Bä", "bee", "cat")
-    (folder / "test/bee").rename(folder / "test/Bee")
-    refusal("classes 'Bee' and 'bee' differ in case only: rename one", folder)
+    composed, decomposed = (unicodedata.normalize(form, "Bä") for form in ("NFC", "NFD"))
+    for place, former, name in (("train", "ant", decomposed), ("test", "ant", composed), ("train", "bee", composed)):
+        (folder / place / former).rename(folder / place / name)
+    assert load(folder, classes=["cat", decomposed]).train.labels.bincount().tolist() == [6, 12]
+    for split in COUNTS:
+        shutil.copytree(folder / split / "cat", folder / split / "straße")
+        shutil.copytree(folder / split / "cat", folder / split / "strasse")
+    shutil.rmtree(folder / "test/bee")
+    assert load(folder).train.classes == ("Bä", "cat", "strasse", "straße")
+    (folder / "test/cat").rename(folder / "test/Cat")
+    refusal("classes 'cat' and 'Cat' differ in case only: rename one", folder)
 
 
-def test_images_of_almost_one_color_are_named(folder):
-    for k in range(13):  # of 24: 12 bits in 16
-        file = folder / "train" / ("ant", "bee", "cat")[k % 3] / f"{k // 3}.bmp"
+def test_images_of_almost_one_color_are_named_and_refused_where_they_are_half_of_a_class(folder, capsys):
+    for k in range(4):  # 12 bits in 16
+        assert load(folder).train.classes == ("ant", "bee", "cat")
+        file = folder / f"train/bee/{k}.bmp"
         file.unlink()
         Image.fromarray(noise(k)[:, :, 0].astype(np.uint16) * 16).save(file.with_suffix(".png"))
-    words = refusal(r"split 'train': 13 of 24 images have almost one color .*12 bits", folder)
-    assert str(folder / "train/ant/0.png") in words and "and 8 more" in words
+    printed = [line for line in capsys.readouterr().out.splitlines() if "almost" in line]
+    assert len(printed) == 3 and "3 of 24 images have almost one color" in printed[2]
+    assert str(folder / "train/bee/2.png") in printed[2]
+    for _ in range(2):  # nothing of it is kept
+        words = refusal(r"'train': 4 of 8 images of class 'bee' have almost one color .*12 bits in 16", folder)
+        assert str(folder / "train/bee/0.png") in words and "ant" not in words
 
 
 @pytest.mark.parametrize("answers", [True, False])

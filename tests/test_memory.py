@@ -1,6 +1,8 @@
-"""Memory: its peak, and errors that name the parameter which needs less of it."""
+"""Memory: its peak, what is kept of it, and errors that name the parameter which needs less of it."""
 
 import mmap
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,3 +83,29 @@ def test_the_peak_is_that_since_it_was_forgotten():
         np.frombuffer(pages, np.uint8).sum()
     assert 0.2 < peak_gib() - before < 0.4
     assert forget_peak() and peak_gib() - before < 0.1
+
+
+LAYERS = """
+import resource
+import {module}
+import torch
+from torch.nn.functional import conv2d, group_norm
+
+torch.set_num_threads(1)
+x, weight = torch.randn(64, 48, 32, 32), torch.randn(48, 48, 3, 3)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        group_norm(conv2d(x, weight, padding=1).relu(), 48)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_the_pipeline_keeps_the_memory_that_it_frees():
+    """In the second round few pages are asked from the system; without, those of every layer."""
+    asked = [
+        int(subprocess.check_output([sys.executable, "-c", LAYERS.format(module=module)]))
+        for module in ("ld3m.pipeline", "ld3m")
+    ]
+    assert asked[0] < asked[1] / 5, asked

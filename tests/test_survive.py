@@ -14,10 +14,12 @@ import signal
 import sys
 from functools import cache, partial
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CLASSES, NORMALIZATION, SIZE_PX, make_dataset, make_prior, start_ld3m
+from executing import run_notebook
 from safetensors.torch import load
 
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
@@ -29,6 +31,8 @@ from ld3m.models.networks import build
 from ld3m.models.prior_io import save_prior
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.pipeline import profiles
+from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint, Interrupted
 from ld3m.runtime.storage import new_folder, write_json, write_tensors
 
@@ -192,3 +196,55 @@ def test_on_two_threads_it_is_the_same_within_rounding_and_twice_the_same(server
             one, two = load(data), load((tmp_path / "a/out" / name).read_bytes())
             difference = sum((one[key] - two[key]).square().sum() for key in one)
             assert difference <= ROUNDING[stage] ** 2 * sum(tensor.square().sum() for tensor in one.values()), name
+
+
+NOTEBOOKS = {  # notebook, parameters, outputs under runs/smoke; in an order in which they can run
+    "prior": ("00_prior", {}, ["prior", "prior-check"]),
+    "gan": ("00_gan", {}, ["gan", "gan-check"]),
+    "trajectories": ("01_trajectories", {}, ["trajectories"]),
+    "distill": ("02_distill", {"cell": "mtt-ld3m-1"}, ["main/distilled/mtt-ld3m-1"]),
+    "distill_runs": ("02_distill", {"cell": "mtt-glad-1"}, ["report/distilled/mtt-glad-1"]),
+    "evaluate": ("03_evaluate", {"cell": "mtt-ld3m-1"}, ["main/scores/mtt-ld3m-1"]),
+    "full_data": ("03_evaluate", {"cell": "full_data"}, ["main/scores/full_data"]),
+    "gradient_norms": ("04_gradient_norms", {}, ["gradient_norms.json"]),
+    "ablation": ("04_ablations", {"ablation": "steps"}, ["ablations/steps.json"]),
+}
+
+
+def execute(stage, keep, out):
+    """Runs the notebook of a stage, with its outputs beside `out`."""
+    root, (notebook, parameters, outputs) = out.parent, NOTEBOOKS[stage]
+    for output in outputs:  # as DVC does before a stage
+        place = root / "runs/smoke" / output
+        place.unlink() if place.is_file() else shutil.rmtree(place, ignore_errors=True)
+    os.environ |= {"DVC_STAGE": stage, "MPLBACKEND": "Agg"}
+    paths.ROOT = root
+    for name in ("load_params", "ablation_settings"):
+        setattr(profiles, name, partial(getattr(profiles, name), path=root / "params.yaml"))
+    run_notebook(Path(__file__).parents[1] / "notebooks" / f"{notebook}.ipynb", parameters)
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """What all stages write when nothing happens, and how many calls each makes."""
+    root, calls = tmp_path_factory.mktemp("whole"), {}
+    profiles.apply_profiles("smoke", path=root / "params.yaml")
+    for stage in NOTEBOOKS:
+        assert run(server, partial(execute, stage), root) == 0, (root / "log").read_text()
+        calls[stage] = int((root / "calls").read_text())
+    assert content(root / "checkpoints") == {}
+    return root, calls
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", NOTEBOOKS)
+def test_a_notebook_that_is_killed_goes_on_and_writes_the_same_bytes(server, whole, tmp_path, stage):
+    root, draw, (expected, calls) = tmp_path / "killed", random.Random(f"{stage} {KILLS}"), whole
+    shutil.copytree(expected, root)
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+        after = draw.randrange(calls[stage] // 4, calls[stage])
+        run(server, partial(execute, stage), root, after=after, number=number)
+    assert run(server, partial(execute, stage), root) == 0, (root / "log").read_text()
+    assert content(root / "runs") == content(expected / "runs")
+    assert content(root / "checkpoints") == {}

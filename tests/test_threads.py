@@ -1,5 +1,6 @@
 """Chunks of a computation in threads: the result and the gradient of the whole, and the same bits in any number."""
 
+import multiprocessing
 import threading
 
 import pytest
@@ -43,3 +44,12 @@ def test_an_error_in_a_chunk_is_raised(randn):
 def test_threads_stay_for_the_next_call():
     first, second = (thread_map(lambda k: (k, threading.get_ident()), range(8), threads=3) for _ in range(2))
     assert [k for k, _ in first] == list(range(8)) and len({thread for _, thread in first + second}) <= 3
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    thread_map(abs, [-1], threads=1)
+    child = multiprocessing.get_context("fork").Process(target=thread_map, args=(abs, [-1]), kwargs={"threads": 1})
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 0

@@ -207,8 +207,8 @@ def load_dataset(
     image_column, label_column : str
         The columns of parquet files and hub datasets.
     classes : str or sequence, optional
-        The names or indices of the classes to keep, in this order, or the name of a subset of ImageNet-1k (`subsets`);
-        default: all.
+        The classes to keep, in this order, by name (a number is the name where classes are named by numbers, else a
+        position), or the name of a subset of ImageNet-1k (`subsets`); default: all.
     normalization : Normalization, optional
         Default: measured on train.
     device : str
@@ -216,7 +216,7 @@ def load_dataset(
     """
     where = f"dataset {name!r}"
     if channels not in (1, 3) or (normalization and len(normalization.mean) != channels):
-        raise ValueError(f"{where}: channels={channels}: must be 1 or 3, and as many as those of normalization")
+        raise ValueError(f"{where}: channels={channels}: give 1 or 3, and as many means and stds in normalization")
     if len(set(splits.values())) < 3:
         raise ValueError(f"{where}: splits={splits}: name three different splits, or a share of train as validation")
     sources = {}
@@ -232,7 +232,6 @@ def load_dataset(
             advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
             raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
         uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
-        images.require_contrast(uint8, selection)
         loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
     if "validation" not in loaded:
         loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
@@ -241,19 +240,26 @@ def load_dataset(
 
 
 def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: str) -> list[str]:
-    alike = {name.casefold(): name for name in names}
-    if len(alike) < len(names):
-        pairs = [(alike[name.casefold()], name) for name in names if alike[name.casefold()] != name]
-        raise ValueError(f"{where}: the classes {pairs[0][0]!r} and {pairs[0][1]!r} differ in case only: rename one")
-    if classes is None:
-        classes = names
+    """The names that `classes` chooses out of all names."""
+    alike: dict[str, str] = {}
+    for name in names:
+        if (other := alike.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{where}: the classes {other!r} and {name!r} differ in case only: rename one")
     if isinstance(classes, str):
         classes = subsets.of_imagenet(classes, names, where=where)
-    kept = [names[item] if type(item) is int and 0 <= item < len(names) else str(item) for item in classes]
-    for item in set(kept) - set(names):
-        near = images.some(difflib.get_close_matches(item, names, n=5, cutoff=0))
-        raise ValueError(f"{where}: classes has {item!r}: allowed are 0..{len(names) - 1} and names, such as {near}")
-    if not kept or len(set(kept)) != len(kept):
+    numbers = {name.lstrip("0") or "0": name for name in names if name.isdecimal()}
+    positions = "" if numbers else f", or positions 0..{len(names) - 1}"
+    numbers = numbers or {str(position): name for position, name in enumerate(names)}
+    kept = []
+    for item in names if classes is None else classes:
+        name = images.nfc(str(item))
+        if name not in names and type(item) is int:
+            name = numbers.get(name, name)
+        if name not in names:
+            near = images.some(difflib.get_close_matches(name, names, n=5, cutoff=0))
+            raise ValueError(f"{where}: classes has {item!r}: write names, such as {near}{positions}")
+        kept.append(name)
+    if not kept or len(set(kept)) < len(kept):
         raise ValueError(f"{where}: classes={list(classes)}: name each class to keep once")
     return kept
 

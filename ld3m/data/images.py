@@ -33,7 +33,7 @@ from ld3m.runtime.storage import locked, require_space, write_bytes
 
 # Formats that Pillow decodes itself: for others it may start a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
-LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+SKIPPED = re.compile(r"[.@#$]|__|(lost\+found|System Volume Information)$")  # folders that systems and tools make
 FLAT_RANGE = 16  # of 255: an image whose values span no more shows nothing
 CHUNK = 512  # images whose encoded bytes are in memory at once
 SQUARE_VERSION = 1  # raise it when `to_square` changes a pixel: images are then decoded again
@@ -45,6 +45,7 @@ class Selection(NamedTuple):
     """The images of the selected classes of a split, in the order of the source, not yet decoded."""
 
     labels: np.ndarray  # (n,) int64, indices into the selected classes
+    classes: Sequence[str]  # the selected ones
     identity: str  # changes when the images do
     read: Callable[[], Iterator[tuple[str, Encoded]]]  # yields the name of each image, for errors, and its content
     where: str  # names the split in errors
@@ -58,16 +59,15 @@ class Source(NamedTuple):
 
 
 def open_split(source: str, split: str, *, image_column: str, label_column: str, where: str) -> Source:
-    """Finds a split in a folder (relative: to the repository root) or, if the source is no path, on the hub.
+    """Finds a split in a folder (see `load_dataset`) or, if the source is no path, on the hub.
 
-    A folder holds `<split>/<class>/<image files>`, or `<split>.parquet` or `<split>-*.parquet`, also in any one folder
-    inside it. `where` names the split in errors: FileNotFoundError for a missing source, ValueError for a broken one.
+    `where` names the split in errors: FileNotFoundError for a missing source, ValueError for a broken one.
     """
     folder = ROOT / Path(source).expanduser()
     advice = f"place {split}.parquet, {split}-*.parquet or {split}/<class>/<image files>"
     # A missing `data/mnist5k` must not be asked from the hub, where anyone could own the name.
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.startswith("data/")
-    is_hub_id = is_hub_id and not ("/" in source and folder.parent.is_dir())
+    is_path = source.startswith("data/") or "/" in source and folder.parent.is_dir()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not is_path
     if (folder / split).is_dir():
         return open_image_folder(folder / split, where=where)
     if files := _parquet_files(folder, split):
@@ -79,45 +79,65 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
     return _open_table(table, image_column=image_column, label_column=label_column, where=where)
 
 
+def nfc(name: str) -> str:
+    """The name in the Unicode form in which equal names are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
 def some(names: Sequence[str]) -> str:
     """At most five names for an error message."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Numbers by their value, so that 2 comes before 10; other names as text."""
-    names = list(names)
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+    """Names as text, but the numbers in them by value: class2 comes before class10."""
+
+    def key(name: str) -> tuple[list, str]:
+        text_and_numbers = re.split(r"0*(\d+)", name)  # in turn; of two numbers that with more digits is larger
+        text_and_numbers[1::2] = [(len(digits), digits) for digits in text_and_numbers[1::2]]
+        return text_and_numbers, name
+
+    return sorted(names, key=key)
 
 
 def open_image_folder(folder: Path, *, where: str) -> Source:
-    """An image folder `<class>/<image files>`; files with the suffix of no image, and the folders that systems leave
-    beside others, are left out. A class is the folder's name in the Unicode form NFC."""
-    entries = [entry for entry in folder.glob("[!.@]*/") if entry.name not in LEFT_BY_SYSTEMS]
-    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in entries}
-    names = in_order(folders)
-    if not names or len(folders) < len(entries):
-        problem = "two folders whose names differ in their Unicode form only" if names else "no class folders"
-        raise ValueError(f"{where}: {folder} has {problem}: place its images in <class>/<image files>")
-    inside = sorted(entry.name for entry in folders[names[0]].glob("[!.@]*/"))
-    if len(names) == 1 and len(inside) > 1:
-        raise ValueError(
-            f"{where}: {folder} has one class, {names[0]!r}, that holds the folders {some(inside)}: if these are the "
-            f"classes, set the split to '{folder.name}/{names[0]}'"
-        )
+    """Opens `<class>/<image files>`, without hidden files and the folders that systems and tools leave.
+
+    A class is the folder's name in the Unicode form NFC. ValueError where class folders hold folders of images.
+    """
+    folders: dict[str, list[Path]] = {}  # of each class: both forms may be there
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not SKIPPED.match(entry.name):
+            folders.setdefault(nfc(entry.name), []).append(entry)
+    if not folders:
+        raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+
+    def images_in(name: str, pattern: str) -> Iterator[Path]:
+        for file in chain.from_iterable(place.glob(pattern) for place in folders[name]):
+            if file.suffix.lower() in suffixes and not any(map(SKIPPED.match, file.relative_to(folder).parts[1:-1])):
+                yield file
+
+    for name in in_order(folders):
+        if (len(folders) == 1 or not any(images_in(name, "[!.]*"))) and any(images_in(name, "*/**/[!.]*")):
+            above = min(images_in(name, "*/**/[!.]*")).parents[1]
+            inside = in_order(entry.name for entry in above.iterdir() if entry.is_dir())
+            longer = str(folder.name / above.relative_to(folder))
+            raise ValueError(
+                f"{where}: {above} holds folders of images, {some(inside)}. If these are the classes, write {longer!r} "
+                f"in place of {folder.name!r}; else move their images up into {folder}/<class>"
+            )
 
     def select(classes: Sequence[str]) -> Selection:
         labels, files = [], []
-        for name in filter(classes.__contains__, names):
-            present = folders[name].rglob("[!.]*")
-            found = sorted(str(file) for file in present if file.suffix.lower() in suffixes)
+        for name in filter(classes.__contains__, in_order(folders)):
+            found = sorted(map(str, images_in(name, "**/[!.]*")))
             labels += [classes.index(name)] * len(found)
             files += found
-        identity = _identity(folder, files, where=where)
-        return Selection(np.array(labels, dtype=np.int64), identity, lambda: zip(files, files, strict=True), where)
+        labels, identity = np.array(labels, dtype=np.int64), _identity(folder, files, where=where)
+        return Selection(labels, classes, identity, lambda: zip(files, files, strict=True), where)
 
-    return Source(names, select)
+    return Source(in_order(folders), select)
 
 
 def _identity(folder: Path, files: Iterable[str | Path], *, where: str) -> str:
@@ -150,22 +170,19 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
     names, labels = _labels(table, label_column, where=f"{where}, column {label_column!r}")
 
     def read(rows: np.ndarray) -> Iterator[tuple[str, Encoded]]:
-        first = 0
-        for piece in table.pieces(image_column):
-            wanted = rows[(first <= rows) & (rows < first + len(piece))]
-            for row, cell in zip(wanted, piece.take(wanted - first).to_pylist(), strict=True):
-                path, content = (cell["path"], cell["bytes"]) if cell else (None, None)
+        wanted = set(rows.tolist())
+        for row, cell in enumerate(chain.from_iterable(table.pieces(image_column))):
+            if row in wanted:
+                path, content = map((cell.as_py() or {}).get, ("path", "bytes"))
                 if path and table.files and Path(os.path.abspath(path)).is_relative_to(table.files):
                     content = content or path
                 yield f"row {row} ({path or 'no file name'})", content
-            first += len(piece)
 
     def select(classes: Sequence[str]) -> Selection:
-        index = {name: label for label, name in enumerate(classes)}
-        selected = np.array([index.get(name, -1) for name in names], dtype=np.int64)[labels]
+        selected = np.array([classes.index(name) if name in classes else -1 for name in names], dtype=np.int64)[labels]
         rows = np.flatnonzero(selected >= 0)
         identity = f"{table.identity} {image_column} {hashlib.sha256(rows.tobytes()).hexdigest()}"
-        return Selection(selected[rows], identity, lambda: read(rows), where)
+        return Selection(selected[rows], classes, identity, lambda: read(rows), where)
 
     return Source(names, select)
 
@@ -175,12 +192,12 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
     values = [value for piece in table.pieces(column) for value in piece.to_pylist()]
     kinds = set(map(type, values))
     if kinds == {str} and all(values):
-        names = in_order(set(values))
+        names = in_order(set(map(nfc, values)))
         index = {name: label for label, name in enumerate(names)}
-        return names, np.array([index[value] for value in values])
+        return names, np.array([index[nfc(value)] for value in values])
     try:
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        names = [str(name) for name in features[column]["names"]]
+        names = [nfc(str(name)) for name in features[column]["names"]]
     except Exception:  # nothing, or the words of another program: the labels have no names
         names = None
     if kinds != {int} or not 0 <= min(values) <= max(values) < len(names or range(2**20)):
@@ -193,18 +210,18 @@ def _labels(table: Table, column: str, *, where: str) -> tuple[list[str], np.nda
 def _parquet_table(files: list[Path], *, where: str) -> Table:
     from pyarrow import parquet  # takes a moment that image folders do not need
 
-    def each(read: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    def pieces(column: str | None) -> Iterator[Any]:
         for file in files:
             try:
                 with parquet.ParquetFile(file) as opened:
-                    yield from read(opened)
+                    if column is None:
+                        yield opened.schema_arrow
+                    else:
+                        yield from (batch[column] for batch in opened.iter_batches(CHUNK, columns=[column]))
             except Exception as error:  # broken files raise about anything
                 raise ValueError(f"{file} is no readable parquet file ({error}): fetch it again") from error
 
-    def pieces(column: str) -> Iterator[Any]:
-        return each(lambda opened: (piece[column] for piece in opened.iter_batches(CHUNK, columns=[column])))
-
-    schemas = list(each(lambda opened: [opened.schema_arrow]))
+    schemas = list(pieces(None))
     if len({(schema.metadata or {}).get(b"huggingface") for schema in schemas}) > 1:
         raise ValueError(f"{where}: {files[0]} and the files beside it have different class names: fetch them again")
     return Table(schemas[0], pieces, _identity(files[0].parent, files, where=where), None)
@@ -218,8 +235,7 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"split {split!r} is in each of the folders {some(places)}: set source to one of them")
     totals = {int(part[1]) for file in files if (part := re.search(r"-\d+-of-(\d+)$", file.stem))}
     if totals and totals != {len(files)}:
-        names = some([file.name for file in files])
-        raise ValueError(f"{folder}: split {split!r} should be {sorted(totals)} files, but they are {names}")
+        raise ValueError(f"{folder}: split {split!r} has {len(files)} of {sorted(totals)} files: fetch the others")
     return files
 
 
@@ -231,8 +247,7 @@ def _hub_table(source: str, split: str, *, advice: str, where: str) -> Table:
         table = datasets.load_dataset(source, split=split)
     except Exception as error:  # offline, unknown, gated and broken datasets raise about anything
         problem = f"source={source!r} is no folder, and as a hub dataset not readable ({type(error).__name__}: {error})"
-        advice = f"without a network {advice} in a folder and set source to that folder"
-        raise FileNotFoundError(f"{where}: {problem}: {advice}") from error
+        raise FileNotFoundError(f"{where}: {problem}: without a network {advice} in a folder and name it") from error
     identity, files = f"hub {source} {split} {table._fingerprint}", os.path.abspath(datasets.config.HF_CACHE_HOME)
     return Table(table.data.schema, lambda column: iter(table.data.column(column).chunks), identity, files)
 
@@ -267,39 +282,45 @@ def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tenso
 
 def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[bytes]:
     """Yields the bytes of decoded images, in order. Looks at every image before it raises the ValueError that names all
-    broken ones."""
-    broken: list[str] = []
+    broken ones, or those of a class in which at least half have almost one color."""
+    broken, flat = [], []
 
-    def decode(named: tuple[str, Encoded]) -> bytes | str:  # or what is wrong with the image
+    def decode(content: Encoded) -> np.ndarray | Exception:
         try:
-            with open_image(named[1]) as image:
-                square = np.array(to_square(image, size_px=size_px, channels=channels))
+            with open_image(content) as image:
+                return np.array(to_square(image, size_px=size_px, channels=channels))
         except Exception as error:  # broken files raise about anything
-            return f"{named[0]}: {type(error).__name__}: {error}"
-        return square.reshape(size_px, size_px, channels).transpose(2, 0, 1).tobytes()
+            return error
 
-    images, count = selection.read(), math.ceil(len(selection.labels) / CHUNK)
+    images, labels = selection.read(), selection.labels.tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-        for _ in progress(count, label=f"{selection.where}: decoding {CHUNK} images"):
-            done = list(pool.map(decode, islice(images, CHUNK)))
-            broken += [text for text in done if isinstance(text, str)]
+        for k in progress(math.ceil(len(labels) / CHUNK), label=f"{selection.where}: decoding {CHUNK} images"):
+            names, contents = zip(*islice(images, CHUNK), strict=True)
+            squares = list(pool.map(decode, contents))
+            for label, name, square in zip(labels[k * CHUNK : (k + 1) * CHUNK], names, squares, strict=True):
+                if isinstance(square, Exception):
+                    broken.append(f"{name}: {type(square).__name__}: {square}")
+                elif np.ptp(square) <= FLAT_RANGE:
+                    flat.append((label, name))
             if not broken:
-                yield b"".join(done)
+                yield np.stack(squares).reshape(-1, size_px, size_px, channels).transpose(0, 3, 1, 2).tobytes()
     if broken:
         shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
         raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
+    _check_range(selection, flat)
 
 
-def require_contrast(uint8: Tensor, selection: Selection) -> None:
-    """ValueError where most images (N, C, H, W) of a selection have almost one color."""
-    flat = torch.cat([(part.amax((1, 2, 3)) - part.amin((1, 2, 3))) <= FLAT_RANGE for part in uint8.split(CHUNK)])
-    if 2 * int(flat.sum()) > len(flat):
-        names = [name for (name, _), is_flat in zip(selection.read(), flat.tolist(), strict=True) if is_flat]
-        raise ValueError(
-            f"{selection.where}: {len(names)} of {len(flat)} images have almost one color (their values span at most "
-            f"{FLAT_RANGE} of 255): {some(names)}. Are these 12 bits in 16-bit files, or fully transparent? Scale them "
-            "to the full range, or remove them"
-        )
+def _check_range(selection: Selection, flat: list[tuple[int, str]]) -> None:
+    """Prints which images, given by label and name, have almost one color; ValueError if half of a class has."""
+    have = f"have almost one color (values within {FLAT_RANGE} of 255)"
+    for label, total in enumerate(np.bincount(selection.labels)):
+        names = [name for other, name in flat if other == label]
+        if 2 * len(names) >= total > 0:
+            of_class = f"{len(names)} of {total} images of class {selection.classes[label]!r}"
+            advice = "scale 12 bits in 16-bit files to the full range, and remove transparent images"
+            raise ValueError(f"{selection.where}: {of_class} {have}: {some(names)}: {advice}")
+    if names := [name for _, name in flat]:
+        print(f"{selection.where}: {len(names)} of {len(selection.labels)} images {have}: {some(names)}", flush=True)
 
 
 def open_images(file: Path) -> Tensor:

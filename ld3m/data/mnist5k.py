@@ -15,7 +15,6 @@ from ld3m.runtime.storage import write_bytes
 
 FOLDER = ROOT / "data" / "mnist5k"
 PER_CLASS = {"train": 350, "validation": 50, "test": 100}
-SEED = 0
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -27,28 +26,24 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return images, labels.astype(np.int64)
 
 
-def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Disjoint, stratified and shuffled row indices of each split, `PER_CLASS` of every digit."""
-
-    def shuffled(rows: np.ndarray, purpose: int | str) -> np.ndarray:
-        return rows[torch.randperm(len(rows), generator=seeds.generator(SEED, "mnist5k", purpose)).numpy()]
-
-    ends = np.cumsum([*PER_CLASS.values()])[:-1]
-    parts = [np.split(shuffled(np.flatnonzero(labels == digit), digit), ends) for digit in range(10)]
-    return {split: shuffled(np.concatenate(rows), split) for split, *rows in zip(PER_CLASS, *parts, strict=True)}
-
-
 def build(folder: Path = FOLDER) -> None:
-    """Writes train, validation and test.parquet into `folder`."""
+    """Writes train, validation and test.parquet into `folder`: disjoint, stratified and shuffled."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     images, labels = digits()
-    features = Features(image=Image(), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    for split, rows in split_indices(labels).items():
+    features = Features(image=Image(), label=ClassLabel(names=[*"0123456789"]))
+    ends = np.cumsum([*PER_CLASS.values()])[:-1]
+    parts = [np.split(_shuffled(np.flatnonzero(labels == digit), digit), ends) for digit in range(10)]
+    for split, *of_digits in zip(PER_CLASS, *parts, strict=True):
+        rows = _shuffled(np.concatenate(of_digits), split)
         columns = {"image": list(images[rows]), "label": labels[rows]}  # `datasets` encodes images as PNG
         buffer = io.BytesIO()
         Dataset.from_dict(columns, features=features).to_parquet(buffer)
         write_bytes(folder / f"{split}.parquet", buffer.getvalue())
+
+
+def _shuffled(rows: np.ndarray, purpose: int | str) -> np.ndarray:
+    return rows[torch.randperm(len(rows), generator=seeds.generator(0, "mnist5k", purpose)).numpy()]
 
 
 if __name__ == "__main__":

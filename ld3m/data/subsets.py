@@ -1,7 +1,6 @@
 """Subsets of ImageNet-1k that the literature distills, by name: ten class indices each, in the published order."""
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -41,33 +40,32 @@ def check_name(name: str) -> str:
     return name
 
 
+@cache
+def _known() -> dict[str, int]:
+    """The index of a class by its wnid, and by its word where no other class has that word."""
+    words = Counter(entry["name"] for entry in imagenet_classes())
+    known = {entry["name"]: k for k, entry in enumerate(imagenet_classes()) if words[entry["name"]] == 1}
+    return known | {entry["wnid"]: k for k, entry in enumerate(imagenet_classes())}
+
+
 def imagenet_indices(names: Sequence[str]) -> tuple[int, ...] | None:
     """Returns the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
-    words = Counter(entry["name"] for entry in imagenet_classes())
-    known = {entry["wnid"]: index for index, entry in enumerate(imagenet_classes())}
-    known |= {entry["name"]: index for index, entry in enumerate(imagenet_classes()) if words[entry["name"]] == 1}
-    found = [known.get(name.split(",")[0]) for name in names]
+    found = [_known().get(name.split(",")[0]) for name in names]
     return None if None in found else tuple(found)
 
 
 def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> list[str]:
     """Returns the names of a subset's classes, in the published order, out of the names `classes` of a source.
 
-    They are found by wnid (folders n01440764 ...), whichever other classes the source has, or by word ("tench"). Of
-    sources with 1000 classes the index decides: those of folders in their order, of numbers, or from "tench" on, as on
-    the hub. ValueError for an unknown name, or where `where`, the source, has other names.
+    They are found by wnid ("n01440764") or word ("tench"). Of 1000 classes that are numbers, or from "tench" on as on
+    the hub, the index decides. ValueError for an unknown subset, or a class that `where`, the source, does not have.
     """
-    indices = IMAGENET[check_name(name)]
-    for key in ("wnid", "name"):
-        wanted = [imagenet_classes()[index][key] for index in indices]
-        if set(wanted) <= set(classes):
-            return wanted
-    wnids = [imagenet_classes()[index]["wnid"] for index in indices]
-    folders = all(re.fullmatch(r"n\d{8}", known) for known in classes)  # which readers sort
-    ordered = folders or classes[0].startswith("tench") or list(classes) == list(map(str, range(len(classes))))
-    if len(classes) != 1000 or not ordered:
+    found = {_known().get(each.split(",")[0]): each for each in classes}
+    if len(classes) == 1000 and (classes[0].startswith("tench") or list(classes) == list(map(str, range(1000)))):
+        found = dict(enumerate(classes))
+    if missing := [imagenet_classes()[index]["wnid"] for index in IMAGENET[check_name(name)] if index not in found]:
         raise ValueError(
-            f"{where}: classes={name!r} needs the folders {', '.join(wnids)}, or the 1000 classes of ImageNet-1k in "
-            f"their order, not {len(classes)} from {classes[0]!r} on: rename the folders or give a list of class names"
+            f"{where}: classes={name!r} needs {', '.join(missing)} too (or all 1000 classes of ImageNet-1k in their "
+            "order): name folders by wnid, or give a list of class names"
         )
-    return [classes[index] for index in indices]
+    return [found[index] for index in IMAGENET[name]]

@@ -1,5 +1,6 @@
 """A differentiable computation over the images of a set, some at a time, in threads forward and backward."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -63,3 +64,7 @@ def thread_map(function: Callable[..., Any], *arguments: Any, threads: int) -> l
 @cache  # new threads would not use the memory again that ended ones have freed
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

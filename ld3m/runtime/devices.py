@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +46,5 @@ def describe(device: str, *, threads: int | None = None) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {threads or os.cpu_count()} threads"
+    name = re.search(r"^model name\s*: (.*)", information.read_text(), re.M) if information.exists() else None
+    return f"{name[1] if name else platform.machine()}, {threads or os.cpu_count()} threads"

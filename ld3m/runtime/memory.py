@@ -9,10 +9,7 @@ from pathlib import Path
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-TEXTS = (  # of the errors by which torch and its libraries report that memory ran out
-    *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory"),
-    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
-)
+TEXTS = ("out of memory", "not enough memory", "allocate memory", "status_alloc_failed")  # of torch and its libraries
 
 
 class OutOfMemory(OSError):

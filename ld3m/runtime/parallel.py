@@ -38,7 +38,6 @@ def fan_out(
     cluster: str | None = None,
     label: str,
     checkpoint: Checkpoint | None = None,
-    receive: Callable[[int, Any], Any] = lambda k, result: result,
 ) -> list[Any]:
     """Compute `[function(**task) for task in tasks]` side by side; all of it must be picklable.
 
@@ -46,8 +45,7 @@ def fan_out(
     on the processors of a Ray `cluster`: its address, or "auto" for the one this machine belongs to. It must find this
     package, and the files that tasks name, under the same paths. `label` names the work in the progress bar.
 
-    When task k has ended, `receive(k, result)` is called in this process; its value replaces the result. `checkpoint`
-    stores the results (JSON values or tensors), and tasks whose result it holds are not run again.
+    `checkpoint` stores the results (JSON values or tensors), and tasks whose result it holds are not run again.
 
     A signal or an error ends the running tasks: one with a `Checkpoint` finishes its step, others end at once.
     TerminatedWorkerError if a worker process died, most often because memory ran out; Ray runs lost tasks again.
@@ -65,7 +63,7 @@ def fan_out(
                 for _ in progress(len(tasks), label=label, start=len(results)):
                     k, result = next(arriving)
                     with checkpoint.step(lambda: results, write=True):
-                        results[k] = receive(k, result)
+                        results[k] = result
     except BaseException:
         end_workers()  # idle ones hold up the end of a process that multiprocessing started
         raise
@@ -159,10 +157,9 @@ def _on_cluster(cluster: str) -> Pool:
                 host, port = cluster.split("://")[-1].rsplit(":", 1)
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=cluster, log_to_driver=False)
-        except (ConnectionError, OSError, ValueError) as error:
-            raise ValueError(
-                f"cluster={cluster!r}: no Ray cluster answers ({error}); start one with `ray start --head`"
-            ) from error
+        except (OSError, ValueError) as error:
+            advice = "start one with `ray start --head`"
+            raise ValueError(f"cluster={cluster!r}: no Ray cluster answers ({error}); {advice}") from error
         _open["cluster"] = ray.shutdown
     gpus = 1 if torch.cuda.is_available() else 0
     kind = "GPU" if gpus else "CPU"

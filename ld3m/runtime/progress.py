@@ -36,13 +36,11 @@ def progress(total: int, *, label: str, start: int = 0, status: Callable[[], str
                 yield step
                 bar.set_postfix_str(status(), refresh=False)
         return
-    every = max(1, (total - start) // 20)
-    for step in range(start, total):
+    for timed, step in enumerate(range(start, total)):
         yield step
-        timed = step - start
         if timed == 0:
             began = time.perf_counter()
-        if (timed + 1) % every == 0 or step + 1 == total:
+        if (timed + 1) % max(1, (total - start) // 20) == 0 or step + 1 == total:
             seconds = (time.perf_counter() - began) / max(1, timed)
             measured = f"{seconds:.3f} s each, {seconds * (total - step - 1):.0f} s left"
             print(f"{label} {step + 1}/{total} {status()}".rstrip(), f"({measured})", flush=True)
