@@ -7,7 +7,7 @@ import torch
 from conftest import make_prior
 
 from ld3m.models.prior_io import load_prior
-from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
+from ld3m.models.prior_variants import unconditional, with_random_unet
 
 SCALE = 0.7  # of make_prior
 
@@ -118,24 +118,16 @@ def test_the_prior_without_classes(prior):
 
 
 @pytest.mark.parametrize("is_dit", [False, True])
-def test_the_prior_with_a_random_unet_and_that_with_random_weights(prior, dit_folder, randn, is_dit):
+def test_the_prior_with_a_random_unet(prior, dit_folder, randn, is_dit):
     given = load_prior(dit_folder) if is_dit else prior
-    config, weight = given.autoencoder.config, given.embedding.weight
-    z, pixels = randn(2, *given.latent_shape(32)).to(weight), randn(2, config.in_channels, 32, 32).to(weight)
+    weight = given.embedding.weight
+    z = randn(2, *given.latent_shape(32)).to(weight)
     made, again, other = (with_random_unet(given, seed=seed) for seed in (0, 0, 1))
     null, predicted = given.null(2), made.denoise(z, 1, given.null(2))
     assert torch.equal(again.denoise(z, 1, null), predicted) and predicted.dtype == z.dtype
     assert not any(torch.allclose(each.denoise(z, 1, null), predicted) for each in (given, other))
     assert made.autoencoder is given.autoencoder and torch.equal(made.embedding.weight, weight)
-    drawn, again, other = (with_random_weights(given, seed=seed) for seed in (0, 0, 1))
-    assert drawn.fingerprint() == again.fingerprint() != other.fingerprint()
-    assert torch.equal(drawn.denoise(z, 1, null), predicted)
-    for ours, theirs in ((drawn.encode(pixels), given.encode(pixels)), (drawn.null(2), null)):
-        assert ours.shape == theirs.shape and not torch.allclose(ours, theirs)
-    assert drawn.autoencoder.config.scaling_factor == config.scaling_factor
-    assert is_dit or 0.5 < (drawn.autoencoder.quantize.embedding.weight * SCALE).std() < 1.5
-    parts = (drawn.unet, drawn.autoencoder, drawn.embedding)
-    assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+    assert not any(parameter.requires_grad for parameter in made.unet.parameters())
 
 
 def test_a_replayed_prior_is_no_longer_one_once_it_is_changed():

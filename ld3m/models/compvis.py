@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ld3m.models.diffusion_prior import Prior, cin256_alpha_bar
-from ld3m.models.prior_variants import spread_codes
+from ld3m.models.networks import require_finite_weights
 from ld3m.runtime.seeds import forked
 
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -38,7 +38,8 @@ def build(kind: Kind = CIN256, *, seed: int) -> Prior:
     """Build a frozen prior with random weights in float32; that of `CIN256` takes 1.8 GB."""
     with forked(seed, "compvis"):
         prior = Prior(*_modules(kind, scale=1.0), cin256_alpha_bar()).freeze_()
-        spread_codes(prior.autoencoder)
+        # latents of unit variance: from codes near zero, the gradient of many steps leaves the range of float32
+        prior.autoencoder.quantize.embedding.weight.normal_()
     return prior
 
 
@@ -52,7 +53,7 @@ def load_checkpoint(file: Path, *, kind: Kind = CIN256) -> Prior:
     try:
         return _convert(state, kind)
     except Exception as error:  # diffusers' converters raise errors of many kinds for missing and misshapen tensors
-        raise ValueError(f"{file} is not the latent diffusion model it should be: {error}") from error
+        raise ValueError(f"{file} cannot be used as a latent diffusion model: {error}") from error
 
 
 def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
@@ -87,8 +88,7 @@ def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The finite tensors of one module, without the losses that trained it."""
     part = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and not key.startswith(LOSS)}
-    if broken := [key for key, tensor in part.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{len(broken)} tensors not finite: {', '.join(broken)}")
+    require_finite_weights(part)
     return part
 
 

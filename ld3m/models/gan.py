@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
+from ld3m.models.networks import require_finite_weights
 from ld3m.runtime.seeds import forked
 from ld3m.runtime.storage import new_folder, write_bytes, write_json
 
@@ -144,10 +145,9 @@ def load_generator(folder: Path) -> Generator:
             generator = Generator(**config)
         state = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
         generator.load_state_dict(state, assign=True)
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise ValueError("a weight is not finite")
+        require_finite_weights(state)
     except Exception as error:  # json, safetensors and torch raise errors of many kinds for a broken file
-        raise ValueError(f"the GAN in {folder} cannot be read ({error}): place its files there again") from error
+        raise ValueError(f"the GAN in {folder} ({' and '.join(FILES)}) cannot be read: {error}") from error
     return generator.freeze_()
 
 

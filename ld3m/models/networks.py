@@ -277,3 +277,12 @@ def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
     named = dict(network.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
     return {name: part.view_as(named[name]) for name, part in zip(named, flat.split(sizes), strict=True)}
+
+
+def require_finite_weights(weights: dict[str, Tensor]) -> None:
+    """Raise ValueError with the names of tensors, of a file of weights, that are not finite."""
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{len(broken)} of {len(weights)} tensors are not finite ({', '.join(broken[:5])}): the file is damaged or "
+            "its training failed; place a whole file there, or train again"
+        )
