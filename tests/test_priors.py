@@ -212,14 +212,14 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(), "the data set has 10 classes, dit 1000: list in prior.classes, for each class"),
+        (dict(), "dit has 1000 classes, the data set 10: list in prior.classes, for each "),
         (
             dict(names=SORTED_WOOF, classes=IMAGENET["woof"]),
-            r"not the order .* n02086240, .*\[155, 159, .*leave .* empty",
+            r"not the order .* n02086240, .*\[155, 159, .*empty",
         ),
-        (dict(names=("tench", "parachute"), classes=[701, 0]), r"not the order .* tench, parachute, .* \[0, 701\]"),
+        (dict(names=("tench", "parachute"), classes=[701, 0]), r"not the order .* tench, parachute .* \[0, 701\]"),
         (dict(subset="woof", classes=range(10)), r"not the order .*\[193, 182, "),
-        (dict(classes=[1, 2]), "prior.classes has 2 entries, but the data set has 10 classes"),
+        (dict(classes=[1, 2]), "prior.classes has 2 entries: must have one for each of 10"),
         (dict(names=("a", "b"), classes=[1, 1000]), r"prior.classes has \[1000\]: .* 0 to 999"),
         (dict(names=("a", "b"), classes=[1, 1]), r"classes=\[1, 1\] repeats a class"),
         (dict(subset="woof", size_px=64), "size_px=64: this prior takes 32"),
@@ -245,7 +245,7 @@ def test_a_link_stands_for_its_source_until_that_changes(dit_copy, tmp_path):
     expected = with_classes(load_prior(dit_copy), IMAGENET["woof"])
     assert load_prior(folder).fingerprint() == expected.fingerprint()
     DDIMScheduler(timestep_spacing="trailing").save_pretrained(dit_copy / "scheduler")
-    with pytest.raises(ValueError, match="copied has changed since .*link to it again"):
+    with pytest.raises(ValueError, match="copied has changed since .*link again"):
         load_prior(folder)
     shutil.rmtree(dit_copy)
     with pytest.raises(FileNotFoundError, match="no prior in .*copied"):

@@ -35,19 +35,12 @@ def check_prior(
     """Draw guided samples of a diffusion prior in `steps` steps and measure how often a ConvNet, trained on the real
     training images, sees the class asked for in them.
 
-    `classes` are those of a prior from elsewhere that the data set has, in its order; None for one trained here.
+    `classes` are the prior's classes that a prior from elsewhere gives to the data set; None for one trained here.
     `classifier` holds the ConvNet's `width` and the `epochs`, `learning_rate` and `strategy` of its training.
 
-    Returns
-    -------
-    The samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a record
-    with their number `samples`, the accuracy on them `sample_class_accuracy`, and that on real validation images
-    `classifier_accuracy`, which is the ceiling. Both are in [0, 1].
-
-    Raises
-    ------
-    IncompatiblePrior
-        The classes of the samples are exchanged, or shown at chance only: see `require_classes`.
+    Returns the samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a
+    record: the number of samples, the accuracy on them, and that on real validation images, which is the ceiling; both
+    in [0, 1]. IncompatiblePrior where the samples show other classes, see `require_classes`.
     """
     labels = torch.arange(len(dataset.train.classes)).repeat(samples_per_class)
     size_px = dataset.train.shape[-1]
@@ -94,33 +87,30 @@ def require_classes(
     """Raise IncompatiblePrior where the samples of a prior show other classes than those asked for.
 
     `counts` (K, K) says how many samples of each class (row) show each class (column) to a classifier that recognizes
-    the share `known` of real images. Classes are exchanged where a permutation of them explains more than twice as many
-    samples as the order asked for, by a margin of 5 samples a class and a quarter of those that `known` promises. A
-    prior is at chance where at least 20 samples show the class asked for hardly more often than chance, 1 / K, though
-    the classifier recognizes real images.
+    the share `known` of real images. Classes are exchanged if a permutation explains more than twice as many of their
+    samples as the order asked for, and 5 a class and a quarter of `known` more. A prior is at chance if at least 20
+    samples show the class asked for hardly more often than one in K, while the classifier recognizes real images.
     """
     from scipy.optimize import linear_sum_assignment
 
     counts, chance = counts.double(), 1 / len(names)
-    as_asked = counts.diag()
-    bonus = as_asked + 5 + known * counts.sum(1) / 4  # for the order asked for
+    bonus = counts.diag() + 5 + known * counts.sum(1) / 4  # of the order asked for
     shown = linear_sum_assignment(counts + bonus.diag(), maximize=True)[1].tolist()
-    if moved := [k for k in range(len(names)) if shown[k] != k]:
-        shares = [f"{names[k]} shows {names[shown[k]]} in {counts[k, shown[k]] / counts[k].sum():.0%}" for k in moved]
-        more = f" and {len(moved) - 10} more" if len(moved) > 10 else ""
-        order = torch.tensor(shown).argsort().tolist()
+    if moved := [k for k, seen in enumerate(shown) if seen != k]:
+        pairs = [f"{names[k]} shows {names[shown[k]]} in {counts[k, shown[k]] / counts[k].sum():.0%}" for k in moved]
         if classes is None or tuple(classes) == imagenet_indices(names):  # trained here, or found by name
-            cure = "the prior has its classes in another order: train it again, or change prior.source"
+            cure = "it has its classes in another order: train it again, or change prior.source"
         else:
-            cure = f"write prior.classes: {[classes[k] for k in order]}"
-        raise IncompatiblePrior(f"classes of the prior are exchanged: {', '.join(shares[:10])}{more}; {cure}")
-    recognized = (as_asked.sum() / counts.sum()).item()
+            cure = f"write prior.classes: {[classes[shown.index(k)] for k in range(len(names))]}"
+        shortened = pairs[:10] + ["..."] * (len(pairs) > 10)
+        raise IncompatiblePrior(f"classes of the prior are exchanged ({', '.join(shortened)}): {cure}")
+    recognized = (counts.trace() / counts.sum()).item()
     is_known = known >= min(3 * chance, (1 + chance) / 2)
     if counts.sum() >= 20 and is_known and recognized <= min(1.5 * chance, chance + (known - chance) / 8):
         raise IncompatiblePrior(
             f"{recognized:.0%} of the prior's samples show the class asked for, which is chance, but the classifier "
-            f"recognizes {known:.0%} of real images: the prior is of other classes or not trained; change prior.source "
-            "or prior.classes, or train longer"
+            f"recognizes {known:.0%} of real images: the prior has other classes or is not trained; change "
+            "prior.source or prior.classes, or train longer"
         )
 
 

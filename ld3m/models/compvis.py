@@ -64,8 +64,9 @@ def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
     scale = state.get("scale_factor", torch.ones(()))
     if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
         raise ValueError(f"scale_factor={scale.tolist()}: must be one positive number")
-    given, ours = state.get("alphas_cumprod"), cin256_alpha_bar()
-    if given is not None and (given.shape != ours.shape or not torch.allclose(given.double(), ours, rtol=1e-3)):
+    ours = cin256_alpha_bar()
+    given = state.get("alphas_cumprod", ours).double()
+    if given.shape != ours.shape or not torch.allclose(given, ours, rtol=1e-3):
         raise ValueError("another noise schedule than 1000 steps, linear_start 0.0015, linear_end 0.0195")
     if any(key.startswith("model_ema.diffusion_model") for key in state):
         names = [key for key in state if key.startswith(UNET)]
@@ -75,13 +76,11 @@ def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
         state = state | {key: state[average] for key, average in averages.items()}
     with torch.device("meta"):  # nothing is allocated before the shapes of the file fit
         unet, autoencoder, embedding = _modules(kind, scale=scale.item())
-    part = _part(state, UNET)
-    _fill(unet, part, convert_ldm_unet_checkpoint(part, unet.config))
-    part = _part(state, AUTOENCODER)
-    codes = {"quantize.embedding.weight": part[f"{AUTOENCODER}quantize.embedding.weight"]}  # which a VAE has not
-    _fill(autoencoder, part, convert_ldm_vae_checkpoint(part, autoencoder.config) | codes)
-    part = _part(state, EMBEDDER)
-    _fill(embedding, part, {"weight": part[f"{EMBEDDER}embedding.weight"]})
+    of_unet, of_autoencoder, of_embedder = (_part(state, prefix) for prefix in (UNET, AUTOENCODER, EMBEDDER))
+    _fill(unet, of_unet, convert_ldm_unet_checkpoint(of_unet, unet.config))
+    codes = {"quantize.embedding.weight": of_autoencoder[f"{AUTOENCODER}quantize.embedding.weight"]}  # no VAE has them
+    _fill(autoencoder, of_autoencoder, convert_ldm_vae_checkpoint(of_autoencoder, autoencoder.config) | codes)
+    _fill(embedding, of_embedder, {"weight": of_embedder[f"{EMBEDDER}embedding.weight"]})
     return Prior(unet, autoencoder, embedding, ours).freeze_()
 
 
@@ -138,8 +137,7 @@ class _Placeholder:
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _read(file: Path) -> dict[str, Tensor]:

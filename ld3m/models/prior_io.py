@@ -1,7 +1,5 @@
 """Read and write priors.
 
-    python -m ld3m.models.prior_io MODEL.ckpt FOLDER    convert a CompVis checkpoint once
-
 A prior is a CompVis checkpoint (`model.ckpt`), a folder or hub repository of diffusers, laid out as `LAYOUT` says, or a
 link: a folder with `source.json`, the source of the prior, the classes taken from it, and its fingerprint.
 """
@@ -9,7 +7,6 @@ link: a folder with `source.json`, the source of the prior, the classes taken fr
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -43,7 +40,6 @@ from ld3m.runtime.storage import new_folder, write_json
 LINK_FILE = "source.json"
 WEIGHTS = "diffusion_pytorch_model"
 EMBEDDER = "class_embedder/model.safetensors"
-LEGACY_CLASS_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # in released DiTs
 UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim", "latents_mean")
 OWN_FILES = {  # of a prior that `save_prior` or `link_prior` wrote
     *(f"{part}/{file}" for part in ("unet", "vqvae") for file in ("config.json", f"{WEIGHTS}.safetensors")),
@@ -110,19 +106,17 @@ def fitted(
         classes = of_imagenet or range(prior.classes)
         if len(classes) != len(names):
             raise ValueError(
-                f"the data set has {len(names)} classes, {source} {prior.classes}: list in prior.classes, for each class "
-                "of the data set, which of the prior's it is, counted from 0"
+                f"{source} has {prior.classes} classes, the data set {len(names)}: list in prior.classes, for each "
+                "class of the data set, which of the prior's it is, counted from 0"
             )
     elif len(classes) != len(names):
-        raise ValueError(
-            f"prior.classes has {len(classes)} entries, but the data set has {len(names)} classes: one for each"
-        )
+        raise ValueError(f"prior.classes has {len(classes)} entries: must have one for each of {len(names)} classes")
     elif len(set(classes)) < len(names):
         raise ValueError(f"prior.classes={list(classes)} repeats a class of the prior: each class needs its own")
     elif of_imagenet and tuple(classes) != of_imagenet:
         raise ValueError(
-            f"prior.classes={list(classes)} is not the order of the data set's classes {', '.join(names)}, which are "
-            f"{list(of_imagenet)} in ImageNet-1k: write these, or leave prior.classes empty, which finds them by name"
+            f"prior.classes={list(classes)} is not the order of the data set, whose classes {names[0]}, {names[1]} ... "
+            f"are {list(of_imagenet)} of ImageNet-1k: write these, or leave prior.classes empty, which finds them by name"
         )
     prior = with_classes(prior, classes)
     prior.check(size_px=size_px, channels=channels, classes=len(names))
@@ -134,7 +128,7 @@ def link_prior(folder: Path, *, source: str, **fitting: Any) -> tuple[int, ...]:
 
     Nothing is copied, and `load_prior(folder)` refuses a source that has changed since.
     """
-    require_own(folder)
+    _require_own(folder)
     prior, classes = fitted(load_prior(source), source=source, **fitting)
     with new_folder(folder) as partial:
         write_json(partial / LINK_FILE, {"source": source, "classes": classes, "sha256": prior.fingerprint()})
@@ -159,19 +153,17 @@ def _load_linked(folder: Path) -> Prior:
         raise ValueError(f"{folder} links to {link.source}, which is a link itself: write the link again")
     prior = with_classes(load_prior(link.source), link.classes)
     if prior.fingerprint() != link.sha256:
-        raise IncompatiblePrior(
-            f"{link.source} has changed since {folder / LINK_FILE} was written: restore it, or link to it again"
-        )
+        raise IncompatiblePrior(f"{link.source} has changed since {folder} was linked to it: restore it, or link again")
     return prior
 
 
-def require_own(folder: Path) -> None:
+def _require_own(folder: Path) -> None:
     """Raise FileExistsError where writing a prior to a folder would delete files of another origin."""
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     if folder.is_file() or files - OWN_FILES:
         raise FileExistsError(
             f"{folder} is a file, or has files of no prior written here ({', '.join(sorted(files - OWN_FILES)[:5])}), "
-            "which would be lost: name a new or empty folder; nothing was changed"
+            "which would be lost: name a new or empty folder"
         )
 
 
@@ -180,9 +172,8 @@ def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16
 
     `folder` is new or empty, or has an earlier prior, which is replaced; `dtype` is that of the stored weights.
     """
-    require_own(folder)
-    is_cin256 = (prior.prediction, prior.spacing) == ("epsilon", COMPVIS)
-    if not is_cin256 or not torch.equal(prior.alpha_bar, cin256_alpha_bar()):
+    _require_own(folder)
+    if (prior.prediction, prior.spacing) != ("epsilon", COMPVIS) or not prior.alpha_bar.equal(cin256_alpha_bar()):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the folders of others")
     with new_folder(folder) as partial:
         for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
@@ -258,14 +249,12 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
 
     with _named(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
-        name = LEGACY_CLASS_NAMES.get(config["_class_name"], config["_class_name"])
+        name = config["_class_name"]
+        name = "DiTTransformer2DModel" if name == "Transformer2DModel" else name  # in released DiTs
         if name not in allowed:
             raise ValueError(f"it is of {name}, which must be {' or '.join(allowed)}")
         if further := [key for key in UNSUPPORTED if config.get(key) is not None]:
-            raise ValueError(
-                f"{', '.join(further)} is not supported: a U-Net must have no classes, or attend to one vector of the "
-                "class, and latents must be scaled by one factor"
-            )
+            raise ValueError(f"{', '.join(further)} is not supported: must be left out")
     is_safe = any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
     options = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": is_safe, "output_loading_info": True}
@@ -311,13 +300,3 @@ def _read_schedule(file: Path) -> tuple[Tensor, Prediction, Spacing]:
         if spacing.kind != "leading" and alpha_bar[-1] == 0:
             raise ValueError("it starts where no signal is left, from where no latent can be learned")
     return alpha_bar, prediction, spacing
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        require_own(Path(sys.argv[2]))  # before a minute of reading
-        save_prior(load_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), dtype=torch.float32)
-    except (ValueError, OSError) as problem:
-        sys.exit(str(problem))
