@@ -261,11 +261,21 @@ def cin256_schedule() -> Any:
     return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def alpha_bar_of(scheduler: Any) -> Tensor:
-    """The products of 1 - beta, (T,) float64, of a scheduler of diffusers."""
-    return torch.cumprod(1 - scheduler.betas.double(), dim=0)
+def schedule_of(scheduler: Any) -> tuple[Tensor, Prediction, Spacing]:
+    """alpha_bar (T,) float64, what the denoiser predicts, and the timesteps that a DDIMScheduler takes.
+
+    ValueError for what the sampler cannot follow.
+    """
+    given, alpha_bar = scheduler.config, torch.cumprod(1 - scheduler.betas.double(), dim=0)
+    prediction = pydantic.TypeAdapter(Prediction).validate_python(given.prediction_type)
+    spacing = Spacing(given.timestep_spacing, given.steps_offset, given.set_alpha_to_one)
+    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
+        raise ValueError("its betas must be in 0 .. 1")
+    if spacing.kind != "leading" and alpha_bar[-1] == 0:
+        raise ValueError("it starts where no signal is left, from where no latent can be learned")
+    return alpha_bar, prediction, spacing
 
 
 def cin256_alpha_bar() -> Tensor:
     """alpha_bar (1000,) float64 of `cin256_schedule`."""
-    return alpha_bar_of(cin256_schedule())
+    return schedule_of(cin256_schedule())[0]

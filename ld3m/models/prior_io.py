@@ -14,23 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ld3m.data.subsets import IMAGENET, imagenet_indices
 from ld3m.models.compvis import load_checkpoint
-from ld3m.models.diffusion_prior import (
-    COMPVIS,
-    DENOISERS,
-    IncompatiblePrior,
-    Prediction,
-    Prior,
-    Spacing,
-    alpha_bar_of,
-    cin256_alpha_bar,
-    cin256_schedule,
-)
+from ld3m.models.diffusion_prior import DENOISERS, IncompatiblePrior, Prior, cin256_schedule, schedule_of
 from ld3m.models.networks import require_finite_weights
 from ld3m.models.prior_variants import take_label_table, with_classes
 from ld3m.runtime import paths
@@ -41,10 +31,7 @@ LINK_FILE = "source.json"
 WEIGHTS = "diffusion_pytorch_model"
 EMBEDDER = "class_embedder/model.safetensors"
 UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim", "latents_mean")
-OWN_FILES = {  # of a prior that `save_prior` or `link_prior` wrote
-    *(f"{part}/{file}" for part in ("unet", "vqvae") for file in ("config.json", f"{WEIGHTS}.safetensors")),
-    *("scheduler/scheduler_config.json", EMBEDDER, LINK_FILE),
-}
+OWN = {"unet", "vqvae", "scheduler", "class_embedder", LINK_FILE}  # what `save_prior` and `link_prior` write
 LAYOUT = (
     f"a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and {WEIGHTS}.safetensors), "
     "scheduler/scheduler_config.json and, for a U-Net with classes, "
@@ -116,7 +103,7 @@ def fitted(
     elif of_imagenet and tuple(classes) != of_imagenet:
         raise ValueError(
             f"prior.classes={list(classes)} is not the order of the data set, whose classes {names[0]}, {names[1]} ... "
-            f"are {list(of_imagenet)} of ImageNet-1k: write these, or leave prior.classes empty, which finds them by name"
+            f"are {list(of_imagenet)} of ImageNet-1k: write these, or leave prior.classes empty"
         )
     prior = with_classes(prior, classes)
     prior.check(size_px=size_px, channels=channels, classes=len(names))
@@ -158,12 +145,11 @@ def _load_linked(folder: Path) -> Prior:
 
 
 def _require_own(folder: Path) -> None:
-    """Raise FileExistsError where writing a prior to a folder would delete files of another origin."""
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if folder.is_file() or files - OWN_FILES:
+    """Raise FileExistsError where writing a prior to a folder would delete what is of another origin."""
+    if others := folder.exists() and {path.name for path in folder.iterdir()} - OWN:
         raise FileExistsError(
-            f"{folder} is a file, or has files of no prior written here ({', '.join(sorted(files - OWN_FILES)[:5])}), "
-            "which would be lost: name a new or empty folder"
+            f"{folder} has {', '.join(sorted(others)[:5])}, of no prior written here, which would be lost: name a new "
+            "folder"
         )
 
 
@@ -173,7 +159,8 @@ def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16
     `folder` is new or empty, or has an earlier prior, which is replaced; `dtype` is that of the stored weights.
     """
     _require_own(folder)
-    if (prior.prediction, prior.spacing) != ("epsilon", COMPVIS) or not prior.alpha_bar.equal(cin256_alpha_bar()):
+    alpha_bar, *sampling = schedule_of(cin256_schedule())
+    if [prior.prediction, prior.spacing] != sampling or not prior.alpha_bar.equal(alpha_bar):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the folders of others")
     with new_folder(folder) as partial:
         for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
@@ -205,16 +192,19 @@ def _fetch(hub_id: str) -> Path:
 
 
 def _read_folder(folder: Path) -> Prior:
+    from diffusers import DDIMScheduler
+
     if not folder.is_dir():
         raise FileNotFoundError(f"no prior in {folder}: there is no such folder")
-    unet, vae, scheduler = (
-        _part(folder, "unet", "transformer"),
-        _part(folder, "vqvae", "vae"),
-        _part(folder, "scheduler"),
-    )
+    unet, vae = _part(folder, "unet", "transformer"), _part(folder, "vqvae", "vae")
+    file = _part(folder, "scheduler") / "scheduler_config.json"
     denoiser, autoencoder = _read_model(unet, DENOISERS), _read_model(vae, ("VQModel", "AutoencoderKL"))
     embedding = _read_embedding(denoiser, unet)
-    prior = Prior(denoiser, autoencoder, embedding, *_read_schedule(scheduler / "scheduler_config.json"))
+    with _named(file):
+        config = json.loads(file.read_text())
+        if "beta_start" not in config:
+            raise ValueError(f"{config['_class_name']} has no beta_start: must be a schedule of betas")
+        prior = Prior(denoiser, autoencoder, embedding, *schedule_of(DDIMScheduler.from_config(config)))
     inputs, outputs, latent = denoiser.config.in_channels, denoiser.config.out_channels, prior.latent_channels
     if inputs != latent or (outputs or latent) not in (latent, 2 * latent):
         raise ValueError(f"{unet} takes {inputs} channels and gives {outputs}, but latents of {vae} have {latent}")
@@ -281,22 +271,3 @@ def _read_embedding(denoiser: nn.Module, folder: Path) -> nn.Embedding:
             raise ValueError(f"weight has the shape {tuple(weight.shape)}, which must be (classes + 1, {width})")
         require_finite_weights({"weight": weight})
         return nn.Embedding.from_pretrained(weight)
-
-
-def _read_schedule(file: Path) -> tuple[Tensor, Prediction, Spacing]:
-    """alpha_bar, what the denoiser predicts, and the timesteps that a DDIMScheduler of this configuration takes."""
-    from diffusers import DDIMScheduler
-
-    with _named(file):
-        config = json.loads(file.read_text())
-        if "beta_start" not in config:
-            raise ValueError(f"{config['_class_name']} has no beta_start: must be a schedule of betas")
-        scheduler = DDIMScheduler.from_config(config)
-        given, alpha_bar = scheduler.config, alpha_bar_of(scheduler)
-        prediction = TypeAdapter(Prediction).validate_python(given.prediction_type)
-        spacing = Spacing(given.timestep_spacing, given.steps_offset, given.set_alpha_to_one)
-        if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
-            raise ValueError("its betas must be in 0 .. 1")
-        if spacing.kind != "leading" and alpha_bar[-1] == 0:
-            raise ValueError("it starts where no signal is left, from where no latent can be learned")
-    return alpha_bar, prediction, spacing
