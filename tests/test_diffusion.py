@@ -1,4 +1,4 @@
-"""The prior: shapes and scales of its six functions, its fingerprint, its variants."""
+"""The prior: its quantizer, its fingerprint, its variants. test_compvis compares its functions with the original."""
 
 from dataclasses import replace
 
@@ -12,26 +12,9 @@ from ld3m.models.prior_variants import unconditional, with_random_unet
 SCALE = 0.7  # of make_prior
 
 
-@pytest.fixture
-def pixels(randn):
-    return randn(3, 1, 16, 16).clamp(-1, 1)
-
-
 def nearest_codes(prior, z):
     codes = prior.autoencoder.quantize.embedding.weight  # (codebook, c)
     return torch.stack([codes[(codes - p).square().sum(1).argmin()] for p in z.movedim(1, -1).reshape(-1, z.shape[1])])
-
-
-def test_alpha_bar_is_that_of_cin256(prior):
-    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
-    assert prior.alpha_bar.shape == (1000,) and prior.alpha_bar.dtype == torch.float64
-    torch.testing.assert_close(prior.alpha_bar, (1 - betas).cumprod(0), rtol=1e-4, atol=0)
-
-
-def test_encode(prior, pixels):
-    z, autoencoder = prior.encode(pixels), prior.autoencoder
-    assert z.shape == (3, *prior.latent_shape(16)) == (3, 2, 4, 4)
-    torch.testing.assert_close(z, SCALE * autoencoder.quant_conv(autoencoder.encoder(pixels)))
 
 
 def test_quantize_takes_the_nearest_codes_and_passes_the_gradient(prior, randn):
@@ -51,24 +34,6 @@ def test_decode_goes_through_the_quantizer(prior, randn):
     torch.testing.assert_close(prior.decode(prior.quantize(z)), pixels)
     codes = nearest_codes(prior, z / SCALE).view(3, 4, 4, 2).movedim(-1, 1)
     torch.testing.assert_close(autoencoder.decoder(autoencoder.post_quant_conv(codes)), pixels)
-
-
-def test_embed_and_null(prior):
-    c, null = prior.embed(torch.tensor([2, 0, 1, 2])), prior.null(4)
-    assert c.shape == (4, 1, 8) and torch.equal(c[:, 0], prior.embedding.weight[[2, 0, 1, 2]])
-    assert null.shape == (4, 1, 8) and all(torch.equal(row[0], prior.embedding.weight[3]) for row in null)
-    assert prior.classes == 3  # the null class is not counted
-
-
-def test_denoise(prior, randn):
-    z_t, c = randn(3, 2, 4, 4), prior.embed(torch.tensor([0, 1, 2]))
-    noise = prior.denoise(z_t, 401, c)
-    assert noise.shape == z_t.shape and noise.dtype == torch.float64
-    mixed = prior.denoise(z_t, torch.tensor([401, 1, 901]), c)
-    torch.testing.assert_close(mixed[0], noise[0])
-    torch.testing.assert_close(mixed[2:], prior.denoise(z_t[2:], 901, c[2:]))
-    assert (mixed[1:] - noise[1:]).abs().max() > 1e-3  # the time matters
-    assert (prior.denoise(z_t, 401, prior.null(3)) - noise).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # and the class
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_halves, relative_difference
+from conftest import make_halves
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, leaky_relu
 
@@ -69,12 +69,6 @@ def test_the_gradient_is_that_of_finite_differences(gan, randn, n):
     points = [gan.features(w[:, :n], n).clone().requires_grad_(), w[:, n:].clone().requires_grad_()]
     exact = dict(atol=1e-12, rtol=1e-5, fast_mode=True)
     assert torch.autograd.gradcheck(lambda features, w: gan.synthesize(features, w, n), points, **exact)
-
-
-def test_noise_and_class_both_change_the_image(gan, randn):
-    noise, label = randn(1, 6), torch.tensor([0])
-    for other in (gan(noise, 1 - label), gan(randn(1, 6), label)):
-        assert relative_difference(other, gan(noise, label)) > 0.1
 
 
 def test_what_is_loaded_is_what_was_saved_in_half_precision(tmp_path):

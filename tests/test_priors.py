@@ -236,7 +236,7 @@ def test_a_link_stands_for_its_source_until_that_changes(dit_copy, tmp_path):
     expected = with_classes(load_prior(dit_copy), IMAGENET["woof"])
     assert load_prior(folder).fingerprint() == expected.fingerprint()
     DDIMScheduler(timestep_spacing="trailing").save_pretrained(dit_copy / "scheduler")
-    with pytest.raises(ValueError, match="copied has changed since .*link again"):
+    with pytest.raises(ValueError, match="copied has changed since .*dvc repro -f prior"):
         load_prior(folder)
     shutil.rmtree(dit_copy)
     with pytest.raises(FileNotFoundError, match="no prior in .*copied"):

@@ -60,7 +60,7 @@ def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     if f"{UNET}input_blocks.0.0.weight" not in state:
-        raise ValueError(f"no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:20])}")
+        raise ValueError(f"no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:5])} ...")
     scale = state.get("scale_factor", torch.ones(()))
     if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
         raise ValueError(f"scale_factor={scale.tolist()}: must be one positive number")
@@ -72,7 +72,7 @@ def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
         names = [key for key in state if key.startswith(UNET)]
         averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in names}
         if missing := sorted(set(averages.values()) - state.keys()):
-            raise ValueError(f"no moving average of the whole U-Net; missing: {', '.join(missing)}")
+            raise ValueError(f"no moving average of the whole U-Net; missing: {', '.join(missing[:5])}")
         state = state | {key: state[average] for key, average in averages.items()}
     with torch.device("meta"):  # nothing is allocated before the shapes of the file fit
         unet, autoencoder, embedding = _modules(kind, scale=scale.item())
@@ -95,7 +95,7 @@ def _fill(module: nn.Module, part: dict[str, Tensor], converted: dict[str, Tenso
     """Give a module on the device `meta` the tensors of its part of a checkpoint: each of them, and no other."""
     used = {tensor.data_ptr() for tensor in converted.values()}  # the converters give views
     if unknown := [key for key, tensor in part.items() if tensor.data_ptr() not in used]:
-        raise ValueError(f"{len(unknown)} tensors unknown: {', '.join(unknown)}")
+        raise ValueError(f"{len(unknown)} tensors unknown: {', '.join(unknown[:5])}")
     module.load_state_dict({key: tensor.float().clone() for key, tensor in converted.items()}, assign=True)
 
 

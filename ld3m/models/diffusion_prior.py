@@ -272,7 +272,7 @@ def schedule_of(scheduler: Any) -> tuple[Tensor, Prediction, Spacing]:
     if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
         raise ValueError("its betas must be in 0 .. 1")
     if spacing.kind != "leading" and alpha_bar[-1] == 0:
-        raise ValueError("it starts where no signal is left, from where no latent can be learned")
+        raise ValueError("its last alpha_bar is 0: no latent can be learned where no signal is left")
     return alpha_bar, prediction, spacing
 
 

@@ -131,16 +131,18 @@ def _read_link(folder: Path) -> Link:
     try:
         return Link.model_validate_json((folder / LINK_FILE).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{folder / LINK_FILE} is broken ({error}): write the link again") from error
+        raise ValueError(f"{folder / LINK_FILE} is broken ({error}): `dvc repro -f prior` writes it again") from error
 
 
 def _load_linked(folder: Path) -> Prior:
     link = _read_link(folder)
     if (paths.ROOT / link.source / LINK_FILE).is_file():
-        raise ValueError(f"{folder} links to {link.source}, which is a link itself: write the link again")
+        raise ValueError(f"{folder} links to {link.source}, which is a link itself: give prior.source its source")
     prior = with_classes(load_prior(link.source), link.classes)
     if prior.fingerprint() != link.sha256:
-        raise IncompatiblePrior(f"{link.source} has changed since {folder} was linked to it: restore it, or link again")
+        raise IncompatiblePrior(
+            f"{link.source} has changed since {folder} linked to it: restore it, or dvc repro -f prior"
+        )
     return prior
 
 
@@ -244,7 +246,10 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
         if name not in allowed:
             raise ValueError(f"it is of {name}, which must be {' or '.join(allowed)}")
         if further := [key for key in UNSUPPORTED if config.get(key) is not None]:
-            raise ValueError(f"{', '.join(further)} is not supported: must be left out")
+            raise ValueError(
+                f"{', '.join(further)} is not supported: a U-Net has no classes, or attends to one vector of it, "
+                "and latents are scaled by one factor"
+            )
     is_safe = any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
     options = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": is_safe, "output_loading_info": True}
