@@ -87,9 +87,9 @@ def require_classes(
     """Raise IncompatiblePrior where the samples of a prior show other classes than those asked for.
 
     `counts` (K, K) says how many samples of each class (row) show each class (column) to a classifier that recognizes
-    the share `known` of real images. Classes are exchanged if a permutation explains more than twice as many of their
-    samples as the order asked for, and 5 a class and a quarter of `known` more. A prior is at chance if at least 20
-    samples show the class asked for hardly more often than one in K, while the classifier recognizes real images.
+    the share `known` of real images. Classes are exchanged if a permutation of them explains more than twice as many of
+    their samples as the order asked for, plus 5 for each class and a quarter of the share `known`. A prior is at chance
+    if 20 samples or more show the class asked for hardly more often than 1 in K, while real images are recognized.
     """
     from scipy.optimize import linear_sum_assignment
 
