@@ -90,7 +90,7 @@ def test_a_prior_from_elsewhere_must_fit_the_data(trained, tmp_path, monkeypatch
     source = (trained / "prior").rename(tmp_path / "elsewhere")
     given = {"prior.source": str(source), "datasets.mnist5k.classes": ["7", "3"], "cells": {}}
     assert check(given | {"prior.classes": [7, 3]})[2] == f"prior   {source}, its class of each class: 7 = 7, 3 = 3"
-    with pytest.raises(ValueError, match="the data set has 2 classes, .* 10; list for each class"):
+    with pytest.raises(ValueError, match="elsewhere has 10 classes, the data set 2: list in prior.classes"):
         check(given)
     monkeypatch.setattr(Experiment, "dataset", property(lambda experiment: pytest.fail("the data were decoded first")))
     (tmp_path / "model.ckpt").write_bytes(b"cut short")

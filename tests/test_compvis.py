@@ -1,7 +1,6 @@
 """CompVis checkpoints: numerically the published model, every tensor of it used, nothing in the file executed."""
 
 import os
-import subprocess
 import sys
 import types
 
@@ -11,9 +10,8 @@ from compvis_original import LatentDiffusion
 from conftest import relative_difference
 
 from ld3m.models import compvis
-from ld3m.models.compvis import CIN256, Kind, build, load_checkpoint
+from ld3m.models.compvis import CIN256, Kind, load_checkpoint
 from ld3m.models.prior_io import load_prior, save_prior
-from ld3m.runtime.paths import ROOT
 
 SMALL = Kind((32, 64, 96, 160), classes=10, conditioning_width=24, autoencoder_widths=(32, 32, 64), codebook=64)
 FULL_SIZE = pytest.mark.skipif("LD3M_FULL_SIZE" not in os.environ, reason="set LD3M_FULL_SIZE=1: minutes and 8 GB")
@@ -79,15 +77,7 @@ def test_equal_to_the_published_model(state, load, tmp_path):
 def test_equal_to_the_published_model_at_full_size(size_px, tmp_path):
     model = original(CIN256)
     torch.save({"state_dict": model.state}, tmp_path / "model.ckpt")
-    command = [sys.executable, "-m", "ld3m.models.prior_io", str(tmp_path / "model.ckpt"), str(tmp_path / "prior")]
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert max(differences(load_prior(tmp_path / "prior"), model, size_px=size_px, dtype=torch.float32)) < 1e-4
-
-
-def test_random_weights_repeat():
-    assert (
-        build(SMALL, seed=0).fingerprint() == build(SMALL, seed=0).fingerprint() != build(SMALL, seed=1).fingerprint()
-    )
+    assert max(differences(load_prior(tmp_path / "model.ckpt"), model, size_px=size_px, dtype=torch.float32)) < 1e-4
 
 
 def test_the_sizes_of_the_released_model():
@@ -124,7 +114,7 @@ def test_the_moving_average(state, load):
         ("alphas_cumprod", (1 - 2 * BETAS).cumprod(0), "another noise schedule.*0.0015.*0.0195"),
         ("model.diffusion_model.input_blocks.0.0.weight", None, "no U-Net .*; its tensors are cond_stage_model"),
         (WEIGHT, None, "mid_block.resnets.0.norm1.weight"),
-        (WEIGHT, torch.full((160,), torch.inf), f"not finite: {WEIGHT}"),
+        (WEIGHT, torch.full((160,), torch.inf), f"1 of .* not finite .{WEIGHT}.: the file is damaged"),
         ("first_stage_model.encoder.mid.attn_1.q.weight", None, "encoder.mid_block.attentions.0.to_q.weight"),
         ("first_stage_model.loss_weight", torch.zeros(2), "unknown: first_stage_model.loss_weight"),
         ("first_stage_model.quant_conv.bias", torch.zeros(4), r"quant_conv.bias.*\[4\].*\[3\]"),
@@ -133,7 +123,7 @@ def test_the_moving_average(state, load):
 )
 def test_a_tensor_that_is_missing_unknown_misshapen_or_not_finite_is_named(state, load, key, tensor, message):
     changed = {name: given for name, given in (state | {key: tensor}).items() if given is not None}
-    with pytest.raises(ValueError, match=rf"(?s)model\.ckpt is not the latent diffusion model .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)model\.ckpt cannot be used .*{message}"):
         load(changed)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_halves, relative_difference
+from conftest import make_halves
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, leaky_relu
 
@@ -71,12 +71,6 @@ def test_the_gradient_is_that_of_finite_differences(gan, randn, n):
     assert torch.autograd.gradcheck(lambda features, w: gan.synthesize(features, w, n), points, **exact)
 
 
-def test_noise_and_class_both_change_the_image(gan, randn):
-    noise, label = randn(1, 6), torch.tensor([0])
-    for other in (gan(noise, 1 - label), gan(randn(1, 6), label)):
-        assert relative_difference(other, gan(noise, label)) > 0.1
-
-
 def test_what_is_loaded_is_what_was_saved_in_half_precision(tmp_path):
     gan = made()
     save_generator(gan, tmp_path / "gan")
@@ -95,14 +89,14 @@ def test_what_is_loaded_is_what_was_saved_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, tensors",
+    ("config", "tensors", "message"),
     [
-        ({"widths": [10**7, 10**7, 10**7]}, {}),  # 3.6 EB: must not be allocated
-        ({}, {"constant": None}),
-        ({}, {"constant": torch.full((8, 4, 4), float("nan"))}),
+        ({"widths": [10**7, 10**7, 10**7]}, {}, "size mismatch"),  # 3.6 EB: must not be allocated
+        ({}, {"constant": None}, "constant"),
+        ({}, {"constant": torch.full((8, 4, 4), torch.nan)}, "not finite .constant.: the file is damaged"),
     ],
 )
-def test_a_folder_that_does_not_fit_together_is_refused(tmp_path, config, tensors):
+def test_a_folder_that_does_not_fit_together_is_refused(tmp_path, config, tensors, message):
     with pytest.raises(FileNotFoundError, match="config.json, weights.safetensors missing"):
         load_generator(tmp_path)
     save_generator(made(), tmp_path)
@@ -110,7 +104,7 @@ def test_a_folder_that_does_not_fit_together_is_refused(tmp_path, config, tensor
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     state = {name: tensor for name, tensor in (load_file(weights) | tensors).items() if tensor is not None}
     save_file(state, weights)
-    with pytest.raises(ValueError, match=r"(?s)the GAN in .* cannot be read"):
+    with pytest.raises(ValueError, match=rf"(?s)the GAN in .* cannot be read.*{message}"):
         load_generator(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_second_derivative(name):
     [
         ("mlp", {}, "name='mlp': must be one of convnet, alexnet, vgg11, resnet18, vit"),
         ("convnet", {"depth": 6}, "depth=6: must be at most 5 at size_px=32"),
-        ("convnet", {"width": 0}, "width=0: must be at least 1"),
+        ("convnet", {"width": 0}, "width=0: convnet takes at least 1"),
         ("alexnet", {"depth": 3}, "depth=3: alexnet has no depth"),
         ("alexnet", {"width": 5}, "width=5: alexnet takes even widths"),
         ("vgg11", {"size_px": 31}, "size_px=31: vgg11 takes at least 32"),

@@ -1,13 +1,16 @@
 """Training the prior: it learns, repeats bit for bit, and measures itself by the formulas."""
 
 import math
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_halves
 from torch.testing import assert_close
 
+from ld3m.data.subsets import imagenet_classes
 from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error, require_classes
 from ld3m.models.diffusion_prior import IncompatiblePrior, build_prior
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
@@ -54,30 +57,61 @@ def test_the_reconstruction_error_is_the_formula(dataset, monkeypatch):
 
 def test_a_classifier_of_real_images_sees_the_class_of_the_samples(dataset, monkeypatch):
     arguments = dict(steps=2, guidance=2.0, width=8, epochs=6, learning_rate=0.05, strategy="none", seed=0)
-    arguments["samples_per_class"] = 3
-    pixels, labels, record = check_prior(untrained().freeze_(), dataset, **arguments)
-    assert pixels.shape == (6, 1, 16, 16) and labels.tolist() == [0, 1, 0, 1, 0, 1]
-    assert record["samples"] == 6 and record["classifier_accuracy"] == 1.0
+    arguments |= dict(samples_per_class=12, classes=[7, 3])
+    prior = untrained().freeze_()
+    with pytest.raises(IncompatiblePrior, match="which is chance, but the classifier recognizes 100% of real images"):
+        check_prior(prior, dataset, **arguments)
+    without_classes = replace(prior, embedding=torch.nn.Embedding.from_pretrained(torch.zeros(1, 16)))
+    pixels, labels, record = check_prior(without_classes, dataset, **arguments)  # nothing can be asked for
+    assert pixels.shape == (24, 1, 16, 16) and labels.tolist() == [0, 1] * 12
+    assert record["samples"] == 24 and record["classifier_accuracy"] == 1.0
 
     def real(prior, labels, **_):
         return dataset.train.x(torch.tensor([int(label) for label in labels]))
 
-    for sample, expected in ((real, 1.0), (lambda prior, labels, **_: real(prior, 1 - labels), 0.0)):
-        monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", sample)
-        assert check_prior(untrained(), dataset, **arguments)[2]["sample_class_accuracy"] == expected
+    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", real)
+    assert check_prior(prior, dataset, **arguments)[2]["sample_class_accuracy"] == 1
+    monkeypatch.setattr("ld3m.evaluation.prior_quality.sample", lambda prior, labels, **_: real(prior, 1 - labels))
+    with pytest.raises(IncompatiblePrior, match=r"upper shows lower in 100%, .*write prior.classes: \[3, 7\]"):
+        check_prior(prior, dataset, **arguments)
+
+
+def confusion(shown, share, *, samples=50, classes=10, confused=0.0):
+    """Class k shows class `shown[k]` in a share of its samples, the next of these in another, and the rest evenly."""
+    rows = torch.full((classes, classes), (1 - share - confused) / classes)
+    for k, seen in enumerate(shown):
+        rows[k, seen] += share
+        rows[k, seen ^ 1] += confused
+    return (samples * rows).round()
 
 
 @pytest.mark.parametrize(
-    ("seen", "message"),
+    ("counts", "known", "moved"),
     [
-        ([0, 1, 2, 3, 4], None),
-        ([1, 2, 3, 4, 0], r"a shows b, .*e shows a\); list its classes as positions \[4, 0, 1, 2, 3\] of the present"),
-        ([2, 2, 2, 2, 2], "20% of the cases, which is chance, .*95% of real images: it is no prior of these classes"),
+        (confusion([0, 1, 5, 3, 4, 2, 6, 7, 8, 9], 0.9), 0.95, "c shows f in 100%, f shows c in 100%"),
+        (confusion([1, 2, 0, 3, 4, 6, 5, 7, 8, 9], 0.5), 0.5, "a shows b in .*b shows c.*c shows a.*f shows g.*g sho"),
+        (confusion([1, 2, 3, 4, 5, 6, 7, 0, 8, 9], 0.9), 0.95, "a shows b .*h shows a in 100%"),
+        (confusion(range(10), 0.45, confused=0.45), 0.6, None),  # the classifier tells no cat from a dog
+        (confusion(range(10), 0.3, confused=0.4), 0.6, None),
+        (confusion(range(10), 0.3), 0.35, None),
+        (confusion([1, 0, *range(2, 10)], 0.9, samples=3), 0.95, None),  # may be by chance
+        (torch.zeros(10, 10).index_fill_(1, torch.tensor(4), 50), 0.95, "10% of the prior's samples .*chance"),
+        (confusion([0, 0], 0.9, classes=2), 0.95, "50% of the prior's samples .*chance"),
+        (torch.zeros(10, 10).index_fill_(1, torch.tensor(4), 50), 0.2, None),  # the classifier knows nothing
     ],
 )
-def test_a_prior_of_other_classes_or_in_another_order_is_refused(seen, message):
-    labels = torch.arange(5).repeat(20)
-    seen = torch.tensor(seen)[labels]
-    record = {"sample_class_accuracy": (seen == labels).double().mean().item(), "classifier_accuracy": 0.95}
-    with pytest.raises(IncompatiblePrior, match=message) if message else nullcontext():
-        require_classes(record, labels, seen, tuple("abcde"))
+def test_a_prior_of_other_classes_or_in_another_order_is_refused(counts, known, moved):
+    names = "abcdefghij"[: len(counts)]
+    with pytest.raises(IncompatiblePrior, match=moved) if moved else nullcontext():
+        require_classes(counts, known, names=names, classes=range(len(counts)))
+
+
+def test_the_order_of_exchanged_classes_is_proposed_where_it_is_not_known_by_name():
+    shown, given = torch.tensor([3, 1, 0, 2]), [40, 41, 42, 43]
+    proposed = [42, 41, 43, 40]  # class 0 is what 42, asked for as class 2, shows
+    with pytest.raises(IncompatiblePrior, match=re.escape(f"write prior.classes: {proposed}")):
+        require_classes(confusion(shown.tolist(), 0.9, classes=4), 0.9, names="abcd", classes=given)
+    names = [imagenet_classes()[index]["wnid"] for index in given]
+    for classes in (None, given):
+        with pytest.raises(IncompatiblePrior, match="in another order: train it again, or change prior.source"):
+            require_classes(confusion(shown.tolist(), 0.9, classes=4), 0.9, names=names, classes=classes)

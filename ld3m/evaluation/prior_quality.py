@@ -1,6 +1,7 @@
 """Measures a prior: what its autoencoder loses, and whether its samples show the class they were asked for."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ld3m.data.dataset import Dataset
+from ld3m.data.subsets import imagenet_indices
 from ld3m.evaluation.training import accuracy, train
 from ld3m.method.sampler import sample
 from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, prior_chunk_size
@@ -20,36 +22,38 @@ Check = tuple[Tensor, Tensor, dict[str, float]]
 
 
 def check_prior(
-    prior: Prior, dataset: Dataset, *, samples_per_class: int, steps: int, guidance: float, seed: int, **classifier: Any
+    prior: Prior,
+    dataset: Dataset,
+    *,
+    classes: Sequence[int] | None,
+    samples_per_class: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    **classifier: Any,
 ) -> Check:
     """Draw guided samples of a diffusion prior in `steps` steps and measure how often a ConvNet, trained on the real
-    training images, sees the requested class in them.
+    training images, sees the class asked for in them.
 
+    `classes` are the prior's classes that a prior from elsewhere gives to the data set; None for one trained here.
     `classifier` holds the ConvNet's `width` and the `epochs`, `learning_rate` and `strategy` of its training.
 
-    Returns
-    -------
-    The samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a record
-    with their number `samples`, the accuracy on them `sample_class_accuracy`, and that on real validation images
-    `classifier_accuracy`, which is the ceiling. Both are in [0, 1].
-
-    Raises
-    ------
-    IncompatiblePrior
-        Samples show the class asked for no more often than by chance while the ConvNet knows real images: the prior is
-        none of these classes, or in another order, which is then proposed.
+    Returns the samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a
+    record: the number of samples, the accuracy on them, and that on real validation images, which is the ceiling; both
+    in [0, 1]. IncompatiblePrior where the samples show other classes, see `require_classes`.
     """
     labels = torch.arange(len(dataset.train.classes)).repeat(samples_per_class)
     size_px = dataset.train.shape[-1]
     chunk = prior_chunk_size(size_px, count=100)
     x = sample(prior, labels, size_px=size_px, steps=steps, guidance=guidance, render_batch=chunk, seed=seed)
-    record, seen = _classified(x, labels, dataset, seed=seed, **classifier)
-    require_classes(record, labels, seen, dataset.train.classes)
+    record, counts = _classified(x, labels, dataset, seed=seed, **classifier)
+    if prior.is_conditional:
+        require_classes(counts, record["classifier_accuracy"], names=dataset.train.classes, classes=classes)
     return x, labels, record
 
 
 def check_gan(gan: Generator, dataset: Dataset, *, samples_per_class: int, seed: int, **classifier: Any) -> Check:
-    """Do what `check_prior` does with samples of a GAN, clamped to [-1, 1]."""
+    """Measure samples of a GAN, clamped to [-1, 1], as `check_prior` does."""
     labels = torch.arange(gan.classes).repeat(samples_per_class)
     noise = torch.randn(len(labels), gan.noise_width, generator=generator(seed, "gan samples"))
     noise = noise.to(dataset.train.device)
@@ -60,10 +64,10 @@ def check_gan(gan: Generator, dataset: Dataset, *, samples_per_class: int, seed:
 def _classified(
     x: Tensor, labels: Tensor, dataset: Dataset, *, width: int, seed: int, **recipe: Any
 ) -> tuple[dict[str, float], Tensor]:
-    """The record, and the classes (N,) that the ConvNet sees in the samples."""
+    """The record, and how many samples of each class (row) show each class (column)."""
     real, validation, normalization = dataset.train, dataset.validation, dataset.normalization
-    seed, (channels, size_px, _) = derive(seed, "check"), real.shape
-    size = {"channels": channels, "size_px": size_px, "classes": len(real.classes), "width": width}
+    seed, (channels, size_px, _), classes = derive(seed, "check"), real.shape, len(real.classes)
+    size = {"channels": channels, "size_px": size_px, "classes": classes, "width": width}
     network = build("convnet", **size, seed=seed, device=real.device)
     recipe |= {"batch": 64, "momentum": 0.9, "weight_decay": 5e-4, "warm_up": True, "ema_decay": None}
     network = train(network, partial(real.normalized, normalization), real.labels, seed=seed, **recipe)
@@ -74,25 +78,40 @@ def _classified(
         "sample_class_accuracy": (seen == labels).double().mean().item(),
         "classifier_accuracy": accuracy(network, partial(validation.normalized, normalization), validation.labels),
     }
-    return record, seen
+    return record, torch.bincount(labels * classes + seen, minlength=classes**2).view(classes, classes)
 
 
-def require_classes(record: dict[str, float], labels: Tensor, seen: Tensor, names: tuple[str, ...]) -> None:
-    """IncompatiblePrior where the samples of the classes `labels` (N,) show others, `seen` (N,): see `check_prior`."""
-    chance = 1 / len(names)
-    if record["sample_class_accuracy"] > 1.5 * chance or record["classifier_accuracy"] < 3 * chance:
-        return
-    counts = torch.stack([torch.bincount(seen[labels == label], minlength=len(names)) for label in range(len(names))])
-    shown = counts.argmax(1)  # the class that most samples of each class show
-    problem = (
-        f"the prior's samples show the class asked for in {record['sample_class_accuracy']:.0%} of the cases, which is "
-        f"chance, while the classifier knows {record['classifier_accuracy']:.0%} of real images"
-    )
-    if len(shown.unique()) == len(names) and counts.max(1).values.sum() > len(labels) / 2:
-        asked = ", ".join(f"{name} shows {names[k]}" for name, k in zip(names, shown.tolist(), strict=True))
-        order = f"list its classes as positions {shown.argsort().tolist()} of the present list"
-        raise IncompatiblePrior(f"{problem}: its classes are in another order ({asked}); {order}")
-    raise IncompatiblePrior(f"{problem}: it is no prior of these classes, or is not trained")
+def require_classes(
+    counts: Tensor, known: float, *, names: Sequence[str], classes: Sequence[int] | None = None
+) -> None:
+    """Raise IncompatiblePrior where the samples of a prior show other classes than those asked for.
+
+    `counts` (K, K) says how many samples of each class (row) show each class (column) to a classifier that recognizes
+    the share `known` of real images. Classes are exchanged if a permutation of them explains more than twice as many of
+    their samples as the order asked for, plus 5 for each class and a quarter of the share `known`. A prior is at chance
+    if 20 samples or more show the class asked for hardly more often than 1 in K, while real images are recognized.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    counts, chance = counts.double(), 1 / len(names)
+    bonus = counts.diag() + 5 + known * counts.sum(1) / 4  # of the order asked for
+    shown = linear_sum_assignment(counts + bonus.diag(), maximize=True)[1].tolist()
+    if moved := [k for k, seen in enumerate(shown) if seen != k]:
+        pairs = [f"{names[k]} shows {names[shown[k]]} in {counts[k, shown[k]] / counts[k].sum():.0%}" for k in moved]
+        if classes is None or tuple(classes) == imagenet_indices(names):  # trained here, or found by name
+            cure = "it has its classes in another order: train it again, or change prior.source"
+        else:
+            cure = f"write prior.classes: {[classes[shown.index(k)] for k in range(len(names))]}"
+        shortened = pairs[:10] + ["..."] * (len(pairs) > 10)
+        raise IncompatiblePrior(f"classes of the prior are exchanged ({', '.join(shortened)}): {cure}")
+    recognized = (counts.trace() / counts.sum()).item()
+    is_known = known >= min(3 * chance, (1 + chance) / 2)
+    if counts.sum() >= 20 and is_known and recognized <= min(1.5 * chance, chance + (known - chance) / 8):
+        raise IncompatiblePrior(
+            f"{recognized:.0%} of the prior's samples show the class asked for, which is chance, but the classifier "
+            f"recognizes {known:.0%} of real images: the prior has other classes or is not trained; change "
+            "prior.source or prior.classes, or train longer"
+        )
 
 
 @torch.no_grad()

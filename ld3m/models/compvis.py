@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ld3m.models.diffusion_prior import Prior, cin256_alpha_bar
-from ld3m.models.prior_variants import spread_codes
+from ld3m.models.networks import require_finite_weights
 from ld3m.runtime.seeds import forked
 
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -38,7 +38,8 @@ def build(kind: Kind = CIN256, *, seed: int) -> Prior:
     """Build a frozen prior with random weights in float32; that of `CIN256` takes 1.8 GB."""
     with forked(seed, "compvis"):
         prior = Prior(*_modules(kind, scale=1.0), cin256_alpha_bar()).freeze_()
-        spread_codes(prior.autoencoder)
+        # latents of unit variance: from codes near zero, the gradient of many steps leaves the range of float32
+        prior.autoencoder.quantize.embedding.weight.normal_()
     return prior
 
 
@@ -52,43 +53,41 @@ def load_checkpoint(file: Path, *, kind: Kind = CIN256) -> Prior:
     try:
         return _convert(state, kind)
     except Exception as error:  # diffusers' converters raise errors of many kinds for missing and misshapen tensors
-        raise ValueError(f"{file} is not the latent diffusion model it should be: {error}") from error
+        raise ValueError(f"{file} cannot be used as a latent diffusion model: {error}") from error
 
 
 def _convert(state: dict[str, Tensor], kind: Kind) -> Prior:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     if f"{UNET}input_blocks.0.0.weight" not in state:
-        raise ValueError(f"no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:20])}")
+        raise ValueError(f"no U-Net of latent diffusion; its tensors are {', '.join(sorted(state)[:5])} ...")
     scale = state.get("scale_factor", torch.ones(()))
     if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
         raise ValueError(f"scale_factor={scale.tolist()}: must be one positive number")
-    given, ours = state.get("alphas_cumprod"), cin256_alpha_bar()
-    if given is not None and (given.shape != ours.shape or not torch.allclose(given.double(), ours, rtol=1e-3)):
+    ours = cin256_alpha_bar()
+    given = state.get("alphas_cumprod", ours).double()
+    if given.shape != ours.shape or not torch.allclose(given, ours, rtol=1e-3):
         raise ValueError("another noise schedule than 1000 steps, linear_start 0.0015, linear_end 0.0195")
     if any(key.startswith("model_ema.diffusion_model") for key in state):
         names = [key for key in state if key.startswith(UNET)]
         averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in names}
         if missing := sorted(set(averages.values()) - state.keys()):
-            raise ValueError(f"no moving average of the whole U-Net; missing: {', '.join(missing)}")
+            raise ValueError(f"no moving average of the whole U-Net; missing: {', '.join(missing[:5])}")
         state = state | {key: state[average] for key, average in averages.items()}
     with torch.device("meta"):  # nothing is allocated before the shapes of the file fit
         unet, autoencoder, embedding = _modules(kind, scale=scale.item())
-    part = _part(state, UNET)
-    _fill(unet, part, convert_ldm_unet_checkpoint(part, unet.config))
-    part = _part(state, AUTOENCODER)
-    codes = {"quantize.embedding.weight": part[f"{AUTOENCODER}quantize.embedding.weight"]}  # which a VAE has not
-    _fill(autoencoder, part, convert_ldm_vae_checkpoint(part, autoencoder.config) | codes)
-    part = _part(state, EMBEDDER)
-    _fill(embedding, part, {"weight": part[f"{EMBEDDER}embedding.weight"]})
+    of_unet, of_autoencoder, of_embedder = (_part(state, prefix) for prefix in (UNET, AUTOENCODER, EMBEDDER))
+    _fill(unet, of_unet, convert_ldm_unet_checkpoint(of_unet, unet.config))
+    codes = {"quantize.embedding.weight": of_autoencoder[f"{AUTOENCODER}quantize.embedding.weight"]}  # no VAE has them
+    _fill(autoencoder, of_autoencoder, convert_ldm_vae_checkpoint(of_autoencoder, autoencoder.config) | codes)
+    _fill(embedding, of_embedder, {"weight": of_embedder[f"{EMBEDDER}embedding.weight"]})
     return Prior(unet, autoencoder, embedding, ours).freeze_()
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The finite tensors of one module, without the losses that trained it."""
     part = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and not key.startswith(LOSS)}
-    if broken := [key for key, tensor in part.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{len(broken)} tensors not finite: {', '.join(broken)}")
+    require_finite_weights(part)
     return part
 
 
@@ -96,7 +95,7 @@ def _fill(module: nn.Module, part: dict[str, Tensor], converted: dict[str, Tenso
     """Give a module on the device `meta` the tensors of its part of a checkpoint: each of them, and no other."""
     used = {tensor.data_ptr() for tensor in converted.values()}  # the converters give views
     if unknown := [key for key, tensor in part.items() if tensor.data_ptr() not in used]:
-        raise ValueError(f"{len(unknown)} tensors unknown: {', '.join(unknown)}")
+        raise ValueError(f"{len(unknown)} tensors unknown: {', '.join(unknown[:5])}")
     module.load_state_dict({key: tensor.float().clone() for key, tensor in converted.items()}, assign=True)
 
 
@@ -138,8 +137,7 @@ class _Placeholder:
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ld3m.runtime.cuda_graphs import GraphedFunction
 from ld3m.runtime.devices import usable_precision
 from ld3m.runtime.seeds import forked
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler  # takes 3 s, hence inside the functions
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
@@ -76,7 +73,6 @@ class Prior:
 
     @property
     def has_quantizer(self) -> bool:
-        """Whether the autoencoder has a codebook."""
         return hasattr(self.autoencoder, "quantize")
 
     @property
@@ -257,19 +253,29 @@ def prior_chunk_size(size_px: int, *, count: int = 250) -> int:
     return max(1, count * 32**2 // size_px**2)
 
 
-def cin256_schedule() -> "DDIMScheduler":
-    """The noise schedule of `cin256-v2`."""
-    from diffusers import DDIMScheduler
+def cin256_schedule() -> Any:
+    """The noise schedule of `cin256-v2`, a DDIMScheduler."""
+    from diffusers import DDIMScheduler  # takes 3 s
 
     betas = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
     return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def alpha_bar_of(scheduler: "DDIMScheduler") -> Tensor:
-    """The products of 1 - beta, (T,) float64."""
-    return torch.cumprod(1 - scheduler.betas.double(), dim=0)
+def schedule_of(scheduler: Any) -> tuple[Tensor, Prediction, Spacing]:
+    """alpha_bar (T,) float64, what the denoiser predicts, and the timesteps that a DDIMScheduler takes.
+
+    ValueError for what the sampler cannot follow.
+    """
+    given, alpha_bar = scheduler.config, torch.cumprod(1 - scheduler.betas.double(), dim=0)
+    prediction = pydantic.TypeAdapter(Prediction).validate_python(given.prediction_type)
+    spacing = Spacing(given.timestep_spacing, given.steps_offset, given.set_alpha_to_one)
+    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
+        raise ValueError("its betas must be in 0 .. 1")
+    if spacing.kind != "leading" and alpha_bar[-1] == 0:
+        raise ValueError("its last alpha_bar is 0: no latent can be learned where no signal is left")
+    return alpha_bar, prediction, spacing
 
 
 def cin256_alpha_bar() -> Tensor:
     """alpha_bar (1000,) float64 of `cin256_schedule`."""
-    return alpha_bar_of(cin256_schedule())
+    return schedule_of(cin256_schedule())[0]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
+from ld3m.models.networks import require_finite_weights
 from ld3m.runtime.seeds import forked
 from ld3m.runtime.storage import new_folder, write_bytes, write_json
 
@@ -30,8 +31,8 @@ class Generator(nn.Module):
 
     def __init__(self, *, channels: int, classes: int, noise_width: int, w_width: int, widths: tuple[int, ...]):
         super().__init__()
-        self.config = {"channels": channels, "classes": classes, "widths": list(widths)}
-        self.config |= {"noise_width": noise_width, "w_width": w_width}
+        sizes = {"noise_width": noise_width, "w_width": w_width, "widths": list(widths)}
+        self.config = {"channels": channels, "classes": classes, **sizes}
         self.classes, self.noise_width = classes, noise_width
         self.size_px = SMALLEST_PX * 2 ** (len(widths) - 1)
         self.embedding = nn.Embedding(classes, noise_width)
@@ -43,11 +44,7 @@ class Generator(nn.Module):
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [StyleLayer(inputs, outputs, w_width, doubles=True), StyleLayer(outputs, outputs, w_width)]
         self.synthesis = nn.ModuleList([*layers, StyleLayer(widths[-1], channels, w_width, is_last=True)])
-
-    @property
-    def layers(self) -> int:
-        """Layers of the synthesis network, and codes w of one image."""
-        return len(self.synthesis)
+        self.layers = len(self.synthesis)  # and codes w of one image
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raise ValueError where the generator does not fit the images and the number of classes of a data set."""
@@ -144,10 +141,9 @@ def load_generator(folder: Path) -> Generator:
             generator = Generator(**config)
         state = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
         generator.load_state_dict(state, assign=True)
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise ValueError("a weight is not finite")
+        require_finite_weights(state)
     except Exception as error:  # json, safetensors and torch raise errors of many kinds for a broken file
-        raise ValueError(f"the GAN in {folder} cannot be read ({error}): place its files there again") from error
+        raise ValueError(f"the GAN in {folder} cannot be read: {error}") from error
     return generator.freeze_()
 
 

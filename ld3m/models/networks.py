@@ -73,7 +73,6 @@ class AlexNet(Network):
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 128):
         super().__init__()
-        _require_size("alexnet", size_px, smallest_px=8)
         if width % 2:
             raise ValueError(f"width={width}: alexnet takes even widths, its second layer is 3/2 as wide")
         middle = width * 3 // 2
@@ -97,7 +96,6 @@ class VGG11(Network):
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
         super().__init__()
-        _require_size("vgg11", size_px, smallest_px=32)
         layers, inputs = [], channels
         for stage in ((1,), (2,), (4, 4), (8, 8), (8, 8)):  # multiples of width; a pool ends each stage
             for multiple in stage:
@@ -105,8 +103,7 @@ class VGG11(Network):
                 inputs = multiple * width
             layers.append(nn.MaxPool2d(2))
         side = 7 if size_px >= 64 else 1
-        if side > 1:
-            layers.append(nn.AdaptiveMaxPool2d(side))
+        layers += [nn.AdaptiveMaxPool2d(side)] if side > 1 else []
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs * side**2, classes)
 
@@ -119,7 +116,6 @@ class ResNet18(Network):
 
     def __init__(self, *, channels: int, size_px: int, classes: int, width: int = 64):
         super().__init__()
-        _require_size("resnet18", size_px, smallest_px=16)
         layers, inputs = [*_conv_norm_relu(channels, width, bias=False)], width
         for outputs in (width, 2 * width, 4 * width, 8 * width):
             layers.append(_Residual(inputs, outputs, stride=1 if outputs == width else 2))
@@ -156,17 +152,9 @@ class ViT(Network):
     """
 
     def __init__(
-        self,
-        *,
-        channels: int,
-        size_px: int,
-        classes: int,
-        width: int = 512,
-        depth: int | None = None,
-        norms: bool = True,
+        self, *, channels: int, size_px: int, classes: int, width: int = 512, depth: int | None = None, norms=True
     ):
         super().__init__()
-        _require_size("vit", size_px, smallest_px=8)
         patch_px = min(size_px // 8, 16)
         if size_px % patch_px:
             raise ValueError(f"size_px={size_px}: vit takes multiples of 8 up to 128, and of 16 above")
@@ -219,21 +207,16 @@ class _Attention(nn.Module):
         return self.output((weights @ value).transpose(1, 2).flatten(2))
 
 
-def _conv_norm_relu(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
-    return [convolution, nn.GroupNorm(outputs, outputs), nn.ReLU()]
+def _conv_norm_relu(inputs: int, outputs: int, **options: int | bool) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, **options), nn.GroupNorm(outputs, outputs), nn.ReLU()]
 
 
 def _layer_norm(width: int, norms: bool) -> nn.Module:
     return nn.LayerNorm(width) if norms else nn.Identity()
 
 
-def _require_size(name: str, size_px: int, *, smallest_px: int) -> None:
-    if size_px < smallest_px:
-        raise ValueError(f"size_px={size_px}: {name} takes at least {smallest_px}")
-
-
 ARCHITECTURES = {"convnet": ConvNet, "alexnet": AlexNet, "vgg11": VGG11, "resnet18": ResNet18, "vit": ViT}
+SMALLEST_PX = {"alexnet": 8, "vgg11": 32, "resnet18": 16, "vit": 8}
 
 
 def build(
@@ -249,9 +232,9 @@ def build(
 ) -> Network:
     """Build a network with random weights, the same on every device; the global generator is untouched.
 
-    `name` is a key of `ARCHITECTURES`. A `factory` makes a network of your own; it is called with channels, size_px,
-    classes and the options: `width`, `depth` (convnet and vit) and `norms` (vit), where None takes the published value.
-    ValueError for an unknown name, an option that the architecture does not have, or a value it cannot have.
+    `name` is a key of `ARCHITECTURES`, or that of your own `factory`, called with channels, size_px, classes and the
+    options. Those of `ARCHITECTURES` are `width`, `depth` (convnet and vit) and `norms` (vit); None takes the published
+    value. ValueError for an unknown name or option, or a value that the architecture cannot have.
     """
     if factory is None and name not in ARCHITECTURES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(ARCHITECTURES)}")
@@ -261,8 +244,9 @@ def build(
     for key, value in given.items():
         if key in options and key not in inspect.signature(architecture).parameters:
             raise ValueError(f"{key}={value}: {name} has no {key}")
-        if key != "norms" and factory is None and value < 1:
-            raise ValueError(f"{key}={value}: must be at least 1")
+        least = SMALLEST_PX.get(name, 1) if key == "size_px" else 1
+        if key != "norms" and factory is None and value < least:
+            raise ValueError(f"{key}={value}: {name} takes at least {least}")
     with seeds.forked(seed, "network", name):
         return architecture(**given).to(device)
 
@@ -277,3 +261,12 @@ def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
     named = dict(network.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
     return {name: part.view_as(named[name]) for name, part in zip(named, flat.split(sizes), strict=True)}
+
+
+def require_finite_weights(weights: dict[str, Tensor]) -> None:
+    """Raise ValueError with the names of tensors, of a file of weights, that are not finite."""
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{len(broken)} of {len(weights)} tensors are not finite ({', '.join(broken[:5])}): the file is damaged or "
+            "its training failed; place a whole file there, or train again"
+        )

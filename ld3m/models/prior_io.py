@@ -1,20 +1,12 @@
 """Read and write priors.
 
-    python -m ld3m.models.prior_io MODEL.ckpt FOLDER    convert a CompVis checkpoint once
-
-A prior is a CompVis checkpoint (`model.ckpt`), a folder or hub repository of diffusers, or a link, a folder with
-`source.json`: the source of the prior, the classes taken from it, and its fingerprint. A diffusers folder has
-
-    unet/ or transformer/   UNet2DConditionModel, UNet2DModel or DiTTransformer2DModel
-    vqvae/ or vae/          VQModel or AutoencoderKL
-    scheduler/              the noise schedule, the kind of prediction, and the timesteps of sampling
-    class_embedder/         for a UNet2DConditionModel: model.safetensors with `weight` (classes + 1, D), the token of
-                            each class, and last that of the null class
+A prior is a CompVis checkpoint (`model.ckpt`), a folder or hub repository of diffusers, laid out as `LAYOUT` says, or a
+link: a folder with `source.json`, the source of the prior, the classes taken from it, and its fingerprint.
 """
 
 import json
+import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,42 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ld3m.data.subsets import IMAGENET, imagenet_indices
 from ld3m.models.compvis import load_checkpoint
-from ld3m.models.diffusion_prior import (
-    COMPVIS,
-    DENOISERS,
-    IncompatiblePrior,
-    Prediction,
-    Prior,
-    Spacing,
-    alpha_bar_of,
-    cin256_alpha_bar,
-    cin256_schedule,
-)
+from ld3m.models.diffusion_prior import DENOISERS, IncompatiblePrior, Prior, cin256_schedule, schedule_of
+from ld3m.models.networks import require_finite_weights
 from ld3m.models.prior_variants import take_label_table, with_classes
 from ld3m.runtime import paths
 from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.storage import new_folder, write_json
 
 LINK_FILE = "source.json"
+WEIGHTS = "diffusion_pytorch_model"
 EMBEDDER = "class_embedder/model.safetensors"
-PART_FOLDERS = (("unet", "transformer"), ("vqvae", "vae"), ("scheduler",))
-LEGACY_CLASS_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # in released DiTs
 UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim", "latents_mean")
-OWN_FILES = {  # of a prior that `save_prior` or `link_prior` wrote
-    *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
-    *("vqvae/config.json", "vqvae/diffusion_pytorch_model.safetensors"),
-    *("scheduler/scheduler_config.json", EMBEDDER, LINK_FILE),
-}
+OWN = {"unet", "vqvae", "scheduler", "class_embedder", LINK_FILE}  # what `save_prior` and `link_prior` write
 LAYOUT = (
-    "a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and "
-    "diffusion_pytorch_model.safetensors), scheduler/scheduler_config.json and, for a U-Net with classes, "
-    f"{EMBEDDER}; of a CompVis checkpoint, name the file"
+    f"a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and {WEIGHTS}.safetensors), "
+    "scheduler/scheduler_config.json and, for a U-Net with classes, "
+    f"{EMBEDDER} with `weight` (classes + 1, D): the token of each class, last that of none; of a CompVis checkpoint, "
+    "name the file"
 )
 
 
@@ -98,73 +77,81 @@ def fitted(
 ) -> tuple[Prior, tuple[int, ...]]:
     """Restrict the prior of `source` to the classes of a data set, and return their indices in it.
 
-    `classes` lists the prior's class of each class of the data set, whose names are `names`. With None, a prior with
-    1000 classes is taken for one of ImageNet-1k: its classes are those of `subset`, or those with the wnids or words
-    `names`. Any other prior must have as many classes as the data set, in the same order. ValueError where they do not
-    fit.
+    `classes` lists the prior's class of each class of the data set, whose names are `names`. A prior with 1000 classes
+    is taken for one of ImageNet-1k: its classes are those of `subset`, or those with the wnids or words `names`, and
+    `classes`, if given, must be the same. Without `classes`, any other prior must have as many classes as the data set,
+    in the same order. ValueError where they do not fit.
     """
-    labels, of_imagenet = len(names), imagenet_indices(names) if subset is None else IMAGENET[subset]
+    of_imagenet = None
+    if prior.classes == 1000:
+        of_imagenet = imagenet_indices(names) if subset is None else IMAGENET[subset]
     if not prior.is_conditional:
         if classes is not None:
-            raise ValueError(f"classes={list(classes)}, but {source} has no classes: must be None")
+            raise ValueError(f"prior.classes={list(classes)}, but {source} has no classes: leave it empty")
         classes = ()
-    elif classes is not None:
-        if len(classes) != labels:
-            raise ValueError(f"classes has {len(classes)} entries, but the data set has {labels} classes: one for each")
-        if len(set(classes)) < labels:
-            raise ValueError(f"classes={list(classes)} repeats a class of the prior: each of the data set has its own")
-    elif prior.classes == 1000 and of_imagenet is not None:
-        classes = of_imagenet
-    elif prior.classes == labels:
-        classes = range(labels)
-    else:
+    elif classes is None:
+        classes = of_imagenet or range(prior.classes)
+        if len(classes) != len(names):
+            raise ValueError(
+                f"{source} has {prior.classes} classes, the data set {len(names)}: list in prior.classes, for each "
+                "class of the data set, which of the prior's it is, counted from 0"
+            )
+    elif len(classes) != len(names):
+        raise ValueError(f"prior.classes has {len(classes)} entries: must have one for each of {len(names)} classes")
+    elif len(set(classes)) < len(names):
+        raise ValueError(f"prior.classes={list(classes)} repeats a class of the prior: each class needs its own")
+    elif of_imagenet and tuple(classes) != of_imagenet:
         raise ValueError(
-            f"classes=None: the data set has {labels} classes, {source} {prior.classes}; list for each class of the "
-            "data set which of the prior's it is, counted from 0"
+            f"prior.classes={list(classes)} is not the order of the data set, whose classes {names[0]}, {names[1]} ... "
+            f"are {list(of_imagenet)} of ImageNet-1k: write these, or leave prior.classes empty"
         )
     prior = with_classes(prior, classes)
-    prior.check(size_px=size_px, channels=channels, classes=labels)
+    prior.check(size_px=size_px, channels=channels, classes=len(names))
     return prior, tuple(classes)
 
 
-def link_prior(folder: Path, *, source: str, **fitting: Any) -> None:
-    """Write a link to the prior of `source`, with the further arguments of `fitted`; nothing is copied, and
-    `load_prior(folder)` refuses a source that has changed since."""
-    require_own(folder)
+def link_prior(folder: Path, *, source: str, **fitting: Any) -> tuple[int, ...]:
+    """Write a link to the prior of `source`, with the further arguments of `fitted`, and return the classes taken.
+
+    Nothing is copied, and `load_prior(folder)` refuses a source that has changed since.
+    """
+    _require_own(folder)
     prior, classes = fitted(load_prior(source), source=source, **fitting)
     with new_folder(folder) as partial:
         write_json(partial / LINK_FILE, {"source": source, "classes": classes, "sha256": prior.fingerprint()})
+    return classes
 
 
 def linked_source(folder: Path) -> str | None:
     """The source of a link; None for a folder that is none, or is missing."""
-    return _read_link(folder / LINK_FILE).source if (folder / LINK_FILE).is_file() else None
+    return _read_link(folder).source if (folder / LINK_FILE).is_file() else None
 
 
-def _read_link(file: Path) -> Link:
+def _read_link(folder: Path) -> Link:
     try:
-        return Link.model_validate_json(file.read_bytes())
+        return Link.model_validate_json((folder / LINK_FILE).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is broken ({error}): write the link again") from error
+        raise ValueError(f"{folder / LINK_FILE} is broken ({error}): `dvc repro -f prior` writes it again") from error
 
 
 def _load_linked(folder: Path) -> Prior:
-    file, link = folder / LINK_FILE, _read_link(folder / LINK_FILE)
+    link = _read_link(folder)
     if (paths.ROOT / link.source / LINK_FILE).is_file():
-        raise ValueError(f"{file} names {link.source}, which is a link itself: write the link again")
+        raise ValueError(f"{folder} links to {link.source}, which is a link itself: give prior.source its source")
     prior = with_classes(load_prior(link.source), link.classes)
     if prior.fingerprint() != link.sha256:
-        raise IncompatiblePrior(f"{link.source} has changed since {file} was written: restore it, or link to it again")
+        raise IncompatiblePrior(
+            f"{link.source} has changed since {folder} linked to it: restore it, or dvc repro -f prior"
+        )
     return prior
 
 
-def require_own(folder: Path) -> None:
-    """Raise FileExistsError where writing a prior to a folder would delete files of another origin."""
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if folder.is_file() or files - OWN_FILES:
+def _require_own(folder: Path) -> None:
+    """Raise FileExistsError where writing a prior to a folder would delete what is of another origin."""
+    if others := folder.exists() and {path.name for path in folder.iterdir()} - OWN:
         raise FileExistsError(
-            f"{folder} is a file, or has files of no prior written here ({', '.join(sorted(files - OWN_FILES)[:20])}), "
-            "which would be lost: name a new or empty folder; nothing was changed"
+            f"{folder} has {', '.join(sorted(others)[:5])}, of no prior written here, which would be lost: name a new "
+            "folder"
         )
 
 
@@ -173,9 +160,9 @@ def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16
 
     `folder` is new or empty, or has an earlier prior, which is replaced; `dtype` is that of the stored weights.
     """
-    require_own(folder)
-    is_cin256 = (prior.prediction, prior.spacing) == ("epsilon", COMPVIS)
-    if not is_cin256 or not torch.equal(prior.alpha_bar, cin256_alpha_bar()):
+    _require_own(folder)
+    alpha_bar, *sampling = schedule_of(cin256_schedule())
+    if [prior.prediction, prior.spacing] != sampling or not prior.alpha_bar.equal(alpha_bar):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the folders of others")
     with new_folder(folder) as partial:
         for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
@@ -191,37 +178,51 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     go_offline_if_unreachable()
-    weights = "diffusion_pytorch_model"
-    files = ("config.json", f"{weights}.safetensors*", f"{weights}-*.safetensors")
-    models = ("unet", "transformer", "vqvae", "vae")
-    patterns = ["scheduler/*.json", EMBEDDER, *(f"{model}/{file}" for model in models for file in files)]
+    files = ("config.json", f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*.safetensors")
+    patterns = [f"{model}/{file}" for model in ("unet", "transformer", "vqvae", "vae") for file in files]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["scheduler/*.json", EMBEDDER, *patterns]))
         pickled = [file.parent for file in folder.glob("*/config.json") if not [*file.parent.glob("*.safetensors*")]]
         if pickled:
-            snapshot_download(hub_id, allow_patterns=[f"{model.name}/{weights}.bin" for model in pickled])
+            snapshot_download(hub_id, allow_patterns=[f"{model.name}/{WEIGHTS}.bin" for model in pickled])
     except Exception as error:  # offline, unknown and gated repositories raise errors of many kinds
         raise FileNotFoundError(
-            f"source={hub_id!r} is no folder, and could not be read from the hub ({error!r}). Without a network, or "
-            f"with HF_HUB_OFFLINE set, place its parts in a folder and name that: {LAYOUT}"
+            f"prior.source={hub_id} is no folder, and could not be read from the hub ({error!r}). Without a network, "
+            f"place its parts in a folder and name that: {LAYOUT}"
         ) from error
     return folder
 
 
 def _read_folder(folder: Path) -> Prior:
+    from diffusers import DDIMScheduler
+
     if not folder.is_dir():
         raise FileNotFoundError(f"no prior in {folder}: there is no such folder")
-    found = {names: [folder / name for name in names if (folder / name).is_dir()] for names in PART_FOLDERS}
-    if missing := [" or ".join(names) for names, there in found.items() if not there]:
-        raise FileNotFoundError(f"no prior in {folder}: {', '.join(missing)} missing; {LAYOUT}")
-    unet, vae, scheduler = (there[0] for there in found.values())
+    unet, vae = _part(folder, "unet", "transformer"), _part(folder, "vqvae", "vae")
+    file = _part(folder, "scheduler") / "scheduler_config.json"
     denoiser, autoencoder = _read_model(unet, DENOISERS), _read_model(vae, ("VQModel", "AutoencoderKL"))
     embedding = _read_embedding(denoiser, unet)
-    prior = Prior(denoiser, autoencoder, embedding, *_read_schedule(scheduler / "scheduler_config.json"))
+    with _named(file):
+        config = json.loads(file.read_text())
+        if "beta_start" not in config:
+            raise ValueError(f"{config['_class_name']} has no beta_start: must be a schedule of betas")
+        prior = Prior(denoiser, autoencoder, embedding, *schedule_of(DDIMScheduler.from_config(config)))
     inputs, outputs, latent = denoiser.config.in_channels, denoiser.config.out_channels, prior.latent_channels
     if inputs != latent or (outputs or latent) not in (latent, 2 * latent):
         raise ValueError(f"{unet} takes {inputs} channels and gives {outputs}, but latents of {vae} have {latent}")
+    with _named(vae / "config.json"):
+        scale, shift = autoencoder.config.scaling_factor, autoencoder.config.get("shift_factor") or 0.0
+        if not 0 < scale < math.inf or not math.isfinite(shift):
+            raise ValueError(f"scaling_factor={scale} and shift_factor={shift} must be finite, the first above 0")
     return prior.freeze_()
+
+
+def _part(folder: Path, *names: str) -> Path:
+    """The first of these folders that is there."""
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    raise FileNotFoundError(f"no prior in {folder}: {' or '.join(names)} missing; {LAYOUT}")
 
 
 @contextmanager
@@ -230,7 +231,8 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and safetensors raise errors of many kinds for a broken or foreign file
-        raise ValueError(f"{file} cannot be used ({error}): {LAYOUT}") from error
+        advice = "" if file.exists() else f"; {LAYOUT}"
+        raise ValueError(f"{file} cannot be used: {error}{advice}") from error
 
 
 def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
@@ -239,24 +241,24 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
 
     with _named(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
-        name = LEGACY_CLASS_NAMES.get(config["_class_name"], config["_class_name"])
+        name = config["_class_name"]
+        name = "DiTTransformer2DModel" if name == "Transformer2DModel" else name  # in released DiTs
         if name not in allowed:
             raise ValueError(f"it is of {name}, which must be {' or '.join(allowed)}")
         if further := [key for key in UNSUPPORTED if config.get(key) is not None]:
             raise ValueError(
-                f"{', '.join(further)} is not supported: a U-Net must have no classes, or attend to one vector of the "
-                "class, and latents must be scaled by one factor"
+                f"{', '.join(further)} is not supported: a U-Net has no classes, or attends to one vector of it, "
+                "and latents are scaled by one factor"
             )
     is_safe = any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
     options = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": is_safe, "output_loading_info": True}
-    with _named(folder / f"diffusion_pytorch_model.{'safetensors' if is_safe else 'bin'}"):
+    with _named(folder / f"{WEIGHTS}.{'safetensors' if is_safe else 'bin'}"):
         model, read = getattr(diffusers, name).from_pretrained(folder, **options)
         missing, unknown = sorted(read["missing_keys"]), sorted(read["unexpected_keys"])
         if missing or unknown:
-            raise ValueError(f"not the {name} of config.json: missing {missing[:20]}, unknown {unknown[:20]}")
-        if broken := [key for key, weight in model.state_dict().items() if not weight.isfinite().all()]:
-            raise ValueError(f"{len(broken)} tensors are not finite: {', '.join(broken[:5])}")
+            raise ValueError(f"not the {name} of config.json: missing {missing[:5]}, unknown {unknown[:5]}")
+        require_finite_weights(model.state_dict())
     return model
 
 
@@ -272,33 +274,5 @@ def _read_embedding(denoiser: nn.Module, folder: Path) -> nn.Embedding:
         weight, width = load_file(file)["weight"].float(), denoiser.config.cross_attention_dim
         if weight.ndim != 2 or len(weight) < 2 or weight.shape[1] != width:
             raise ValueError(f"weight has the shape {tuple(weight.shape)}, which must be (classes + 1, {width})")
-        if not weight.isfinite().all():
-            raise ValueError("weight is not finite")
+        require_finite_weights({"weight": weight})
         return nn.Embedding.from_pretrained(weight)
-
-
-def _read_schedule(file: Path) -> tuple[Tensor, Prediction, Spacing]:
-    """alpha_bar, what the denoiser predicts, and the timesteps that a DDIMScheduler of this configuration takes."""
-    from diffusers import DDIMScheduler
-
-    with _named(file):
-        config = json.loads(file.read_text())
-        if "beta_start" not in config:
-            raise ValueError(f"{config['_class_name']} has no beta_start: must be a schedule of betas")
-        scheduler = DDIMScheduler.from_config(config)
-        given, alpha_bar = scheduler.config, alpha_bar_of(scheduler)
-        prediction = TypeAdapter(Prediction).validate_python(given.prediction_type)
-        spacing = Spacing(given.timestep_spacing, given.steps_offset, given.set_alpha_to_one)
-        if spacing.kind != "leading" and not alpha_bar[-1] > 0:
-            raise ValueError("it starts where no signal is left, from where no latent can be learned")
-    return alpha_bar, prediction, spacing
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        require_own(Path(sys.argv[2]))  # before a minute of reading
-        save_prior(load_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), dtype=torch.float32)
-    except (ValueError, OSError) as problem:
-        sys.exit(str(problem))

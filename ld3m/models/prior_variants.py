@@ -1,4 +1,4 @@
-"""Priors made of others: some of the classes, no classes, random weights; and the label table of a DiT."""
+"""Priors made of others: some of the classes, no classes, a random U-Net; and the label table of a DiT."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,10 +38,7 @@ def with_classes(prior: Prior, classes: Sequence[int]) -> Prior:
     if not prior.is_conditional:
         return prior
     if outside := [index for index in classes if not 0 <= index < prior.classes]:
-        raise ValueError(
-            f"classes={outside}: the prior has no such classes, only 0 to {prior.classes - 1}; None takes those of the "
-            "subset, or all"
-        )
+        raise ValueError(f"prior.classes has {outside}: the classes of this prior are 0 to {prior.classes - 1}")
     rows = prior.embedding.weight[[*classes, prior.classes]]
     return replace(prior, embedding=nn.Embedding.from_pretrained(rows.clone())).freeze_()
 
@@ -53,22 +50,3 @@ def with_random_unet(prior: Prior, *, seed: int) -> Prior:
     if hasattr(unet, "transformer_blocks"):
         _remove_label_tables(unet)
     return replace(prior, unet=unet.to(prior.embedding.weight), recordings={}).freeze_()
-
-
-def with_random_weights(prior: Prior, *, seed: int) -> Prior:
-    """A prior with random weights in all three parts."""
-    weight = prior.embedding.weight
-    with forked(seed, "random autoencoder"):
-        autoencoder = type(prior.autoencoder).from_config(prior.autoencoder.config)
-        embedding = nn.Embedding(*weight.shape)
-        if prior.has_quantizer:
-            spread_codes(autoencoder)
-    made = replace(prior, autoencoder=autoencoder.to(weight), embedding=embedding.to(weight))
-    return with_random_unet(made, seed=seed)
-
-
-@torch.no_grad()
-def spread_codes(autoencoder: nn.Module) -> None:
-    """Draw the codes of an untrained quantizer so that latents have unit variance: from codes near zero, the gradient
-    through many steps leaves the range of float32."""
-    autoencoder.quantize.embedding.weight.normal_(std=1 / autoencoder.config.scaling_factor)

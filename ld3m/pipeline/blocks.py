@@ -246,7 +246,7 @@ class GladParams(Model):
 
 
 class LD3MParams(Model):
-    prior: Literal["trained", "unconditional", "random", "all_random"]
+    prior: Literal["trained", "unconditional", "random"]
     start: Literal["real", "prior", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]

@@ -96,7 +96,7 @@ def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], An
         model = load(folder)
     except (ValueError, OSError) as problem:
         raise ValueError(
-            f"{folder} is broken ({problem.__cause__ or problem}). `dvc checkout -f {stage}` restores the embedded one "
+            f"{folder} is broken ({problem}). `dvc checkout -f {stage}` restores the embedded one "
             f"(without a cache: `git checkout -- store && dvc pull -f {stage}`); if it is your own, delete {folder}: "
             f"the stage `{stage}` trains it again"
         ) from problem

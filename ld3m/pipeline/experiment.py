@@ -20,7 +20,7 @@ from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
 from ld3m.models.gan import Generator, build_generator, load_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
-from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
+from ld3m.models.prior_variants import unconditional, with_random_unet
 from ld3m.pipeline.cells import Cell, runs_path
 from ld3m.pipeline.factories import imported
 from ld3m.pipeline.params import PRIORS, Params
@@ -94,8 +94,6 @@ class Experiment:
             prior = unconditional(prior)
         if changes.prior == "random":
             prior = with_random_unet(prior, seed=self.params.seed)
-        if changes.prior == "all_random":
-            prior = with_random_weights(prior, seed=self.params.seed)
         return self.launched(prior)
 
     def new_prior(self) -> Prior:
