@@ -57,11 +57,9 @@ def evaluate_sets(
             for first in range(0, len(seeds), together):
                 keys.append((n, architecture))
                 tasks.append(shared | {"seeds": seeds[first : first + together]})
-    found = fan_out(
-        _train_and_test, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint
-    )
+    options = {"processes": processes, "cluster": cluster, "label": "networks", "checkpoint": checkpoint}
     scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in job.recipes} for job in jobs]
-    for (n, architecture), accuracies in zip(keys, found, strict=True):
+    for (n, architecture), accuracies in zip(keys, fan_out(_train_and_test, tasks, **options), strict=True):
         scores[n][architecture] += accuracies
     return scores
 

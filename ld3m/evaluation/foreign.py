@@ -30,7 +30,6 @@ from ld3m.runtime.paths import ROOT
 
 RANGES = {"unit": (0, 1), "signed": (-1, 1), "uint8": (0, 255), "normalized": (-torch.inf, torch.inf)}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # 8 bit a channel or fewer
-SHOWN = 10  # classes, where it is printed which is which
 
 
 def read_set(
@@ -92,32 +91,27 @@ def read_set(
     if channels == 1 and not torch.equal(images, images[:, :1].expand_as(images)):
         raise ValueError(f"{path}: the images are colored, {dataset.name} is not: convert them first")
     normalized = dataset.normalization.normalize(images[:, :1] if channels == 1 else images.expand(-1, 3, -1, -1))
-    shown = [f"{name} -> {classes[label]}" for name, label in list(label_of.items())[:SHOWN]]
-    more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-    origin = "label of the file" if pair_file else "class of the set"
-    print(f"{origin} -> class of {dataset.name}: {', '.join(shown)}{more}")
+    shown = [f"{name} -> {classes[label]}" for name, label in label_of.items()]
+    shown[10:] = [f"{len(shown) - 10} more"] if len(shown) > 10 else []
+    print(f"{'label of the file' if pair_file else 'class of the set'} -> class of {dataset.name}:", ", ".join(shown))
     order = labels.argsort(stable=True)
     return normalized[order].to(dataset.train.device), labels[order].long()
 
 
 def _pair_file(path: Path) -> Path | None:
     """The .pt file of images that is meant, or None where `path` is a folder without one."""
-    found = [path]
-    if path.is_dir():
-        found = [path / name for name in ("images_best.pt", "images.pt") if (path / name).is_file()][:1]
-        found = found or sorted(path.glob("images*.pt"))
-        if not found:
-            return None
-    for file in found:  # MTT's images_5.pt are whitened where there is an images_zca_5.pt, which is mapped back
-        twin = file.with_name(file.name.replace("images", "images_zca"))
+    usual = (path / "images_best.pt", path / "images.pt")
+    found = [path] if path.is_file() else list(filter(Path.is_file, usual))[:1] or sorted(path.glob("images*.pt"))
+    for file in found:  # where MTT has written images_zca_5.pt, which is mapped back, images_5.pt is whitened
+        twin = file.with_name(file.name.replace("images_", "images_zca_"))
         if "zca" in file.name.lower() or (twin != file and twin.is_file()):
             raise ValueError(
-                f"{file}: by the file names the set was distilled on whitened images (ZCA). Networks here are trained "
-                "and tested on images that are not, so it cannot be judged as it is: give another set"
+                f"{file}: by the file names the set was distilled on whitened images (ZCA), and cannot be judged as it "
+                "is on images that are not whitened: give another"
             )
     if len(found) > 1:
         raise ValueError(f"{path} holds {files.some([file.name for file in found])}: name one of these files")
-    return found[0]
+    return found[0] if found else None
 
 
 def _load_pair(file: Path, experiment: int) -> tuple[Any, Any]:
@@ -131,16 +125,14 @@ def _load_pair(file: Path, experiment: int) -> tuple[Any, Any]:
             match entries[experiment : experiment + 1]:
                 case [[images, labels]]:
                     return images, labels
-            raise ValueError(
-                f"experiment={experiment}: {file} has no such [images, labels] in {len(entries)} of 'data'"
-            )
+            raise ValueError(f"experiment={experiment}: 'data' of {file} has {len(entries)} [images, labels]")
         case dict() as found:
             kind = f"a dict of {files.some(list(found))}"
         case found:
             kind = f"a {type(found).__name__}"
     raise ValueError(
-        f"{file} holds {kind}: save [images, labels] instead, or tensors as images.pt and labels.pt. Read are also "
-        "{'images': images, 'labels': labels} and DC's {'data': [[images, labels], ...]}"
+        f"{file} holds {kind}: save [images, labels], {{'images': images, 'labels': labels}}, or two files images.pt "
+        "and labels.pt; read are also those of DC, {'data': [[images, labels], ...]}"
     )
 
 
@@ -157,7 +149,7 @@ def _load(file: Path) -> Any:
         found = re.search(r"GLOBAL \S+|<class '[^']*'>", str(error))
         raise ValueError(
             f"{file} was not read: it is broken, or holds more than tensors, lists and numbers, which could run code "
-            f"({found[0] if found else type(error).__name__}). Nothing of it was run; ask its author for plain tensors"
+            f"({found[0] if found else type(error).__name__}). Nothing of it was run; it must be saved as plain tensors"
         ) from None
 
 
@@ -255,8 +247,9 @@ def _labels_of(path: Path, names: Sequence[str], classes: Sequence[str]) -> dict
     )
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.glob("[!.@]*/")]
+def _is_set(folder: Path, classes: Sequence[str]) -> bool:
+    names = [entry.name for entry in folder.glob("[!.@]*/")]
+    return (folder / "distilled.safetensors").is_file() or _matched(names, classes) is not None
 
 
 def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -265,9 +258,9 @@ def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[s
     if [*folder.glob("train*.parquet"), *folder.glob("*/train*.parquet")]:
         source = files.open_split(where, "train", image_column="image", label_column="label", where=where)
     else:
-        for inside in () if _matched(_class_folders(folder), classes) else (*folder.glob("*/"), *folder.glob("*/*/")):
-            if (inside / "distilled.safetensors").is_file() or _matched(_class_folders(inside), classes):
-                raise ValueError(f"{folder} has no folders of these classes, but {inside} looks like a set: give that")
+        fitting = [place for place in (folder, *folder.glob("*/"), *folder.glob("*/*/")) if _is_set(place, classes)]
+        if fitting and fitting[0] != folder:
+            raise ValueError(f"{folder} does not hold the classes of {dataset.name}, but {fitting[0]} does: give that")
         source = files.open_image_folder(folder, where=where)
     selection = source.select(source.classes)
     count, most = len(selection.labels), len(dataset.train)
