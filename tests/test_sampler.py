@@ -51,6 +51,9 @@ def test_timesteps():
         ts = timesteps(steps, total=1000)
         assert len(ts) == steps and ts == sorted(set(ts)) and ts[0] == 1 and ts[-1] < 1000
     assert timesteps(1000, total=1000, spacing=Spacing("leading", 0)) == list(range(1000))
+    for steps in (0, -1, 1000, 1001):  # the last of 1000 would be step 1000
+        with pytest.raises(ValueError, match=f"steps={steps}: must be at least 1 and fit into the 1000 timesteps"):
+            timesteps(steps, total=1000)
 
 
 @pytest.mark.parametrize("kind, offset", [("leading", 1), ("trailing", 0), ("linspace", 0)])
@@ -61,12 +64,6 @@ def test_every_spacing_is_that_of_diffusers(kind, offset):
         assert timesteps(steps, total=1000, spacing=Spacing(kind, offset)) == sorted(scheduler.timesteps.tolist())
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_impossible_numbers_of_steps(steps):
-    with pytest.raises(ValueError, match=f"steps={steps}: must be at least 1 and fit into the 1000 timesteps"):
-        timesteps(steps, total=1000)
-
-
 @pytest.mark.parametrize(
     ("skip", "weights", "of_one_step"),
     [("x0", [1, 3 / 4, 2 / 4, 1 / 4, 0], 0), ("mean", [5 / 5, 4 / 5, 3 / 5, 2 / 5, 1 / 5], 1), ("none", [0] * 5, 0)],
@@ -74,9 +71,6 @@ def test_impossible_numbers_of_steps(steps):
 def test_skip_weights_in_the_order_the_steps_run(skip, weights, of_one_step):
     assert [skip_weight(skip, i, 5) for i in (4, 3, 2, 1, 0)] == pytest.approx(weights, abs=1e-15)
     assert skip_weight(skip, 0, 1) == of_one_step and skip_weight(skip, 1, 2) == weights[0]
-
-
-def test_unknown_skip():
     with pytest.raises(ValueError, match="skip='mu': must be 'x0', 'mean' or 'none'"):
         skip_weight("mu", 0, 5)
 
