@@ -230,7 +230,7 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         (UNIT | {"mean": [0.1]}, lambda x, y: (x, y), "form='unit' needs 0 numbers as mean and as std"),
         (UNIT, lambda x, y: (x, torch.tensor([0, 0, 1, 1, 2, 3])), r"the labels are 0, 1, 2, 3, not all of 0\.\.2"),
         (UNIT, lambda x, y: (x, y + 1), r"the labels are 1, 2, 3, not all of 0\.\.2; they count from 1: subtract 1"),
-        (UNIT, lambda x, y: (x, y[:5]), r"6 images need one class each, the labels have the shape \(5,\)"),
+        (UNIT, lambda x, y: (x, y[:5]), r"6 images need one class each .*, the labels have the shape \(5,\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, form, change, reason):

@@ -167,7 +167,10 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
             f"{size_px}) with N from {classes} (one a class) to {most} (real images)"
         )
     if labels.shape != (count,):
-        raise ValueError(f"{path}: {count} images need one class each, the labels have the shape {tuple(labels.shape)}")
+        shape = tuple(labels.shape)
+        raise ValueError(
+            f"{path}: {count} images need one class each (no soft labels), the labels have the shape {shape}"
+        )
     present = labels.unique().tolist()
     if present != list(range(classes)):
         advice = "; they count from 1: subtract 1" if present == list(range(1, classes + 1)) else ""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import linear_sum_assignment
 from scipy.special import stdtr, stdtrit  # Student's t and its quantile; scipy.stats takes a second to import
 from torch import Tensor
 
@@ -113,6 +112,8 @@ def permutation(confusion: Tensor) -> list[int] | None:
     Rows are the classes of the images, columns those that a network sees. Returns the column of each row, or None: in
     the rows that move, more than 40 % of the images, and twice those on the diagonal, must be in that column.
     """
+    from scipy.optimize import linear_sum_assignment  # takes 0.4 s
+
     counts = np.asarray(confusion)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     moved = rows != columns
