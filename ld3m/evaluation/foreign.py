@@ -125,7 +125,7 @@ def _load_pair(file: Path, experiment: int) -> tuple[Any, Any]:
             match entries[experiment : experiment + 1]:
                 case [[images, labels]]:
                     return images, labels
-            raise ValueError(f"experiment={experiment}: 'data' of {file} has {len(entries)} [images, labels]")
+            raise ValueError(f"experiment={experiment}: no [images, labels] among the {len(entries)} in {file}")
         case dict() as found:
             kind = f"a dict of {files.some(list(found))}"
         case found:
@@ -167,10 +167,7 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
             f"{size_px}) with N from {classes} (one a class) to {most} (real images)"
         )
     if labels.shape != (count,):
-        shape = tuple(labels.shape)
-        raise ValueError(
-            f"{path}: {count} images need one class each (no soft labels), the labels have the shape {shape}"
-        )
+        raise ValueError(f"{path}: the labels must be one class an image, ({count},), not {tuple(labels.shape)}")
     present = labels.unique().tolist()
     if present != list(range(classes)):
         advice = "; they count from 1: subtract 1" if present == list(range(1, classes + 1)) else ""
