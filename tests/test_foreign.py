@@ -119,12 +119,45 @@ def test_a_dc_file_is_read_with_the_numbers_it_carries(tmp_path, dataset, x, lab
     torch.save({"data": [[1 - unit, labels], [unit, labels]], "accs_all_exps": accuracies}, file)
     check(read_set(file, dataset=dataset, form="unit", experiment=1), x, labels)
     check(read_set(file, dataset=dataset, form="unit"), -x, labels)
-    refuse(file, dataset, r"experiment=2: .* has no such \[images, labels\]", form="unit", experiment=2)
+    refuse(file, dataset, r"experiment=2: no \[images, labels\] among the 2 in", form="unit", experiment=2)
 
 
-def test_one_pair_in_a_file_is_read_and_cut(tmp_path, dataset, x, labels):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "pack, reason",
+    [
+        (lambda x, y: {"images": x, "labels": y}, None),
+        (lambda x, y: (x, y), None),
+        (lambda x, y: {"x": x, "y": y}, r"holds a dict of 'x', 'y': save \[images, labels\]"),
+        (lambda x, y: {"data": x, "labels": y}, "holds a dict of 'data', 'labels'"),
+        (lambda x, y: {"data": [x, 1]}, r"experiment=0: no \[images, labels\] among the 2"),
+        (lambda x, y: x, "holds a Tensor: save"),
+        (lambda x, y: [*x], "holds a list: save"),
+    ],
+)
+def test_a_file_is_a_pair_or_the_error_says_what_it_holds(tmp_path, dataset, x, labels, pack, reason):
+    torch.save(pack(x, labels), tmp_path / "set.pt")
+    if reason:
+        refuse(tmp_path / "set.pt", dataset, reason, form="signed")
+    else:
+        check(read_set(tmp_path / "set.pt", dataset=dataset, form="signed"), x, labels)
+
+
+def test_it_is_printed_which_class_is_which(tmp_path, dataset, x, labels, capsys):
+    pair(tmp_path / "pair", x, labels)
+    image_folder(tmp_path / "folder", x, labels, ("2", "0", "1"))
+    artefact(tmp_path / "own", x, labels, classes=("b", "c", "a"))
+    for name, form in (("pair", {"form": "signed"}), ("folder", {}), ("own", {})):
+        read_set(tmp_path / name, dataset=dataset, **form)
+    assert capsys.readouterr().out.splitlines() == [
+        "label of the file -> class of toy: 0 -> a, 1 -> b, 2 -> c",
+        "class of the set -> class of toy: 0 -> a, 1 -> b, 2 -> c",
+        "class of the set -> class of toy: b -> b, c -> c, a -> a",
+    ]
+
+
+def test_a_pair_is_read_and_cut(tmp_path, dataset, x, labels):
     torch.save([x, labels], tmp_path / "set.pt")
-    check(read_set(tmp_path / "set.pt", dataset=dataset, form="signed"), x, labels)
     found, kinds = read_set(tmp_path / "set.pt", dataset=dataset, form="signed", factor=2)
     assert len(found) == 4 * len(x) and torch.equal(kinds, labels.repeat_interleave(4))
     for k, part in enumerate((x[..., :8, :8], x[..., :8, 8:], x[..., 8:, :8], x[..., 8:, 8:])):
@@ -182,7 +215,7 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         (UNIT, lambda x, y: (x[:, :, :8, :8], y), r"shape \(6, 1, 8, 8\), toy needs \(N, 1 or 3, 16, 16\) with N"),
         (UNIT, lambda x, y: (x[:0], y[:0]), r"shape \(0, 1, 16, 16\)"),
         (UNIT, lambda x, y: (x[:1].expand(10**10, -1, -1, -1), y), r"10000000000, .* 3 \(one a class\) to 18"),
-        (UNIT, lambda x, y: (x.tolist(), y), "must be dense real tensors, not list"),
+        (UNIT, lambda x, y: (x, y.tolist()), "must be dense real tensors, not list"),
         (UNIT, lambda x, y: (x.to_sparse(), y), "must be dense real tensors"),
         (UNIT, lambda x, y: (x, y.to(torch.complex64)), "must be dense real tensors"),
         (NORMALIZED, lambda x, y: (torch.where(x > 0.99, 1e300, x.double()), y), "values that are not finite"),
@@ -196,8 +229,8 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         ({"form": "normalized"}, lambda x, y: (3 * x - 1, y), "needs 1 numbers .*, not mean=None and std=None"),
         (UNIT | {"mean": [0.1]}, lambda x, y: (x, y), "form='unit' needs 0 numbers as mean and as std"),
         (UNIT, lambda x, y: (x, torch.tensor([0, 0, 1, 1, 2, 3])), r"the labels are 0, 1, 2, 3, not all of 0\.\.2"),
-        (UNIT, lambda x, y: (x, torch.tensor([0, 0, 1, 1, 1, 1])), "the labels are 0, 1, not all"),
-        (UNIT, lambda x, y: (x, y[:5]), r"6 images need one class each, the labels have the shape \(5,\)"),
+        (UNIT, lambda x, y: (x, y + 1), r"the labels are 1, 2, 3, not all of 0\.\.2; they count from 1: subtract 1"),
+        (UNIT, lambda x, y: (x, y[:5]), r"the labels must be one class an image, \(6,\), not \(5,\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, form, change, reason):
@@ -206,28 +239,75 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, form,
 
 
 @pytest.mark.parametrize(
-    "names", [("a", "b", "d"), ("1", "2", "3"), ("a", "1", "2"), ("0", "00", "1"), ("000 b", "001 a", "002 c")]
+    "names, reason",
+    [
+        (("a", "b", "d"), "'d'"),
+        (("a", "1", "2"), "'a'"),
+        (("0", "00", "1"), "'1'"),
+        (("000 b", "001 a", "002 c"), "'002 c'"),
+        (("1", "2", "3"), "'3'. They count from 1, labels from 0"),
+        (("001 a", "002 b", "003 c"), "'003 c'. They count from 1, labels from 0"),
+    ],
 )
-def test_classes_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, names):
-    theirs, ours = (
-        image_folder(tmp_path / "set", x, labels, names),
-        artefact(tmp_path / "own", x, labels, classes=names),
-    )
+def test_classes_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, names, reason):
+    theirs = image_folder(tmp_path / "set", x, labels, names)
+    ours = artefact(tmp_path / "own", x, labels, classes=names)
     for folder in (theirs, ours):
-        refuse(folder, dataset, r"has the classes .*; needed are 'a', 'b', 'c', by name, by index .* and no other")
+        refuse(folder, dataset, f"has the classes .*{reason}; needed are 'a', 'b', 'c', by name, by index .* no other")
 
 
-def test_missing_files_further_classes_and_whitened_images_are_refused(tmp_path, dataset, x, labels):
+@pytest.mark.parametrize("inside", ["images", "train/images", "run-0"])
+def test_the_folder_that_holds_the_classes_is_named(tmp_path, dataset, x, labels, inside):
+    make = artefact if inside == "run-0" else image_folder
+    make(tmp_path / "set" / inside, x, labels)
+    (tmp_path / "set" / "logs").mkdir()
+    refuse(tmp_path / "set", dataset, f"set does not hold the classes of toy, but .*set/{inside} does: give that")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "[]",
+            "null",
+            "\xff",
+            '{"mean": [0.4]}',
+            '{"mean": 0.4, "std": 0.3}',
+            '{"mean": [0.4, 0.4], "std": [0.3]}',
+        ),
+        *('{"mean": [NaN], "std": [1]}', '{"mean": [0.4], "std": [0]}', '{"mean": ["a"], "std": [1]}'),
+        '{"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]}',
+    ],
+)
+def test_a_broken_normalization_beside_the_images_is_refused(tmp_path, dataset, x, labels, text):
+    folder = pair(tmp_path / "set", NORMALIZATION.normalize(x), labels)
+    (folder / "normalization.json").write_text(text, encoding="latin-1")
+    refuse(folder, dataset, r'normalization.json must hold {"mean": \[...\], "std": .* with 1 numbers each')
+
+
+@pytest.mark.parametrize(
+    "names, asked, reason",
+    [
+        (("images_zca_best.pt", "labels_best.pt"), "", r"zca_best\.pt: by the file names .* whitened images \(ZCA\)"),
+        (("images_zca_5.pt", "images_5.pt", "labels_5.pt"), "images_5.pt", "images_5.pt: .* whitened"),  # MTT's
+        (("images_best.pt",), "", r"labels_best\.pt is missing"),
+        (("images_5.pt", "images_10.pt"), "", "holds 'images_10.pt', 'images_5.pt': name one of these files"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tmp_path, dataset, x, labels, names, asked, reason):
+    for name in names:
+        torch.save(labels if "labels" in name else x, tmp_path / name)
+    refuse(tmp_path / asked, dataset, reason, error=(ValueError, FileNotFoundError), form="signed")
+
+
+def test_missing_folders_and_further_classes_are_refused(tmp_path, dataset, x, labels):
     folder = image_folder(tmp_path / "many", x, labels)
     refuse(folder, dataset, r"form, mean, std and factor are for \.pt files", form="unit")
     shutil.copytree(folder / "a", folder / "d")
     refuse(folder, dataset, "and no other")
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", dataset, "has no class folders")
-    for name in ("images_zca_best.pt", "images_best.pt"):
-        torch.save(x, tmp_path / name)
-    refuse(tmp_path / "images_zca_best.pt", dataset, r"zca_best.pt: by its name it holds whitened \(ZCA\) values")
-    refuse(tmp_path, dataset, r"labels_best\.pt is missing", error=FileNotFoundError)
     for absent in ("absent", "absent.pt"):
         refuse(tmp_path / absent, dataset, f"{absent} is neither a folder of images", error=FileNotFoundError)
 

@@ -89,11 +89,18 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     assert "was evaluated with other parameters or data" in capsys.readouterr().out
 
 
-def test_accuracies_far_below_chance_are_reported(experiment, monkeypatch, capsys):
-    found = {0: {"convnet": [0.02, 0.0], "vit": [0.4, 0.6]}}
+@pytest.mark.parametrize("is_exchanged", [False, True])
+def test_labels_that_are_probably_wrong_are_reported(smoke, monkeypatch, capsys, is_exchanged):
+    experiment = smoke(**{"evaluate.recipe.epochs": {"convnet": 30, "vit": 1}})
+    found = {0: {"convnet": [0.02, 0.0] if is_exchanged else [0.4, 0.9], "vit": [0.4, 0.6]}}
     monkeypatch.setattr(runs, "_evaluate", lambda *work, **given: found)
-    assert runs.evaluate_foreign(experiment, *experiment.control("random_real", 1), "theirs") == found[0]
-    assert capsys.readouterr().out == "convnet is far below chance, 50%: the set's classes may be in another order\n"
+    images, labels = experiment.control("random_real", 1)
+    assert runs.evaluate_foreign(experiment, images, 1 - labels if is_exchanged else labels, "theirs") == found[0]
+    a, b = experiment.dataset.train.classes
+    said = f"""convnet is far below chance, 50%: the set's classes may be in another order
+the set's labels are probably exchanged: a network trained on it sees {a} as {b}, {b} as {a}
+"""
+    assert capsys.readouterr().out == (said if is_exchanged else "")
 
 
 def test_runs_start_from_other_images_and_one_run_scores_the_same_beside_others(experiment):

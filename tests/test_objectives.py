@@ -184,21 +184,6 @@ def test_trajectory_gradient_equals_plain_autograd(network, randn, first_order, 
     assert relative_difference(grad_lr, expected_lr) < 1e-9
 
 
-def test_trajectory_gradient_equals_finite_differences(network, randn):
-    images, labels, lr, *ends, plan = trajectory(network, randn)
-
-    def loss(images, lr):
-        with torch.enable_grad():
-            return match_trajectory(network, images, labels, lr, *ends, plan=plan, first_order=False)[0]
-
-    _, grad_images, grad_lr = match_trajectory(network, images, labels, lr, *ends, plan=plan, first_order=False)
-    direction, one = randn(*images.shape), torch.ones_like(lr)
-    along_images = directional_derivative(loss, [images, lr], [direction, 0 * one])
-    along_lr = directional_derivative(loss, [images, lr], [0 * direction, one])
-    assert (grad_images * direction).sum().item() == pytest.approx(along_images, rel=1e-5)
-    assert grad_lr.item() == pytest.approx(along_lr, rel=1e-5)
-
-
 class FakeExperts:
     """Three experts of five snapshots."""
 

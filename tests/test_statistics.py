@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 
 from ld3m.evaluation.statistics import (
     STATISTICS,
@@ -13,6 +14,7 @@ from ld3m.evaluation.statistics import (
     interval,
     label_robust_score,
     p_value,
+    permutation,
 )
 
 T_975_DF_1 = 12.7062047  # from a printed table of Student's t
@@ -28,6 +30,21 @@ def test_the_interval_and_the_test_are_those_of_scipy(count):
     assert interval(values)[1:] == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-12)
     assert interval(values)[0] == pytest.approx(values.mean(), rel=1e-12)
     assert p_value(values) == pytest.approx(expected.pvalue, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "confusion, expected",
+    [
+        ([[8, 1, 1], [2, 7, 1], [0, 3, 7]], None),
+        ([[1, 8, 1], [7, 2, 1], [0, 3, 7]], [1, 0, 2]),  # two of three are exchanged
+        ([[1, 8, 1], [2, 1, 7], [6, 1, 3]], [1, 2, 0]),
+        ([[4, 6, 0], [6, 4, 0], [0, 3, 7]], None),  # not twice as many
+        ([[1, 4, 5], [3, 2, 5], [0, 0, 9]], None),  # too few of all
+        ([[0, 0, 9], [0, 0, 9], [0, 0, 9]], None),
+    ],
+)
+def test_a_permutation_is_found_where_it_is_clear(confusion, expected):
+    assert permutation(torch.tensor(confusion)) == expected
 
 
 def test_values_without_spread_have_no_width():

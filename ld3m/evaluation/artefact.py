@@ -7,6 +7,7 @@ card.md                  what it is, where it comes from, and how to train on it
 """
 
 import re
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ld3m.data.dataset import Normalization
 from ld3m.evaluation.statistics import interval
 from ld3m.runtime.storage import new_folder, read_tensors, tensors_hash, write_tensors
 
+TEMPLATE = Path(__file__).with_name("card.md")
 LIBRARIES = ("torch", "diffusers", "datasets", "safetensors", "numpy")
 
 
@@ -58,24 +60,16 @@ def read_artefact(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: distill it first, or give the folder of a distilled set")
     tensors, metadata = read_tensors(file)
-    if not _fits(metadata, tensors):
-        raise ValueError(
-            f"{file}: the tensors do not fit the hash, classes or normalization in the metadata: distill the set again"
-        )
-    return tensors, metadata
-
-
-def _fits(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    try:
+    with suppress(Exception):  # what another program wrote raises about anything
         images, labels, classes = tensors["images"], tensors["labels"], metadata["classes"]
         pixels = Normalization(**metadata["normalization"]).denormalize(images)
         has_shapes = pixels.ndim == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point()
         is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         is_labeled = set(labels.tolist()) <= set(range(len(classes)))
         is_whole = metadata["tensors_sha256"] == tensors_hash(tensors) and bool(pixels.isfinite().all())
-        return has_shapes and is_named and is_labeled and is_whole
-    except Exception:  # what another program wrote raises about anything
-        return False
+        if has_shapes and is_named and is_labeled and is_whole:
+            return tensors, metadata
+    raise ValueError(f"{file}: the tensors do not fit the hash, classes or normalization beside them: distill it again")
 
 
 def write_images(folder: Path, pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
@@ -106,23 +100,18 @@ def _card(metadata: dict[str, Any], shape: torch.Size) -> str:
         reached += " (95 % t interval {1:.3f} to {2:.3f})".format(*interval(accuracies))
     size = {"channels": shape[1], "size_px": shape[2], "classes": len(classes)} | configuration["network_size"]
     mean, std = (", ".join(f"{value:.4f}" for value in metadata["normalization"][key]) for key in ("mean", "std"))
-    return (
-        Path(__file__)
-        .with_name("card.md")
-        .read_text()
-        .format(
-            **metadata,
-            shape=shape,
-            ipc=shape[0] // len(classes),
-            class_names=", ".join(classes),
-            mean=mean,
-            std=std,
-            chosen=max(metadata["validation"], key=lambda record: record["accuracy"]),
-            costs="".join(f"| {key} | {value} |\n" for key, value in metadata["cost"].items()),
-            prior=configuration["prior_sha256"] or "none used",
-            reached=reached,
-            n=len(accuracies),
-            recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
-            size=", ".join(f"{key}={value}" for key, value in size.items()),
-        )
+    return TEMPLATE.read_text().format(
+        **metadata,
+        shape=shape,
+        ipc=shape[0] // len(classes),
+        class_names=", ".join(classes),
+        mean=mean,
+        std=std,
+        chosen=max(metadata["validation"], key=lambda record: record["accuracy"]),
+        costs="".join(f"| {key} | {value} |\n" for key, value in metadata["cost"].items()),
+        prior=configuration["prior_sha256"] or "none used",
+        reached=reached,
+        n=len(accuracies),
+        recipe=configuration["validation_recipe"] | {"strategy": configuration["augmentation"]},
+        size=", ".join(f"{key}={value}" for key, value in size.items()),
     )

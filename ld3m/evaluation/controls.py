@@ -51,15 +51,8 @@ def prior_samples(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
     """Draws guided samples of the diffusion prior."""
     x, labels = run.initial(ipc)
     given = run.params.spaces.ld3m
-    samples = sample(
-        run.prior,
-        labels,
-        size_px=x.shape[-1],
-        steps=given.steps,
-        guidance=given.guidance,
-        render_batch=given.render_batch,
-        seed=run.seed,
-    )
+    options = {"steps": given.steps, "guidance": given.guidance, "render_batch": given.render_batch}
+    samples = sample(run.prior, labels, size_px=x.shape[-1], seed=run.seed, **options)
     return run.dataset.normalization.normalize(samples), labels
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ld3m.data.dataset import Normalization, Split
-from ld3m.evaluation.training import accuracy, train_together
+from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.evaluation.statistics import permutation
+from ld3m.evaluation.training import accuracy, predicted, train, train_together
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import network_chunk_size, test_chunk_size
 from ld3m.runtime.parallel import fan_out
@@ -55,11 +57,9 @@ def evaluate_sets(
             for first in range(0, len(seeds), together):
                 keys.append((n, architecture))
                 tasks.append(shared | {"seeds": seeds[first : first + together]})
-    found = fan_out(
-        _train_and_test, tasks, processes=processes, cluster=cluster, label="networks", checkpoint=checkpoint
-    )
+    options = {"processes": processes, "cluster": cluster, "label": "networks", "checkpoint": checkpoint}
     scores: list[dict[str, list[float]]] = [{architecture: [] for architecture in job.recipes} for job in jobs]
-    for (n, architecture), accuracies in zip(keys, found, strict=True):
+    for (n, architecture), accuracies in zip(keys, fan_out(_train_and_test, tasks, **options), strict=True):
         scores[n][architecture] += accuracies
     return scores
 
@@ -76,3 +76,18 @@ def _train_and_test(
     trained = train_together([new_network(seed=seed) for seed in seeds], fetch, labels, seeds=seeds, **recipe)
     batch = test_chunk_size(real.device, size_px=real.shape[-1])
     return [accuracy(network, partial(real.normalized, normalization), real.labels, batch=batch) for network in trained]
+
+
+def exchanged_classes(job: EvaluationJob, dataset: Dataset, new_network: Callable[..., nn.Module]) -> list[int] | None:
+    """Train one network, of the first architecture of `job`, on a set, and compare the classes it sees in real
+    validation images with theirs.
+
+    Returns the class seen for each class, or None where none are clearly exchanged: see `statistics.permutation`.
+    """
+    architecture, recipe = next(iter(job.recipes.items()))
+    real, seed = dataset.validation, derive(job.seed, "judge", architecture, job.seeds[0])
+    network = train(new_network(seed=seed), job.fetch, job.labels, seed=seed, **recipe)
+    batch = test_chunk_size(real.device, size_px=real.shape[-1])
+    seen = predicted(network, partial(real.normalized, dataset.normalization), len(real), batch=batch)
+    classes = len(real.classes)
+    return permutation(torch.bincount(real.labels * classes + seen, minlength=classes**2).view(classes, classes))

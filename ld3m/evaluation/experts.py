@@ -70,31 +70,23 @@ def train_experts(
     """
     require_space(folder, snapshot_bytes(new_network(seed=0), count=count, epochs=epochs))
     together = network_chunk_size(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
-    shared = {
-        "files": [checkpoint.folder / _name(k) for k in range(count)],
-        "dataset": dataset,
-        "new_network": new_network,
-        "seed": seed,
-        "recipe": {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "strategy": strategy},
-    }
+    files = [checkpoint.folder / _name(k) for k in range(count)]
+    recipe = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "strategy": strategy}
+    recipe |= {"momentum": 0.0, "weight_decay": 0.0, "warm_up": False, "ema_decay": None}
+    shared = {"files": files, "dataset": dataset, "new_network": new_network, "seed": seed, "recipe": recipe}
+    tasks = [shared | {"experts": range(first, first + together)} for first in range(0, count, together)]
+    label = "experts" if together == 1 else f"groups of {together} experts"
     with explain_out_of_memory("batch", "processes"):
-        groups = fan_out(
-            _train_group,
-            [shared | {"experts": range(first, first + together)} for first in range(0, count, together)],
-            processes=processes,
-            cluster=cluster,
-            label="experts" if together == 1 else f"groups of {together} experts",
-            checkpoint=checkpoint,
-        )
+        groups = fan_out(_train_group, tasks, processes=processes, cluster=cluster, label=label, checkpoint=checkpoint)
     end_workers()
     records = [record for group in groups for record in group]
-    with new_folder(folder) as partial_folder:
-        for file in shared["files"]:
+    with new_folder(folder) as new:
+        for file in files:
             try:
-                os.link(file, partial_folder / file.name)  # no copy
+                os.link(file, new / file.name)  # no copy
             except OSError:  # of disks without hard links
-                shutil.copy2(file, partial_folder)
-        write_json(partial_folder / "summary.json", {"experts": records})  # what MTT's stages depend on
+                shutil.copy2(file, new)
+        write_json(new / "summary.json", {"experts": records})  # what MTT's stages depend on
     return records
 
 
@@ -102,7 +94,6 @@ def _train_group(
     experts: Sequence[int],
     files: list[Path],
     dataset: Dataset,
-    *,
     new_network: Callable[..., nn.Module],
     seed: int,
     recipe: dict[str, Any],
@@ -119,15 +110,15 @@ def _train_group(
         for kept, network in zip(snapshots, trained, strict=True):
             kept.append(flat_parameters(network).cpu())
 
-    recipe = recipe | {"momentum": 0.0, "weight_decay": 0.0, "warm_up": False, "ema_decay": None}
-    fetch = partial(dataset.train.normalized, dataset.normalization)
-    train_together(networks, fetch, dataset.train.labels, seeds=seeds, after_epoch=keep, **recipe)
-    fetch, records = partial(dataset.validation.normalized, dataset.normalization), []
+    real, validation, records = dataset.train, dataset.validation, []
+    fetch = partial(real.normalized, dataset.normalization)
+    train_together(networks, fetch, real.labels, seeds=seeds, after_epoch=keep, **recipe)
+    fetch = partial(validation.normalized, dataset.normalization)
     for k, network, kept in zip(experts, networks, snapshots, strict=True):
         if k < len(files):
             tensors = {"snapshots": torch.stack(kept)}
             write_tensors(files[k], tensors, {"expert": k})
-            score = accuracy(network, fetch, dataset.validation.labels)
+            score = accuracy(network, fetch, validation.labels)
             records.append({"expert": k, "validation_accuracy": score, "sha256": tensors_hash(tensors)})
     return records
 
@@ -147,8 +138,6 @@ def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) 
             if epochs <= last_epoch or size != parameters:
                 raise ValueError(f"it holds {epochs} snapshots of {size} parameters")
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(
-                f"{file} does not give {last_epoch + 1} snapshots of {parameters} parameters ({error}): train {count} "
-                "experts again"
-            ) from error
+            needed = f"{last_epoch + 1} snapshots of {parameters} parameters"
+            raise ValueError(f"{file} does not give {needed} ({error}): train {count} experts again") from error
     return Experts(files)

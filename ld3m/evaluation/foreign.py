@@ -2,7 +2,8 @@
 
 - a folder with `distilled.safetensors`: an artefact of ours
 - `images_best.pt` with `labels_best.pt` (MTT), `images.pt` with `labels.pt` (DD-Ranking): tensors (N, C, H, W), (N,)
-- a `.pt` file of a dict whose `data` is [[images, labels], ...], one pair an experiment (DC, DSA, DM), or of one pair
+- a `.pt` file of [images, labels], of {"images": ..., "labels": ...}, or of a dict whose `data` is
+  [[images, labels], ...], one pair an experiment (DC, DSA, DM)
 - a folder of `train.parquet` or `train-*.parquet`, there or one folder down: a Hugging Face dataset
 - a folder `<class>/<image files>`, its folders named by class, by index, or by both ("003 truck")
 
@@ -10,6 +11,7 @@ Sets in ZCA space are no images and are refused.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +42,9 @@ def read_set(
     experiment: int = 0,
     factor: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Read a distilled set for evaluation on a dataset; an error names a set that does not fit or cannot be read.
+    """Read a distilled set for evaluation on a dataset, and print which of its classes is which of the dataset's.
+
+    An error names a set that does not fit or cannot be read.
 
     Parameters
     ----------
@@ -62,48 +66,91 @@ def read_set(
     path = ROOT / Path(path).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix in (".pt", ".pth")):
         raise FileNotFoundError(f"{path} is neither a folder of images or of a distilled set nor a .pt file: give one")
-    pair = _load_pair(path, experiment)
-    if not pair and (form, mean, std, factor) != (None, None, None, 1):
-        raise ValueError(f"form, mean, std and factor are for .pt files, {path} says what it holds: leave them out")
-    if pair:
-        images, labels = pair
-        beside = (path if path.is_dir() else path.parent) / "normalization.json"
-        if form is None and beside.is_file():
-            form, (mean, std) = "normalized", _read_normalization(beside)
+    classes, pair_file = dataset.train.classes, _pair_file(path)
+    label_of = {str(label): label for label in range(len(classes))}
+    if pair_file:
+        images, labels = _load_pair(pair_file, experiment)
+    elif (form, mean, std, factor) != (None, None, None, 1):
+        raise ValueError(f"form, mean, std and factor are for .pt files: name one instead of {path}, or leave them out")
     elif (path / "distilled.safetensors").is_file():
         tensors, metadata = read_artefact(path)
-        label_of = _labels_of(path, metadata["classes"], dataset.train.classes)
-        labels = torch.tensor(label_of)[tensors["labels"].long()]
+        label_of = _labels_of(path, metadata["classes"], classes)
         images = Normalization(**metadata["normalization"]).denormalize(tensors["images"])
+        labels = torch.tensor(list(label_of.values()))[tensors["labels"].long()]
     else:
-        images, labels = _read_images(path, dataset)
+        images, labels, label_of = _read_images(path, dataset)
     _check(path, images, labels, dataset)
-    x = _to_x(path, images, form, mean, std) if pair else images
+    if pair_file:
+        beside = pair_file.with_name("normalization.json")
+        if form is None and beside.is_file():
+            form, (mean, std) = "normalized", _read_normalization(beside, images.shape[1])
+        images = _to_x(path, images, form, mean, std)
     if factor != 1:
-        x, labels = _cut(x, labels, factor)
+        images, labels = _cut(images, labels, factor)
     channels = dataset.train.shape[0]
-    if channels == 1 and not torch.equal(x, x[:, :1].expand_as(x)):
+    if channels == 1 and not torch.equal(images, images[:, :1].expand_as(images)):
         raise ValueError(f"{path}: the images are colored, {dataset.name} is not: convert them first")
-    normalized = dataset.normalization.normalize(x[:, :1] if channels == 1 else x.expand(-1, 3, -1, -1))
+    normalized = dataset.normalization.normalize(images[:, :1] if channels == 1 else images.expand(-1, 3, -1, -1))
+    shown = [f"{name} -> {classes[label]}" for name, label in label_of.items()]
+    shown[10:] = [f"{len(shown) - 10} more"] if len(shown) > 10 else []
+    print(f"{'label of the file' if pair_file else 'class of the set'} -> class of {dataset.name}:", ", ".join(shown))
     order = labels.argsort(stable=True)
     return normalized[order].to(dataset.train.device), labels[order].long()
 
 
-def _read_normalization(file: Path) -> tuple[Sequence[float], Sequence[float]]:
+def _pair_file(path: Path) -> Path | None:
+    """The .pt file of images that is meant, or None where `path` is a folder without one."""
+    usual = (path / "images_best.pt", path / "images.pt")
+    found = [path] if path.is_file() else list(filter(Path.is_file, usual))[:1] or sorted(path.glob("images*.pt"))
+    for file in found:  # where MTT has written images_zca_5.pt, which is mapped back, images_5.pt is whitened
+        twin = file.with_name(file.name.replace("images_", "images_zca_"))
+        if "zca" in file.name.lower() or (twin != file and twin.is_file()):
+            raise ValueError(
+                f"{file}: by the file names the set was distilled on whitened images (ZCA), and cannot be judged as it "
+                "is on images that are not whitened: give another"
+            )
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {files.some([file.name for file in found])}: name one of these files")
+    return found[0] if found else None
+
+
+def _load_pair(file: Path, experiment: int) -> tuple[Any, Any]:
+    """The images and labels as they are stored."""
+    match _load(file):
+        case Tensor() as images if "images" in file.name:
+            return images, _load(file.with_name(file.name.replace("images", "labels")))
+        case {"images": images, "labels": labels} | [images, labels]:
+            return images, labels
+        case {"data": [*entries]}:
+            match entries[experiment : experiment + 1]:
+                case [[images, labels]]:
+                    return images, labels
+            raise ValueError(f"experiment={experiment}: no [images, labels] among the {len(entries)} in {file}")
+        case dict() as found:
+            kind = f"a dict of {files.some(list(found))}"
+        case found:
+            kind = f"a {type(found).__name__}"
+    raise ValueError(
+        f"{file} holds {kind}: save [images, labels], {{'images': images, 'labels': labels}}, or two files images.pt "
+        "and labels.pt; read are also those of DC, {'data': [[images, labels], ...]}"
+    )
+
+
+def _load(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: place it beside the file of images")
+    scalar = np.float64(0).__reduce__()[0]
+    harmless = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64"))]  # DC stores its accuracies so
+    harmless += [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
-        read = Normalization(**json.loads(file.read_text()))
-        return tuple(map(float, read.mean)), tuple(map(float, read.std))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no mean and std ({error}): correct it, or remove it and give form") from error
-
-
-def _cut(x: Tensor, labels: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    count, channels, size_px, _ = x.shape
-    if factor < 1 or size_px % factor:
-        raise ValueError(f"factor={factor}: must divide the side of the images, {size_px}")
-    side_px = size_px // factor
-    parts = x.view(count, channels, factor, side_px, factor, side_px).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    return interpolate(parts, size=(size_px, size_px), mode="bilinear"), labels.repeat_interleave(factor**2)
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken files raise about anything; torch's own message proposes to run the code
+        found = re.search(r"GLOBAL \S+|<class '[^']*'>", str(error))
+        raise ValueError(
+            f"{file} was not read: it is broken, or holds more than tensors, lists and numbers, which could run code "
+            f"({found[0] if found else type(error).__name__}). Nothing of it was run; it must be saved as plain tensors"
+        ) from None
 
 
 def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
@@ -120,55 +167,28 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
             f"{size_px}) with N from {classes} (one a class) to {most} (real images)"
         )
     if labels.shape != (count,):
-        raise ValueError(f"{path}: {count} images need one class each, the labels have the shape {tuple(labels.shape)}")
-    if set(labels.tolist()) != set(range(classes)):
-        raise ValueError(f"{path}: the labels are {files.some(labels.unique().tolist())}, not all of 0..{classes - 1}")
+        raise ValueError(f"{path}: the labels must be one class an image, ({count},), not {tuple(labels.shape)}")
+    present = labels.unique().tolist()
+    if present != list(range(classes)):
+        advice = "; they count from 1: subtract 1" if present == list(range(1, classes + 1)) else ""
+        raise ValueError(f"{path}: the labels are {files.some(present)}, not all of 0..{classes - 1}{advice}")
     if not images.float().isfinite().all():
         raise ValueError(f"{path}: the images have values that are not finite")
 
 
-def _load_pair(path: Path, experiment: int) -> tuple[Any, Any] | None:
-    """The images and labels as they are stored, or None where `path` is a folder without .pt files of images."""
-    if path.is_dir():
-        found = [path / name for name in ("images_best.pt", "images.pt") if (path / name).is_file()]
-        if not found:
-            return None
-        path = found[0]
-    if "zca" in path.name.lower():
-        raise ValueError(
-            f"{path}: by its name it holds whitened (ZCA) values, which are no images and cannot be evaluated: name a "
-            "file of images"
-        )
-    loaded = _load(path)
-    if "images" in path.name:
-        return loaded, _load(path.with_name(path.name.replace("images", "labels")))
-    if isinstance(loaded, (list, tuple)) and len(loaded) == 2:
-        return loaded[0], loaded[1]
+def _read_normalization(file: Path, channels: int) -> list[list[float]]:
+    """Mean and std of images in [0, 1], one a channel."""
     try:
-        images, labels = loaded["data"][experiment]
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"experiment={experiment}: {path} has no such [images, labels] in its list 'data', and is no such list "
-            "itself; others are images*.pt with labels*.pt"
-        ) from error
-    return images, labels
-
-
-def _load(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: place it beside the file of images")
-    scalar = np.float64(0).__reduce__()[0]
-    harmless = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64"))]  # DC stores its accuracies so
-    harmless += [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken files raise about anything; torch's own message proposes to run the code
-        found = re.search(r"GLOBAL \S+|<class '[^']*'>", str(error))
-        raise ValueError(
-            f"{file} was not read: it is broken, or holds more than tensors, lists and numbers, which could run code "
-            f"({found[0] if found else type(error).__name__}). Nothing of it was run; ask its author for plain tensors"
-        ) from None
+        given = json.loads(file.read_text())
+        mean, std = ([float(value) for value in given[key]] for key in ("mean", "std"))
+        if len(Normalization(mean, std).mean) == channels and math.isfinite(sum(mean + std)):
+            return [mean, std]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(
+        f'{file} must hold {{"mean": [...], "std": [...]}} with {channels} numbers each, std above 0: correct it, or '
+        "remove it and give form"
+    )
 
 
 def _to_x(path: Path, images: Tensor, form: str | None, mean: Any, std: Any) -> Tensor:
@@ -190,41 +210,68 @@ def _to_x(path: Path, images: Tensor, form: str | None, mean: Any, std: Any) -> 
     if (x.abs() > 2).float().mean() > 0.5:
         raise ValueError(
             f"{path}: with mean={list(mean)} and std={list(std)} most values are far outside of [-1, 1]: they have "
-            f"another mean and std, or are no images (ZCA)"
+            "another mean and std, or are no images (ZCA)"
         )
     return x
 
 
-def _labels_of(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[int]:
+def _cut(x: Tensor, labels: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    count, channels, size_px, _ = x.shape
+    if factor < 1 or size_px % factor:
+        raise ValueError(f"factor={factor}: must divide the side of the images, {size_px}")
+    side_px = size_px // factor
+    parts = x.view(count, channels, factor, side_px, factor, side_px).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return interpolate(parts, size=(size_px, size_px), mode="bilinear"), labels.repeat_interleave(factor**2)
+
+
+def _matched(names: Sequence[str], classes: Sequence[str]) -> dict[str, int] | None:
     """The label of each class of a set, all read in one way: as names, as "<index> <name>", or as indices."""
     indices = {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name)}
     folders = {class_folder(label, name): label for label, name in enumerate(classes)}
     for reading in ({name: label for label, name in enumerate(classes)}, folders, indices):
         labels = [reading.get(name, -1) for name in names]
         if sorted(labels) == list(range(len(classes))):
-            return labels
+            return dict(zip(names, labels, strict=True))
+    return None
+
+
+def _labels_of(path: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """`_matched`, or ValueError."""
+    if found := _matched(names, classes):
+        return found
+    numbers = sorted(int(number[0]) for name in names if (number := re.match(r"\d{1,9}", name)))
+    counted = ". They count from 1, labels from 0" if numbers == list(range(1, len(classes) + 1)) else ""
     raise ValueError(
-        f"{path} has the classes {files.some(sorted(names))}; needed are {files.some(classes)}, by name, by index from "
-        f"0, or by both as in {class_folder(0, classes[0])!r}, and no other"
+        f"{path} has the classes {files.some(files.in_order(names))}{counted}; needed are {files.some(classes)}, by "
+        f"name, by index from 0, or by both as in {class_folder(0, classes[0])!r}, and no other"
     )
 
 
-def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) in [-1, 1] and labels of a folder of parquet files or an image folder."""
-    where = str(folder)
+def _is_set(folder: Path, classes: Sequence[str]) -> bool:
+    names = [entry.name for entry in folder.glob("[!.@]*/")]
+    return (folder / "distilled.safetensors").is_file() or _matched(names, classes) is not None
+
+
+def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Images (N, 3, H, W) in [-1, 1] and labels of a folder of parquet files or an image folder, and `_labels_of`."""
+    where, classes = str(folder), dataset.train.classes
     if [*folder.glob("train*.parquet"), *folder.glob("*/train*.parquet")]:
         source = files.open_split(where, "train", image_column="image", label_column="label", where=where)
     else:
+        fitting = [place for place in (folder, *folder.glob("*/"), *folder.glob("*/*/")) if _is_set(place, classes)]
+        if fitting and fitting[0] != folder:
+            raise ValueError(f"{folder} does not hold the classes of {dataset.name}, but {fitting[0]} does: give that")
         source = files.open_image_folder(folder, where=where)
     selection = source.select(source.classes)
     count, most = len(selection.labels), len(dataset.train)
     if count > most:
         raise ValueError(f"{folder} has {count} images, {dataset.name} no more than {most}")
-    label_of = _labels_of(folder, source.classes, dataset.train.classes)
-    named = [(label_of[k], *image) for k, image in zip(selection.labels, selection.read(), strict=True)]
+    label_of = _labels_of(folder, source.classes, classes)
+    named = [(label_of[source.classes[k]], *image) for k, image in zip(selection.labels, selection.read(), strict=True)]
     named.sort(key=lambda entry: (entry[0], len(entry[1]), entry[1]))  # "10.png" comes after "9.png"
     uint8 = np.stack([_rgb(f"{folder}, {name}", content, dataset.train.shape[-1]) for _, name, content in named])
-    return torch.from_numpy(uint8).movedim(-1, 1).float() / 127.5 - 1, torch.tensor([label for label, *_ in named])
+    x = torch.from_numpy(uint8).movedim(-1, 1).float() / 127.5 - 1
+    return x, torch.tensor([label for label, *_ in named]), label_of
 
 
 def _rgb(name: str, content: files.Encoded, size_px: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit  # Student's t and its quantile; scipy.stats takes a second to import
+from torch import Tensor
 
 Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
 
@@ -103,3 +104,18 @@ def _networks(name: str, accuracies: Accuracies, architecture: str) -> list[floa
 
 def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+
+
+def permutation(confusion: Tensor) -> list[int] | None:
+    """Find the order of classes that a confusion matrix (K, K) of counts shows, if it is clearly not the given one.
+
+    Rows are the classes of the images, columns those that a network sees. Returns the column of each row, or None: in
+    the rows that move, more than 40 % of the images, and twice those on the diagonal, must be in that column.
+    """
+    from scipy.optimize import linear_sum_assignment  # takes 0.4 s
+
+    counts = np.asarray(confusion)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    moved = rows != columns
+    found, given = counts[rows, columns][moved].sum(), counts.diagonal()[moved].sum()
+    return columns.tolist() if found > max(0.4 * counts[moved].sum(), 2 * given) else None

@@ -135,9 +135,12 @@ def _warm_up_then_cosine(epoch: int, epochs: int) -> float:
 
 
 @torch.no_grad()
+def predicted(network: nn.Module, fetch: Callable[[Tensor], Tensor], count: int, *, batch: int = 50) -> Tensor:
+    """Return the classes (count,), on the CPU, that the network sees in images 0 .. count-1."""
+    network.eval()
+    return torch.cat([network(fetch(index)).argmax(1) for index in torch.arange(count).split(batch)]).cpu()
+
+
 def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
     """Compute the share of images, in [0, 1], whose class the network names."""
-    network.eval()
-    parts = torch.arange(len(labels)).split(batch)
-    predicted = torch.cat([network(fetch(index)).argmax(1) for index in parts])
-    return int((predicted.cpu() == labels).sum()) / len(labels)
+    return int((predicted(network, fetch, len(labels), batch=batch) == labels).sum()) / len(labels)

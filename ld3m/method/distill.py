@@ -71,12 +71,9 @@ def distill(
     """
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
-        raise ValueError(
-            f"learning_rates has {', '.join(sorted(learning_rates))}; needed are {', '.join(sorted(learnables))}"
-        )
-    optimizer = torch.optim.SGD(
-        [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()], momentum=momentum
-    )
+        raise ValueError(f"learning_rates has {sorted(learning_rates)}; needed are {sorted(learnables)}")
+    groups = [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()]
+    optimizer = torch.optim.SGD(groups, momentum=momentum)
     run = Distilled()
 
     def state() -> State:
@@ -118,9 +115,7 @@ def distill(
                     f"grad_norm_{name}": tensor.grad.norm().item() for name, tensor in learnables.items()
                 }
                 if not all(map(math.isfinite, record.values())):
-                    raise ValueError(
-                        f"step {step}: {record} is not finite; lower learning_rates. {checkpoint.status()}"
-                    )
+                    raise ValueError(f"step {step}: {record} not finite; lower learning_rates. {checkpoint.status()}")
                 optimizer.step()
                 for name, tensor in objective.learnables.items():
                     if tensor.item() <= 0:

@@ -11,9 +11,9 @@ through the network together.
 
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,6 @@ from ld3m.runtime.chunked import thread_map
 from ld3m.runtime.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
-
-
-class Experts(Protocol):
-    """Trajectories of networks trained on real images."""
-
-    def __len__(self) -> int: ...
-    def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
-        """The flat parameters (len(epochs), P) after some epochs of one expert."""
 
 
 Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +94,7 @@ class ClassMatching:
     _: KW_ONLY
     normalization: Normalization
     new_network: Callable[..., nn.Module]  # called with seed=...
-    experts: Callable[..., Experts] | None  # not used
+    experts: Any  # not used
     strategy: str  # of the augmentation
     threads: int
     seed: int
@@ -145,7 +137,7 @@ class ClassMatching:
         return index, distance.item(), torch.autograd.grad(distance, synthetic)[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrajectoryMatching:
     """MTT: a student trained on the synthetic images from an expert's snapshot shall end at a later snapshot.
 
@@ -158,7 +150,7 @@ class TrajectoryMatching:
     _: KW_ONLY
     normalization: Normalization
     new_network: Callable[..., nn.Module]  # called with seed=..., of the experts' architecture
-    experts: Callable[..., Experts]  # called with last_epoch=..., the last snapshot that is read
+    experts: Callable[..., Any]  # called with last_epoch=..., the last one read: `evaluation.experts.Experts`
     strategy: str  # of the augmentation
     threads: int  # not used
     seed: int
@@ -170,32 +162,22 @@ class TrajectoryMatching:
     first_order: bool  # see `match_trajectory`
 
     def __post_init__(self) -> None:
-        len(self.trajectories)  # missing experts are an error before the first step
-
-    @cached_property
-    def trajectories(self) -> Experts:
-        return self.experts(last_epoch=self.max_start_epoch - 1 + self.expert_epochs)
-
-    @cached_property
-    def network(self) -> nn.Module:
-        return self.new_network(seed=0).eval()  # with dropout the recomputed steps would differ from the first
-
-    @cached_property
-    def learnables(self) -> dict[str, Tensor]:
+        self.trajectories = self.experts(last_epoch=self.max_start_epoch - 1 + self.expert_epochs)
+        self.network = self.new_network(seed=0).eval()  # with dropout the recomputed steps would differ from the first
         device = next(self.network.parameters()).device
-        return {"student_lr": torch.tensor(self.student_lr, device=device, requires_grad=True)}
+        self.learnables = {"student_lr": torch.tensor(self.student_lr, device=device, requires_grad=True)}
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         rng = generator(self.seed, "trajectory", step)
         expert = int(torch.randint(len(self.trajectories), (), generator=rng))
         epoch = int(torch.randint(self.max_start_epoch, (), generator=rng))
         epochs = [epoch, epoch + self.expert_epochs]
-        theta_start, theta_target = self.trajectories.snapshots(expert, epochs).to(images)
+        ends = self.trajectories.snapshots(expert, epochs).to(images)  # theta_start, theta_target
         indices = islice(self._batches(len(images), rng), self.student_steps)
         plan = [(index, draw(self.strategy, count=len(index), generator=rng)) for index in indices]
-        lr, options = self.learnables["student_lr"], {"plan": plan, "first_order": self.first_order}
+        lr = self.learnables["student_lr"]
         loss, grad_images, lr.grad = match_trajectory(
-            self.network, images, labels, lr.detach(), theta_start, theta_target, **options
+            self.network, images, labels, lr.detach(), *ends, plan=plan, first_order=self.first_order
         )
         return loss, grad_images
 

@@ -37,14 +37,12 @@ def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int
 
     Where `steps` does not divide `total`, CompVis's code takes more than asked (31 for 30); this takes `steps`.
     """
-    found = []
-    if 1 <= steps <= total:
-        found = {
-            "leading": lambda: [i * (total // steps) + spacing.offset for i in range(steps)],
-            "trailing": lambda: [round(total - i * (total / steps)) - 1 for i in reversed(range(steps))],
-            "linspace": lambda: [round(i * ((total - 1) / max(1, steps - 1))) for i in range(steps)],
-        }[spacing.kind]()
-    if not found or found[-1] >= total:
+    found = {
+        "leading": [i * (total // steps) + spacing.offset for i in range(steps)],
+        "trailing": [round(total - i * (total / steps)) - 1 for i in reversed(range(steps))],
+        "linspace": [round(i * ((total - 1) / max(1, steps - 1))) for i in range(steps)],
+    }[spacing.kind]
+    if not 1 <= steps <= total or found[-1] >= total:
         first = f", counted from {spacing.offset}" if spacing.kind == "leading" else ""
         raise ValueError(f"steps={steps}: must be at least 1 and fit into the {total} timesteps of training{first}")
     return found
@@ -100,17 +98,14 @@ def reverse(
     end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
     guidance = guidance if prior.is_conditional else 1
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
-    weights = [skip_weight(skip, i, steps) for i in range(steps)]
-    mixed_in = torch.zeros(())
-    if skip == "x0":
-        mixed_in = prior.quantize(z)
-    elif skip == "mean":
-        mixed_in = z_T.view_as(z_T)  # a node of its own, so that `uncheckpointed_steps` changes no order of summation
+    # a view is a node of its own, so that `uncheckpointed_steps` changes no order of summation
+    mixed_in = prior.quantize(z) if skip == "x0" else z_T.view_as(z_T)
     z_t = z_T
     on_state(z_t.detach())
     for i in reversed(range(steps)):
         levels = {"t": ts[i], "a": alpha_bar[ts[i]], "a_next": alpha_bar[ts[i - 1]] if i else end}
-        step = partial(_step, prior, guidance=guidance, skip=skip, weight=weights[i], **levels)
+        weight = skip_weight(skip, i, steps)
+        step = partial(_step, prior, guidance=guidance, skip=skip, weight=weight, **levels)
         z_t = recomputed(step, z_t, conditioning, mixed_in, keep_graph=i < uncheckpointed_steps)
         on_state(z_t.detach())
     return z_t

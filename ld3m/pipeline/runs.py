@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.evaluation.evaluate import EvaluationJob
+from ld3m.evaluation.evaluate import EvaluationJob, exchanged_classes
 from ld3m.evaluation.scores import Scores, read_scores, write_scores
 from ld3m.evaluation.statistics import Accuracies
 from ld3m.pipeline.cells import Cell, evaluated_folder, first_runs
@@ -50,14 +50,18 @@ def evaluate_runs(experiment: Experiment, cell: Cell) -> dict[int, Accuracies]:
 
 
 def evaluate_foreign(experiment: Experiment, images: Tensor, labels: Tensor, name: str) -> Accuracies:
-    """Evaluate a set that no stage made as `evaluate_runs` does ours."""
-    jobs, found = {0: experiment.evaluation_job(images, labels)}, {0: (images, labels)}
+    """Evaluate a set that no stage made as `evaluate_runs` does ours, and print what says that its labels are wrong."""
+    job, found = experiment.evaluation_job(images, labels), {0: (images, labels)}
+    classes = experiment.dataset.train.classes
     folder = evaluated_folder(experiment.params.dataset, name)
-    accuracies = _evaluate(experiment, name, f"evaluated-{name}", jobs, found, folder=folder, images=images)[0]
-    chance = 1 / len(experiment.dataset.train.classes)
+    accuracies = _evaluate(experiment, name, f"evaluated-{name}", {0: job}, found, folder=folder, images=images)[0]
+    chance = 1 / len(classes)
     for architecture, values in accuracies.items():
         if sum(values) / len(values) < chance / 2:
             print(f"{architecture} is far below chance, {chance:.0%}: the set's classes may be in another order")
+    if order := exchanged_classes(job, experiment.dataset, experiment.new_network(next(iter(job.recipes)))):
+        seen = [f"{name} as {classes[k]}" for name, k in zip(classes, order, strict=True) if name != classes[k]]
+        print(f"the set's labels are probably exchanged: a network trained on it sees {', '.join(seen[:10])}")
     return accuracies
 
 
