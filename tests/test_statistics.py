@@ -36,7 +36,7 @@ def test_the_interval_and_the_test_are_those_of_scipy(count):
     "confusion, expected",
     [
         ([[8, 1, 1], [2, 7, 1], [0, 3, 7]], None),
-        ([[1, 8, 1], [7, 2, 1], [0, 3, 7]], [1, 0, 2]),  # two of three are exchanged
+        ([[1, 8, 1], [7, 2, 1], [0, 3, 7]], [1, 0, 2]),  # two of three are exchanged, of 100 images each
         ([[1, 8, 1], [2, 1, 7], [6, 1, 3]], [1, 2, 0]),
         ([[4, 6, 0], [6, 4, 0], [0, 3, 7]], None),  # not twice as many
         ([[1, 4, 5], [3, 2, 5], [0, 0, 9]], None),  # too few of all
@@ -44,7 +44,7 @@ def test_the_interval_and_the_test_are_those_of_scipy(count):
     ],
 )
 def test_a_permutation_is_found_where_it_is_clear(confusion, expected):
-    assert permutation(torch.tensor(confusion)) == expected
+    assert permutation(10 * torch.tensor(confusion)) == expected
 
 
 def test_values_without_spread_have_no_width():

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 
 from ld3m.data.dataset import Dataset
 from ld3m.data.subsets import imagenet_indices
+from ld3m.evaluation.statistics import permutation
 from ld3m.evaluation.training import accuracy, train
 from ld3m.method.sampler import sample
 from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, prior_chunk_size
@@ -87,16 +88,12 @@ def require_classes(
     """Raise IncompatiblePrior where the samples of a prior show other classes than those asked for.
 
     `counts` (K, K) says how many samples of each class (row) show each class (column) to a classifier that recognizes
-    the share `known` of real images. Classes are exchanged if a permutation of them explains more than twice as many of
-    their samples as the order asked for, plus 5 for each class and a quarter of the share `known`. A prior is at chance
-    if 20 samples or more show the class asked for hardly more often than 1 in K, while real images are recognized.
+    the share `known` of real images. Classes may be exchanged (`statistics.permutation`). A prior is at chance if 20
+    samples or more show the class asked for hardly more often than 1 in K, while real images are recognized.
     """
-    from scipy.optimize import linear_sum_assignment
-
-    counts, chance = counts.double(), 1 / len(names)
-    bonus = counts.diag() + 5 + known * counts.sum(1) / 4  # of the order asked for
-    shown = linear_sum_assignment(counts + bonus.diag(), maximize=True)[1].tolist()
-    if moved := [k for k, seen in enumerate(shown) if seen != k]:
+    chance, counts = 1 / len(names), counts.double()
+    if shown := permutation(counts):
+        moved = [k for k, seen in enumerate(shown) if seen != k]
         pairs = [f"{names[k]} shows {names[shown[k]]} in {counts[k, shown[k]] / counts[k].sum():.0%}" for k in moved]
         if classes is None or tuple(classes) == imagenet_indices(names):  # trained here, or found by name
             cure = "it has its classes in another order: train it again, or change prior.source"

@@ -7,11 +7,13 @@ To add a statistic is to add a function to `STATISTICS`. Its keyword arguments a
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from scipy.special import stdtr, stdtrit  # Student's t and its quantile; scipy.stats takes a second to import
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd  # with scipy half a second, which worker processes need not spend
 
 Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
 
@@ -19,6 +21,8 @@ Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Compute the mean of at least two independent values and the ends of its 95 % Student t interval,
     mean -+ t(0.975, n - 1) s / sqrt(n). Paired differences give the interval of the paired t test."""
+    from scipy.special import stdtrit  # quantile of Student's t
+
     mean, error, degrees = _mean_and_error(values)
     half = stdtrit(degrees, 0.975) * error
     return mean, mean - half, mean + half
@@ -26,6 +30,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def p_value(values: Sequence[float]) -> float:
     """Compute the p-value of the two-sided t test that the mean is zero; of paired differences, the paired t test."""
+    from scipy.special import stdtr  # Student's t
+
     mean, error, degrees = _mean_and_error(values)
     if error == 0:
         return 1.0 if mean == 0 else 0.0
@@ -63,7 +69,7 @@ STATISTICS: dict[str, Callable[..., float]] = {
 
 def compare(
     accuracies: Accuracies, *, random_real: Accuracies | None = None, full_data: Accuracies | None = None
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Compute accuracy and every statistic of `STATISTICS` whose arguments are given.
 
     The accuracies are those of the set, of as many random real images, and of all real data. A row is an architecture,
@@ -72,6 +78,8 @@ def compare(
 
     ValueError where an accuracy is outside [0, 1], or where the numbers of networks differ.
     """
+    import pandas as pd
+
     given = {"accuracy": accuracies, "random_real": random_real, "full_data": full_data}
     rows = []
     for architecture in [*accuracies, *(["mean"] if len(accuracies) > 1 else [])]:
@@ -109,13 +117,14 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 def permutation(confusion: Tensor) -> list[int] | None:
     """Find the order of classes that a confusion matrix (K, K) of counts shows, if it is clearly not the given one.
 
-    Rows are the classes of the images, columns those that a network sees. Returns the column of each row, or None: in
-    the rows that move, more than 40 % of the images, and twice those on the diagonal, must be in that column.
+    Rows are the classes of the images, columns those that a network sees. Returns the column of each row, or None. The
+    order returned explains more than twice as many images of the classes that it moves as the given order does, plus 5
+    for each class and a quarter of the share of all images that any order explains.
     """
     from scipy.optimize import linear_sum_assignment  # takes 0.4 s
 
-    counts = np.asarray(confusion)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
-    moved = rows != columns
-    found, given = counts[rows, columns][moved].sum(), counts.diagonal()[moved].sum()
-    return columns.tolist() if found > max(0.4 * counts[moved].sum(), 2 * given) else None
+    counts = np.asarray(confusion, dtype=float)
+    explained = counts[linear_sum_assignment(counts, maximize=True)].sum() / counts.sum()
+    bonus = counts.diagonal() + 5 + explained * counts.sum(1) / 4  # of the given order
+    rows, columns = linear_sum_assignment(counts + np.diag(bonus), maximize=True)
+    return columns.tolist() if (rows != columns).any() else None
