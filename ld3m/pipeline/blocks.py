@@ -1,11 +1,34 @@
 """The blocks of params.yaml: frozen models that refuse unknown keys and values out of range."""
 
+import os.path
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from ld3m.data.augment import parse_strategy
 from ld3m.data.subsets import check_name
+from ld3m.runtime import paths
+
+
+def that(holds: Callable[[Any], Any], otherwise: str) -> AfterValidator:
+    """Refuse values for which `holds` is false, with the message `otherwise`."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(otherwise)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_outside_runs(source: str | None) -> bool:
+    """Tell whether a path leads past runs/, through links too."""
+    path, runs = paths.ROOT / Path(source or "").expanduser(), paths.ROOT / "runs"
+    return not any(Path(view(path)).is_relative_to(view(runs)) for view in (os.path.abspath, os.path.realpath))
+
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -14,15 +37,20 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
-Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
+Factory = Annotated[
+    str, that(lambda path: re.fullmatch(r"[\w.]+:\w+", path), "must be an import path, package.module:name")
+]
 Table = Literal["main", "report"]
-Name = Annotated[str, Field(pattern=r"^\w[\w-]{0,99}$")]  # of files and of stages of DVC, whose templates read a dot
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) < len(values):
-        raise ValueError("has an entry twice")
-    return values
+Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
+    str,
+    that(
+        lambda name: re.fullmatch(r"\w[\w-]{0,99}", name),
+        "a name has letters, digits, '_' and '-' only, does not begin with '-', and has 100 characters at most",
+    ),
+]
+RecipeKey = Annotated[
+    str, that(lambda key: re.fullmatch(r"full_data|ipc_[1-9]\d*", key), "must be full_data, or ipc_10 and the like")
+]
 
 
 def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
@@ -34,7 +62,7 @@ def _strategy(strategy: str) -> str:
     return strategy
 
 
-Distinct = AfterValidator(_distinct)
+Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice")
 Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
 Strategy = Annotated[str, AfterValidator(_strategy)]
@@ -96,7 +124,7 @@ class DatasetParams(Model):
 
 
 class AutoencoderParams(Model):
-    widths: Widths
+    widths: Annotated[tuple[Annotated[Count, Field(multiple_of=8)], ...], Field(min_length=2)]
     latent_channels: Count
     codebook: Count
     steps: Count
@@ -110,7 +138,7 @@ class AutoencoderParams(Model):
 
 
 class DenoiserParams(Model):
-    widths: Widths
+    widths: Annotated[tuple[Annotated[Count, Field(multiple_of=16)], ...], Field(min_length=2)]
     conditioning_width: Count
     blocks: Count
     steps: Count
@@ -124,26 +152,6 @@ class DenoiserParams(Model):
         return self.model_dump(exclude={"widths", "conditioning_width", "blocks"})
 
 
-class PriorCheck(Model):
-    """Guided samples per class, and the training of the ConvNet that classifies them."""
-
-    samples_per_class: Count
-    steps: Steps
-    guidance: float
-    width: Count
-    epochs: Count
-    learning_rate: Rate
-
-
-class PriorParams(Model):
-    source: str | None
-    classes: tuple[Whole, ...] | None
-    precision: Precision
-    autoencoder: AutoencoderParams
-    denoiser: DenoiserParams
-    check: PriorCheck
-
-
 class GanCheck(Model):
     """Samples per class, and the training of the ConvNet that classifies them."""
 
@@ -151,6 +159,25 @@ class GanCheck(Model):
     width: Count
     epochs: Count
     learning_rate: Rate
+
+
+class PriorCheck(GanCheck):
+    """Samples are guided."""
+
+    steps: Steps
+    guidance: float
+
+
+class PriorParams(Model):
+    source: Annotated[str | None, that(_is_outside_runs, "DVC empties runs/ before a stage; copy the prior elsewhere")]
+    classes: tuple[Whole, ...] | None
+    precision: Precision
+    autoencoder: Annotated[
+        AutoencoderParams,
+        that(lambda given: given.continuous_steps < given.steps, "continuous_steps: must be below steps"),
+    ]
+    denoiser: DenoiserParams
+    check: PriorCheck
 
 
 class GanParams(Model):
@@ -314,7 +341,7 @@ class EvaluateParams(Model):
     seeds: Annotated[int, Field(ge=2)]  # networks of each architecture on the set of run 0
     seeds_further_runs: Count  # on the set of every other run
     recipe: Recipe
-    recipe_overrides: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeOverrides]
+    recipe_overrides: dict[RecipeKey, RecipeOverrides]
 
 
 class GradientNormParams(Model):

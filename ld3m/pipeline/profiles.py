@@ -48,7 +48,7 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
 def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: str) -> Params:
     values = copy.deepcopy(values)
     for key, value in overrides.items():
-        *parents, last = key.split(".")
+        *parents, last = str(key).split(".")
         node = values
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
@@ -97,20 +97,27 @@ def validate(values: Any, *, origin: str) -> Params:
         check_factories(params)
         return params
     except ValidationError as error:
-        lines = [f"{origin} is not valid:"]
+        found: dict[str, list[str]] = {}
         for problem in error.errors(include_url=False):
             if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
                 continue  # too short without its wrong entries, which have lines of their own
-            key = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "own", "built-in"))
-            message = problem["msg"].removeprefix("Value error, ")
-            wrong = "unknown key, see profiles/base.yaml" if problem["type"] == "extra_forbidden" else message
-            got = (
-                ""
-                if problem["type"] == "missing" or isinstance(problem["input"], dict)
-                else f" (got {problem['input']!r})"
-            )
-            lines.append(f"  {key or '(whole)'}: {wrong}{got}")
-        raise ValueError("\n".join(lines)) from None
+            wrong = problem["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
+            if problem["type"] == "extra_forbidden":
+                wrong = "unknown key, see profiles/base.yaml"
+            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            found.setdefault(_key(problem, values), []).append(wrong + got)
+        lines = [f"{key}: {' or '.join(wrong)}".removeprefix(": ") for key, wrong in found.items()]
+        raise ValueError("\n  ".join((f"{origin} is not valid:", *lines))) from None
+
+
+def _key(problem: Any, values: Any) -> str:
+    """The dotted key of a problem, without the parts by which pydantic tells the kinds of a value apart."""
+    parts = []
+    for part in problem["loc"]:
+        if isinstance(values, list) and isinstance(part, int) or isinstance(values, dict) and part in values:
+            values = values[part]
+            parts.append(part)
+    return ".".join(map(str, [*parts, problem["loc"][-1]] if problem["type"] == "missing" else parts))
 
 
 def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
