@@ -5,9 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from ld3m.models.networks import Network
 from ld3m.pipeline import runs
+from ld3m.pipeline.blocks import Extension
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profiles, load_params
@@ -82,13 +85,98 @@ def test_each_block_is_valid_each_example_short_and_the_statistic_the_one_descri
         ({"networks.convnet": {"factory": "nowhere:thing"}}, "networks.convnet.factory = 'nowhere:thing': .*imported"),
         ({"networks.convnet": {"factory": "json:thing"}}, "'json:thing' cannot be imported .AttributeError"),
         ({"networks.convnet": {"factory": "json:dumps"}}, "a required argument: 'obj'; it is called as factory"),
-        ({"networks.convnet": {"factory": "json"}}, "networks.convnet.factory: String should match"),
+        (
+            {"networks.convnet": {"factory": "json"}},
+            "networks.convnet.factory: must be an import path, package.module:name",
+        ),
         ({"controls": {"a": CONTROL | {"control": "math:pi"}}}, "controls.a.control = 'math:pi': .*not a callable"),
     ],
 )
 def test_a_factory_that_is_missing_or_cannot_be_called_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
         load_params(changes)
+
+
+class Space(SimpleNamespace):
+    def __init__(self, images, labels, *, detached=False):
+        learned = images.clone().requires_grad_(not detached)
+        super().__init__(labels=labels, learnables={"images": learned}, tensors=dict, render=lambda step=None: learned)
+
+
+class Plain(Network):
+    def __init__(self, *, channels, size_px, classes, norm=False):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), *([torch.nn.BatchNorm1d(channels * size_px**2)] * norm))
+        self.classifier = torch.nn.Linear(channels * size_px**2, classes)
+
+
+def returns(loss, gradient):
+    def objective(images, labels, *, step):
+        return loss, gradient and gradient(images)
+
+    objective.learnables = {}
+    return objective
+
+
+@pytest.mark.parametrize(
+    "kind, factory, words",
+    [
+        ("objective", lambda split, **_: None, "returned None, must return objective"),
+        ("objective", lambda split, **_: print, "lacks the dict `learnables`"),
+        ("objective", lambda split, **_: returns(1.0, None), "gradient is None, must be a tensor .10, 3, 32, 32."),
+        ("objective", lambda split, **_: returns(1.0, torch.mean), r"gradient is a tensor \(\), must be a tensor"),
+        ("objective", lambda split, **_: returns(torch.ones(1), torch.ones_like), "returned a tuple, must be .loss, "),
+        ("objective", lambda split, **_: returns(1.0, torch.ones_like), None),
+        ("space", lambda x, labels, **_: None, "returned None, which lacks labels, learnables, render, tensors"),
+        ("space", lambda x, labels, **_: SimpleNamespace(labels=labels, learnables={}), "which lacks render, tensors"),
+        (
+            "space",
+            lambda x, labels, **_: Space(x[:, :1], labels),
+            r"gave a tensor \(10, 1, 32, 32\), must be .*10, 3, ",
+        ),
+        ("space", lambda x, labels, **_: Space(x, labels.flip(0)), "`labels` are not those"),
+        (
+            "space",
+            lambda x, labels, **_: Space(x, labels, detached=True),
+            "learnable images is no leaf that requires_grad",
+        ),
+        ("space", lambda x, labels, **_: Space(x, labels), None),
+        ("network", lambda **_: torch.nn.Identity(), "returned a Identity, must be a subclass of Network"),
+        ("network", lambda **given: Plain(**given, norm=True), "has buffers"),
+        (
+            "network",
+            lambda **given: Plain(**given | {"classes": 3}),
+            r"gave a tensor \(2, 3\) for 2 images, must be .2, 10.",
+        ),
+        ("network", Plain, None),
+        ("control", lambda run, ipc: None, "returned None, must be .images, labels."),
+        ("control", lambda run, ipc: (torch.ones(9, 3, 32, 32), torch.arange(10)), r"\(9, 3, 32, 32\), must be \(10, "),
+        ("control", lambda run, ipc: (torch.ones(10, 3, 32, 32), torch.arange(10)), None),
+    ],
+)
+def test_what_a_factory_returns_is_checked_where_it_is_made(kind, factory, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(made=factory))
+    block = Extension(factory="mine:made")
+    params = load_params()
+    for blocks in (params.objectives, params.spaces):
+        monkeypatch.setitem(blocks.__pydantic_extra__, "mine", block)
+    monkeypatch.setitem(params.networks, "mine", block)
+    experiment = Experiment(params)
+
+    def make():
+        if kind == "objective":
+            images, labels = experiment.initial(1)
+            assert experiment.objective("mine")(images, labels, step=0)[0] == 1
+        elif kind == "control":
+            experiment.control("mine:made", 1)
+        else:
+            experiment.synthetic("mine", 1) if kind == "space" else experiment.new_network("mine")
+
+    if words:
+        with pytest.raises(ValueError, match=f"= 'mine:made': .*{words}.*; see docs/extend.md"):
+            make()
+    else:
+        make()
 
 
 def test_all_runs_share_what_is_loaded(monkeypatch):

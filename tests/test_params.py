@@ -147,8 +147,10 @@ def test_cells_are_in_the_order_of_the_tables():
     assert report.index("dc-glad-1") == report.index("dc-pixel-1") + 1 == report.index("dc-ld3m-1") - 1
     further = cell_of(PARAMS, "dm-ld3m-1-runs")
     assert further.name == "dm-ld3m-1" and further.runs == (1, 2) and further.title == "DM LD3M"
-    with pytest.raises(ValueError, match="cell 'typo': params.yaml has .*dm-ld3m-1"):
+    with pytest.raises(ValueError, match="cell = 'typo': must be a key of cells or controls in .*: dc-.*, herding-1"):
         cell_of(PARAMS, "typo")
+    with pytest.raises(ValueError, match="cell = 'herding-1': must be a key of cells in params.yaml: dc-pixel-1, "):
+        cell_of(PARAMS, "herding-1", controls=False)  # as 02_distill asks
 
 
 # Profiles
@@ -187,9 +189,11 @@ def test_profiles_are_laid_over_the_base_and_keep_every_other_line(file, tmp_pat
     (tmp_path / "last.yaml").write_text("over: protocol\nprocesses: 3\n")  # outside profiles/, over one of it
     assert apply_profiles("smoke", path=file) is None  # leaves nothing
     file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 77\n"))
-    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before"
+    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before-1"
     assert apply_profiles("folder", path=file) == kept and kept.read_bytes() == edited
-    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None and kept.read_bytes() == edited
+    file.write_text(file.read_text() + "# another edit\n")
+    assert apply_profiles("folder", path=file) == tmp_path / "params.yaml.before-2" and kept.read_bytes() == edited
+    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None
     wanted = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
     assert load_params(path=file) == wanted
     both = zip(BASE.read_text().splitlines(), file.read_text().splitlines(), strict=True)

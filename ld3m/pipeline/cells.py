@@ -102,10 +102,12 @@ def first_runs(params: Params, table: str = "report") -> list[Cell]:
     return [cell for cell in cells(params, table) if 0 in cell.runs]
 
 
-def cell_of(params: Params, key: str) -> Cell:
-    """The cell of a key of `cells` or `controls`; ValueError where neither has it."""
-    if key not in params.cells and key not in params.controls:
-        raise ValueError(f"cell {key!r}: params.yaml has {', '.join((*params.cells, *params.controls))}")
+def cell_of(params: Params, key: str, *, controls: bool = True) -> Cell:
+    """The cell of a key of `cells`, or of `controls` unless these are left out; ValueError for any other key."""
+    known = (*params.cells, *(params.controls if controls else ()))
+    if key not in known:
+        where = "cells or controls" if controls else "cells"
+        raise ValueError(f"cell = {key!r}: must be a key of {where} in params.yaml: {', '.join(known)}")
     return _cell(params, key)
 
 

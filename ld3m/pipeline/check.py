@@ -13,11 +13,13 @@ from typing import Any
 
 from ld3m.data.dataset import Split, initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
+from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.sampler import timesteps
+from ld3m.method.spaces import SPACES
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, linked_source, load_prior
-from ld3m.pipeline.cells import runs_path
+from ld3m.pipeline.cells import cells, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, load_params
@@ -53,6 +55,11 @@ def check(params: Params) -> Iterator[str]:
             raise ValueError(f"{key} in params.yaml: {problem}") from problem
     sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.architectures}
     yield "nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters"
+    for cell in cells(params):
+        if cell.prior == "data" and cell.space not in SPACES and cell.objective != "none":
+            experiment.synthetic(cell.space, 1)
+        if cell.experts == "data" and cell.objective not in (*OBJECTIVES, "none"):
+            experiment.objective(cell.objective)(*experiment.control("random_real", 1), step=0)
     size["classes"] = len(train.classes)
     if params.prior.source:
         _, classes = fitted(prior, names=train.classes, **params.prior_source_arguments())

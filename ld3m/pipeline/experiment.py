@@ -22,7 +22,7 @@ from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
 from ld3m.pipeline.cells import Cell, runs_path
-from ld3m.pipeline.factories import imported
+from ld3m.pipeline.factories import check_control, check_network, check_space, checked_objective, imported
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
@@ -147,10 +147,16 @@ class Experiment:
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
-        given = self.params.network_arguments(architecture)
+        return self._once(f"network {architecture}", partial(self._new_network, architecture))
+
+    def _new_network(self, architecture: str) -> Callable[..., nn.Module]:
+        given, train = self.params.network_arguments(architecture), self.dataset.train
+        make = partial(build, classes=len(train.classes), device=self.params.on_device, **given)
         if "factory" in given:
-            given["factory"] = imported(given["factory"])
-        return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
+            make = partial(make, factory=imported(given["factory"]))
+            key = f"networks.{architecture}.factory = {given['factory']!r}"
+            check_network(make(seed=0), key, shape=train.shape, classes=len(train.classes))
+        return make
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
         """Return how every architecture is trained on sets of `ipc` images a class (0: all real images): the keyword
@@ -171,7 +177,7 @@ class Experiment:
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
         start = SPACES[space] if space in SPACES else imported(block.factory)
-        return start(
+        synthetic = start(
             x,
             labels,
             normalization=self.dataset.normalization,
@@ -180,6 +186,10 @@ class Experiment:
             threads=self.params.threads,
             **block.options(),
         )
+        if space not in SPACES:
+            key = f"spaces.{space}.factory = {block.factory!r}"
+            check_space(synthetic, key, shape=self.dataset.train.shape, labels=labels)
+        return synthetic
 
     def prior_of(self, name: str) -> Prior | Generator | None:
         """Return the prior that a cell names: "prior", "gan", or "data" for none."""
@@ -188,7 +198,7 @@ class Experiment:
     def objective(self, name: str) -> Objective:
         block = getattr(self.params.objectives, name)
         make = OBJECTIVES[name] if name in OBJECTIVES else imported(block.factory)
-        return make(
+        objective = make(
             self.dataset.train,
             normalization=self.dataset.normalization,
             new_network=self.new_network(self.params.distill.network),
@@ -198,6 +208,9 @@ class Experiment:
             seed=derive(self.seed, name),
             **block.options(),
         )
+        if name in OBJECTIVES:
+            return objective
+        return checked_objective(objective, f"objectives.{name}.factory = {block.factory!r}")
 
     def experts(self, *, last_epoch: int) -> Experts:
         return open_experts(
@@ -245,7 +258,11 @@ class Experiment:
         """Return normalized images (N, C, H, W) and labels of a control; None stands for all real training images."""
         if name == "full_data":
             return None, self.dataset.train.labels
-        return (CONTROLS[name] if name in CONTROLS else imported(name))(self, ipc)
+        if name in CONTROLS:
+            return CONTROLS[name](self, ipc)
+        found = imported(name)(self, ipc)
+        check_control(found, f"control = {name!r}", shape=self.dataset.train.shape)
+        return found
 
     def distill(self, cell: Cell) -> Path:
         """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.

@@ -8,6 +8,7 @@
 
 import copy
 import io
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -131,7 +132,7 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
 
     Returns
     -------
-    Where the former params.yaml is kept, if it held changes of the user's own.
+    Where the former params.yaml is kept, if it held changes of the user's own: params.yaml.before-<number>.
 
     Raises
     ------
@@ -140,7 +141,8 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
     """
     content, kept = _content(profiles, name=path.name), None
     if path.exists() and not _is_written_by_profiles(path):
-        kept = path.with_name(f"{path.name}.before")
+        names = (path.with_name(f"{path.name}.before-{number}") for number in itertools.count(1))
+        kept = next(file for file in names if not file.exists())
         write_bytes(kept, path.read_bytes())
     write_bytes(path, content)
     return kept
@@ -219,9 +221,9 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case ["apply", *profiles]:
                 kept = apply_profiles(*profiles)
-                print(f"params.yaml has the values of {' and '.join(['the base', *profiles])}")
+                print(f"params.yaml has the values of {' and '.join(['profiles/base.yaml', *profiles])}")
                 if kept:
-                    print(f"it had changes of your own: the file as it was is {kept.name}")
+                    print(f"it had changes of your own: the former file is {kept.name}")
                 print("next: python -m ld3m.pipeline.check")
             case ["check"]:
                 load_params()
