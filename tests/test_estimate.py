@@ -21,15 +21,13 @@ def test_every_stage_is_counted_as_often_as_it_works():
     found = list(stages(StandIns(params), {name: ablation_settings(name) for name in ("steps", "learned")}))
     work = {(name, part): kinds for name, part, _, kinds in found}
     assert len(work) == len(found)
-    trained = {name for name, part in work if part == "trained already"}
-    assert trained == {"prior, autoencoder", "prior, denoiser", "gan"}
+    assert {name for name, part in work if part == "prior"} == {"prior, autoencoder", "prior, denoiser", "gan"}
     iterations, networks = counts(work["distill dm-ld3m-1", "main"])
     checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
     assert (iterations, networks) == (params.budget("dm", "ld3m", 1).iterations, checks)
     assert counts(work["distill dm-ld3m-1-runs", "report"]) == [2 * iterations, 2 * networks]  # runs 1 and 2
     assert counts(work["evaluate full_data", "main"]) == [params.evaluate.seeds] * len(params.architectures)
     assert counts(work["trajectories", "main"]) == [params.trajectories.experts]
-    assert counts(work["gradient norms", "main"]) == [6] * len(params.gradient_norms.steps)
     tests = [4 * params.ablations.seeds] * len(params.ablations.architecture)
     assert counts(work["ablation steps", "report"]) == [*tests, *[params.ablations.iterations] * 4]
 

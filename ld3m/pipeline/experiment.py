@@ -83,25 +83,34 @@ class Experiment:
             raise IncompatiblePrior(
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
             )
-        given, changes = self.params.data, self.params.spaces.ld3m
-        try:
-            prior = load_prior(folder)
-        except FileNotFoundError as error:
-            again = "`dvc pull prior` brings the embedded prior, `dvc repro -f prior` trains one"
-            raise FileNotFoundError(f"{error}; {again}") from error
-        prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
-        if changes.prior == "unconditional":
+        prior, change = self._loaded("prior", load_prior), self.params.spaces.ld3m.prior
+        if change == "unconditional":
             prior = unconditional(prior)
-        if changes.prior == "random":
+        if change == "random":
             prior = with_random_unet(prior, seed=self.params.seed)
-        if changes.prior == "all_random":
+        if change == "all_random":
             prior = with_random_weights(prior, seed=self.params.seed)
         return self.launched(prior)
 
+    def _loaded(self, stage: str, load: Callable[[Path], Any]) -> Any:
+        """The prior or the GAN that a stage wrote; ValueError where it does not fit the data set."""
+        try:
+            model = load(runs_path(self.params.dataset, stage))
+        except FileNotFoundError as error:
+            again = f"`dvc pull {stage}` brings the embedded one, `dvc repro -f {stage}` trains one"
+            raise FileNotFoundError(f"{error}; {again}") from error
+        self.check_fit(model)
+        return model
+
+    def check_fit(self, model: Prior | Generator) -> None:
+        """Raise ValueError where a prior or a GAN does not fit the images and the classes of the data set."""
+        given = self.params.data
+        model.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+
     def new_prior(self) -> Prior:
-        """Return an untrained prior of the sizes in params.yaml."""
+        """Return an untrained prior of the sizes in params.yaml; ValueError if they do not fit the images."""
         autoencoder, denoiser = self.params.prior.autoencoder, self.params.prior.denoiser
-        return build_prior(
+        prior = build_prior(
             classes=len(self.dataset.train.classes),
             channels=self.params.data.channels,
             latent_size=self.params.data.size_px // 2 ** (len(autoencoder.widths) - 1),
@@ -112,7 +121,15 @@ class Experiment:
             unet_blocks=denoiser.blocks,
             conditioning_width=denoiser.conditioning_width,
             seed=self.params.seed,
-        ).to(self.params.on_device)
+        )
+        return self._new(prior, "prior.autoencoder.widths and prior.denoiser.widths")
+
+    def _new(self, model: Any, keys: str) -> Any:
+        try:
+            self.check_fit(model)
+        except ValueError as error:
+            raise ValueError(f"{keys} do not fit datasets.{self.params.dataset}: {error}") from error
+        return model.to(self.params.on_device)
 
     def launched(self, prior: Prior) -> Prior:
         """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
@@ -125,25 +142,19 @@ class Experiment:
         return self._once("gan", self._load_gan)
 
     def _load_gan(self) -> Generator:
-        try:
-            gan = load_generator(runs_path(self.params.dataset, "gan")).to(self.params.on_device)
-        except FileNotFoundError as error:
-            again = "`dvc pull gan` brings the embedded GAN, `dvc repro -f gan` trains one"
-            raise FileNotFoundError(f"{error}; {again}") from error
-        given = self.params.data
-        gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
-        return gan
+        return self._loaded("gan", load_generator).to(self.params.on_device)
 
     def new_gan(self) -> Generator:
-        """Return an untrained GAN of the sizes in params.yaml."""
-        return build_generator(
+        """Return an untrained GAN of the sizes in params.yaml; ValueError if they do not fit the images."""
+        gan = build_generator(
             classes=len(self.dataset.train.classes),
             channels=self.params.data.channels,
             noise_width=self.params.gan.noise_width,
             w_width=self.params.gan.w_width,
             widths=self.params.gan.widths,
             seed=self.params.seed,
-        ).to(self.params.on_device)
+        )
+        return self._new(gan, "gan.widths")
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
