@@ -270,11 +270,7 @@ def test_an_ablation_that_cannot_be_is_named(file):
         ablation_settings("steps", path=file)
 
 
-def test_the_command_checks_and_fails_without_a_traceback():
-    def run(*arguments):
-        command = [sys.executable, "-m", "ld3m.pipeline.profiles", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    assert "params.yaml is valid" in run("check").stdout
-    refused = run("apply", "absent")
+def test_the_command_fails_without_a_traceback():
+    command = [sys.executable, "-m", "ld3m.pipeline.profiles", "apply", "absent"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr.startswith("there is no profile absent")

@@ -3,6 +3,7 @@
 import os.path
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,12 @@ from ld3m.data.subsets import check_name
 from ld3m.runtime import paths
 
 
-def that(holds: Callable[[Any], Any], otherwise: str) -> AfterValidator:
-    """Refuse values for which `holds` is false, with the message `otherwise`."""
+def that(holds: Callable[[Any], Any] | str, otherwise: str) -> AfterValidator:
+    """Refuse values for which `holds` is false, or which do not match it, with the message `otherwise`."""
+    test = partial(re.fullmatch, holds) if isinstance(holds, str) else holds
 
     def check(value: Any) -> Any:
-        if not holds(value):
+        if not test(value):
             raise ValueError(otherwise)
         return value
 
@@ -37,35 +39,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
-Factory = Annotated[
-    str, that(lambda path: re.fullmatch(r"[\w.]+:\w+", path), "must be an import path, package.module:name")
-]
 Table = Literal["main", "report"]
+Factory = Annotated[str, that(r"[\w.]+:\w+", "must be an import path, package.module:name")]
 Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
-    str,
-    that(
-        lambda name: re.fullmatch(r"\w[\w-]{0,99}", name),
-        "a name has letters, digits, '_' and '-' only, does not begin with '-', and has 100 characters at most",
-    ),
+    str, that(r"\w[\w-]{0,99}", "a name has letters, digits, '_' and '-' only, at most 100, and no '-' in front")
 ]
-RecipeKey = Annotated[
-    str, that(lambda key: re.fullmatch(r"full_data|ipc_[1-9]\d*", key), "must be full_data, or ipc_10 and the like")
-]
-
-
-def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
-    return check_name(classes) if isinstance(classes, str) else classes
-
-
-def _strategy(strategy: str) -> str:
-    parse_strategy(strategy)
-    return strategy
-
-
+RecipeKey = Annotated[str, that(r"full_data|ipc_[1-9]\d*", "must be full_data, or ipc_10 and the like")]
 Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice")
 Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
-Strategy = Annotated[str, AfterValidator(_strategy)]
+Strategy = Annotated[str, AfterValidator(lambda strategy: "_".join(parse_strategy(strategy)) or "none")]
+Subset = AfterValidator(lambda classes: check_name(classes) if isinstance(classes, str) else classes)
 
 
 class Model(BaseModel):
@@ -118,7 +102,7 @@ class DatasetParams(Model):
     splits: Splits
     image_column: str
     label_column: str
-    classes: Annotated[tuple[str | int, ...] | str, AfterValidator(_subset)] | None
+    classes: Annotated[tuple[str | int, ...] | str, Subset] | None
     normalization: NormalizationParams | None
     augmentation: Strategy
 

@@ -113,14 +113,10 @@ def cell_of(params: Params, key: str, *, controls: bool = True) -> Cell:
 
 def _cell(params: Params, key: str) -> Cell:
     if key in params.cells:
-        given = params.cells[key]
-        return Cell(
-            params.dataset, key, given.table, given.objective, given.space, given.ipc, given.runs,
-            given.prior, given.experts, given.iterations,
-        )  # fmt: skip
-    given = params.controls[key]
-    name = given.control.rpartition(":")[2]  # of one named by its import path
-    return Cell(params.dataset, key, given.table, "none", name, given.ipc, given.runs, given.prior)
+        return Cell(params.dataset, key, **params.cells[key].model_dump())
+    given = params.controls[key].model_dump()
+    name = given.pop("control").rpartition(":")[2]  # of one named by its import path
+    return Cell(params.dataset, key, objective="none", space=name, **given)
 
 
 def runs_path(dataset: str, *parts: str) -> Path:

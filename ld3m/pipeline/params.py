@@ -7,27 +7,7 @@ from pydantic import Field, model_validator
 from ld3m.evaluation.controls import CONTROLS
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
-from ld3m.pipeline.blocks import (
-    AblationParams,
-    Architectures,
-    Budget,
-    CellParams,
-    ControlParams,
-    DatasetParams,
-    DistillParams,
-    EvaluateParams,
-    GanParams,
-    GradientNormParams,
-    Model,
-    Name,
-    Network,
-    Objectives,
-    PriorParams,
-    Spaces,
-    TrajectoriesParams,
-    Whole,
-    that,
-)
+from ld3m.pipeline import blocks
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import choose_device
@@ -35,36 +15,38 @@ from ld3m.runtime.devices import choose_device
 PRIORS = {"pixel": "data", "glad": "gan", "ld3m": "prior"}  # space: the folder of its prior under runs/<dataset>
 
 
-class Params(Model):
-    seed: Whole
+class Params(blocks.Model):
+    seed: blocks.Whole
     device: Literal["auto", "cpu", "cuda"]
     processes: Annotated[int, Field(strict=True, ge=1, le=1024)]
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
-    cells: dict[Name, CellParams]
-    controls: dict[Name, ControlParams]
-    architectures: Architectures
-    datasets: dict[Name, DatasetParams]
+    cells: dict[blocks.Name, blocks.CellParams]
+    controls: dict[blocks.Name, blocks.ControlParams]
+    architectures: blocks.Architectures
+    datasets: dict[blocks.Name, blocks.DatasetParams]
     prior: Annotated[
-        PriorParams,
-        that(lambda prior: prior.source or prior.classes is None, "classes: are those of source; leave both empty"),
+        blocks.PriorParams,
+        blocks.that(
+            lambda prior: prior.source or prior.classes is None, "classes: are those of source; leave both empty"
+        ),
     ]
     gan: Annotated[
-        GanParams,
-        that(
+        blocks.GanParams,
+        blocks.that(
             lambda gan: len(gan.widths) == 1 + len(gan.discriminator_widths),
             "widths: one more than discriminator_widths",
         ),
     ]
-    networks: dict[str, Network]
-    trajectories: TrajectoriesParams
-    objectives: Objectives
-    spaces: Spaces
-    distill: DistillParams
-    evaluate: EvaluateParams
-    gradient_norms: GradientNormParams
-    ablations: AblationParams
+    networks: dict[str, blocks.Network]
+    trajectories: blocks.TrajectoriesParams
+    objectives: blocks.Objectives
+    spaces: blocks.Spaces
+    distill: blocks.DistillParams
+    evaluate: blocks.EvaluateParams
+    gradient_norms: blocks.GradientNormParams
+    ablations: blocks.AblationParams
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -133,7 +115,7 @@ class Params(Model):
                     seen[row] = key
 
     @property
-    def data(self) -> DatasetParams:
+    def data(self) -> blocks.DatasetParams:
         """The parameters of the data set that is distilled."""
         return self.datasets[self.dataset]
 
@@ -191,13 +173,13 @@ class Params(Model):
         subset = self.data.classes if isinstance(self.data.classes, str) else None
         return given | {"classes": self.prior.classes, "subset": subset}
 
-    def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> Budget:
+    def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> blocks.Budget:
         """The budget of a cell, with the rates of what is learned in it alone; `iterations` replaces those given.
 
         What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc: the rates
         in params.yaml are those of one image a class, and are `ipc` times as large for more.
         """
-        given: Budget = self.distill.__pydantic_extra__[objective][space]
+        given: blocks.Budget = self.distill.__pydantic_extra__[objective][space]
         ld3m, learned = self.spaces.ld3m, set(given.learning_rates)
         latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
         if space == "ld3m":

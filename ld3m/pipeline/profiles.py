@@ -1,7 +1,6 @@
 """params.yaml as frozen models: an unknown key, a missing key or a value out of range is an error that names it.
 
     python -m ld3m.pipeline.profiles apply imagenet128 paper    # write params.yaml: the base and these profiles over it
-    python -m ld3m.pipeline.profiles check                      # say whether params.yaml is valid
 
 `pipeline` and `reporting` are given a `Params`; the functions of every other package take explicit values.
 """
@@ -64,9 +63,8 @@ def ablation_settings(
 ) -> dict[str, tuple[Params, str, str]]:
     """Return {setting: (its parameters, objective, space)} of the settings that an ablation measures: those that
     change something, and the baseline if it is the first of all."""
-    values = _read(path)
-    params = _overridden(values, overrides or {}, origin=path.name)
-    given = params.ablations
+    values, overrides = _read(path), overrides or {}
+    given = _overridden(values, overrides, origin=path.name).ablations
     if ablation not in given.settings:
         raise ValueError(
             f"there is no ablation {ablation!r} in ablations.settings; there are {', '.join(given.settings)}"
@@ -84,7 +82,7 @@ def ablation_settings(
                 f"distill.{objective}.{space}.iterations": given.iterations,
             }
             try:
-                changed = _overridden(values, (overrides or {}) | shared | keys, origin=path.name)
+                changed = _overridden(values, overrides | shared | keys, origin=path.name)
             except ValueError as error:
                 raise ValueError(f"ablations.settings.{ablation}.{name}: {error}") from None
             settings[name] = changed, objective, space
@@ -95,8 +93,6 @@ def validate(values: Any, *, origin: str) -> Params:
     """Plain values as Params, or a ValueError with one line for every wrong key."""
     try:
         params = Params.model_validate(values)
-        check_factories(params)
-        return params
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for problem in error.errors(include_url=False):
@@ -109,6 +105,8 @@ def validate(values: Any, *, origin: str) -> Params:
             found.setdefault(_key(problem, values), []).append(wrong + got)
         lines = [f"{key}: {' or '.join(wrong)}".removeprefix(": ") for key, wrong in found.items()]
         raise ValueError("\n  ".join((f"{origin} is not valid:", *lines))) from None
+    check_factories(params)
+    return params
 
 
 def _key(problem: Any, values: Any) -> str:
@@ -217,18 +215,13 @@ def _read(path: Path) -> Any:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] != ["apply"]:
+        sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]")
     try:
-        match sys.argv[1:]:
-            case ["apply", *profiles]:
-                kept = apply_profiles(*profiles)
-                print(f"params.yaml has the values of {' and '.join(['profiles/base.yaml', *profiles])}")
-                if kept:
-                    print(f"it had changes of your own: the former file is {kept.name}")
-                print("next: python -m ld3m.pipeline.check")
-            case ["check"]:
-                load_params()
-                print("params.yaml is valid")
-            case _:
-                sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]\n       ... check")
+        kept = apply_profiles(*sys.argv[2:])
     except (ValueError, FileNotFoundError) as problem:
         sys.exit(str(problem))
+    print(f"params.yaml has the values of {' and '.join(['profiles/base.yaml', *sys.argv[2:]])}")
+    if kept:
+        print(f"it had changes of your own: the former file is {kept.name}")
+    print("next: python -m ld3m.pipeline.check")
