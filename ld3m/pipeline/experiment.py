@@ -22,7 +22,7 @@ from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
 from ld3m.pipeline.cells import Cell, runs_path
-from ld3m.pipeline.factories import check_control, check_network, check_space, checked_objective, imported
+from ld3m.pipeline.factories import own_control, own_network, own_objective, own_space
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
@@ -158,16 +158,10 @@ class Experiment:
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
-        return self._once(f"network {architecture}", partial(self._new_network, architecture))
-
-    def _new_network(self, architecture: str) -> Callable[..., nn.Module]:
-        given, train = self.params.network_arguments(architecture), self.dataset.train
-        make = partial(build, classes=len(train.classes), device=self.params.on_device, **given)
+        given = self.params.network_arguments(architecture)
         if "factory" in given:
-            make = partial(make, factory=imported(given["factory"]))
-            key = f"networks.{architecture}.factory = {given['factory']!r}"
-            check_network(make(seed=0), key, shape=train.shape, classes=len(train.classes))
-        return make
+            given["factory"] = own_network(f"networks.{architecture}.factory", given["factory"])
+        return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
         """Return how every architecture is trained on sets of `ipc` images a class (0: all real images): the keyword
@@ -187,8 +181,8 @@ class Experiment:
         """
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
-        start = SPACES[space] if space in SPACES else imported(block.factory)
-        synthetic = start(
+        start = SPACES[space] if space in SPACES else own_space(f"spaces.{space}.factory", block.factory)
+        return start(
             x,
             labels,
             normalization=self.dataset.normalization,
@@ -197,10 +191,6 @@ class Experiment:
             threads=self.params.threads,
             **block.options(),
         )
-        if space not in SPACES:
-            key = f"spaces.{space}.factory = {block.factory!r}"
-            check_space(synthetic, key, shape=self.dataset.train.shape, labels=labels)
-        return synthetic
 
     def prior_of(self, name: str) -> Prior | Generator | None:
         """Return the prior that a cell names: "prior", "gan", or "data" for none."""
@@ -208,8 +198,8 @@ class Experiment:
 
     def objective(self, name: str) -> Objective:
         block = getattr(self.params.objectives, name)
-        make = OBJECTIVES[name] if name in OBJECTIVES else imported(block.factory)
-        objective = make(
+        make = OBJECTIVES[name] if name in OBJECTIVES else own_objective(f"objectives.{name}.factory", block.factory)
+        return make(
             self.dataset.train,
             normalization=self.dataset.normalization,
             new_network=self.new_network(self.params.distill.network),
@@ -219,9 +209,6 @@ class Experiment:
             seed=derive(self.seed, name),
             **block.options(),
         )
-        if name in OBJECTIVES:
-            return objective
-        return checked_objective(objective, f"objectives.{name}.factory = {block.factory!r}")
 
     def experts(self, *, last_epoch: int) -> Experts:
         return open_experts(
@@ -269,11 +256,7 @@ class Experiment:
         """Return normalized images (N, C, H, W) and labels of a control; None stands for all real training images."""
         if name == "full_data":
             return None, self.dataset.train.labels
-        if name in CONTROLS:
-            return CONTROLS[name](self, ipc)
-        found = imported(name)(self, ipc)
-        check_control(found, f"control = {name!r}", shape=self.dataset.train.shape)
-        return found
+        return (CONTROLS[name] if name in CONTROLS else own_control(name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
         """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
@@ -281,30 +264,24 @@ class Experiment:
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """
         configuration = self.configuration(cell) | {"normalization": vars(self.dataset.normalization)}
-        checkpoint = self.checkpoint_of(cell, configuration)
-        with explain_out_of_memory(*self.params.lowers_memory(cell.objective, cell.space)):
+        params, checkpoint = self.params, self.checkpoint_of(cell, configuration)
+        budget = params.budget(*cell.row, iterations=cell.iterations)
+        with explain_out_of_memory(*params.lowers_memory(cell.objective, cell.space)):
             synthetic = self.synthetic(cell.space, cell.ipc, prior=cell.prior)
-            run = self._run(synthetic, cell, checkpoint)
+            values = sum(tensor.numel() for tensor in synthetic.tensors().values())
+            require_space(cell.artefact(self.run), 16 * values + 2**20)
+            run = distill(
+                synthetic,
+                self.objective(cell.objective),
+                iterations=budget.iterations,
+                learning_rates=budget.learning_rates,
+                momentum=params.distill.momentum,
+                validate=partial(self.validate, labels=synthetic.labels),
+                validation_checks=params.distill.validation_checks,
+                checkpoint=checkpoint,
+            )
         with checkpoint:  # one process writes
             return self._write(run, synthetic, cell)
-
-    def checkpoint_of(self, cell: Cell, configuration: dict[str, Any]) -> Checkpoint:
-        return self.params.checkpoint(f"{cell.key}-run-{self.run}", configuration)
-
-    def _run(self, synthetic: Synthetic, cell: Cell, checkpoint: Checkpoint) -> Distilled:
-        tensors = synthetic.tensors()
-        require_space(cell.artefact(self.run), 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
-        budget = self.params.budget(*cell.row, iterations=cell.iterations)
-        return distill(
-            synthetic,
-            self.objective(cell.objective),
-            iterations=budget.iterations,
-            learning_rates=budget.learning_rates,
-            momentum=self.params.distill.momentum,
-            validate=partial(self.validate, labels=synthetic.labels),
-            validation_checks=self.params.distill.validation_checks,
-            checkpoint=checkpoint,
-        )
 
     def _write(self, run: Distilled, synthetic: Synthetic, cell: Cell) -> Path:
         """Write the artefact of a finished run, and what the run cost; return the artefact's folder."""
@@ -333,6 +310,9 @@ class Experiment:
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
         write_json(cell.cost_file(self.run), measured)
         return folder
+
+    def checkpoint_of(self, cell: Cell, configuration: dict[str, Any]) -> Checkpoint:
+        return self.params.checkpoint(f"{cell.key}-run-{self.run}", configuration)
 
     def images_of(self, cell: Cell) -> tuple[Tensor | None, Tensor]:
         """Return images and labels of a distilled cell from disk, or of a control."""

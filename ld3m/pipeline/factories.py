@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -63,72 +64,89 @@ def _check(key: str, path: str, positional: int, names: Iterable[str]) -> None:
         raise ValueError(f"{key} = {path!r}: {error}; it is called as factory({called})") from error
 
 
-def checked_objective(made: Any, key: str) -> Callable[..., tuple[float, Tensor]]:
-    """What the factory of an objective returned, which checks itself what it returns in every step.
+def own_objective(key: str, path: str) -> Callable[..., Any]:
+    """The factory of an objective, whose `(loss, gradient)` is checked in every step. ValueError: what is missing."""
 
-    `key` names the factory in errors, here and below: ValueErrors that say what is missing.
-    """
-    _require(key, callable(made), f"returned {_kind(made)}, must return objective(images, labels, *, step)")
-    _require(key, isinstance(getattr(made, "learnables", None), dict), "its objective lacks the dict `learnables`")
+    def make(*arguments: Any, **options: Any) -> Callable[..., tuple[float, Tensor]]:
+        made = imported(path)(*arguments, **options)
+        require(callable(made), f"returned {_kind(made)}, must return objective(images, labels, *, step)")
+        require(isinstance(getattr(made, "learnables", None), dict), "its objective lacks the dict `learnables`")
 
-    def objective(images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
-        returned = made(images, labels, step=step)
-        loss, gradient = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
-        _require(
-            key, isinstance(loss, int | float), f"its objective returned {_kind(returned)}, must be (loss, gradient)"
+        def objective(images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
+            returned = made(images, labels, step=step)
+            loss, gradient = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+            require(isinstance(loss, int | float), f"its objective returned {_kind(returned)}, not (number, gradient)")
+            fits = isinstance(gradient, Tensor) and gradient.shape == images.shape
+            require(fits, f"the gradient of its objective is {_kind(gradient)}, not {_kind(images)}, as the images")
+            return returned
+
+        objective.learnables = made.learnables
+        return objective
+
+    require = partial(_require, f"{key} = {path!r}")
+    return make
+
+
+def own_space(key: str, path: str) -> Callable[..., Any]:
+    """The factory of a space, whose set is checked, and rendered once; ValueError says what is missing."""
+
+    def start(x: Tensor, labels: Tensor, **options: Any) -> Any:
+        made = imported(path)(x, labels, **options)
+        missing = [name for name in ("labels", "learnables", "render", "tensors") if not hasattr(made, name)]
+        require(not missing, f"returned {_kind(made)}, which lacks {', '.join(missing)}")
+        require(torch.equal(made.labels.cpu(), labels.cpu()), "its `labels` are not those that it was given")
+        for name, tensor in made.learnables.items():
+            require(tensor.is_leaf and tensor.requires_grad, f"its learnable {name} is no leaf that requires_grad")
+        images = made.render(step=0)
+        require(
+            isinstance(images, Tensor) and images.shape == x.shape, f"render() gave {_kind(images)}, not {_kind(x)}"
         )
-        fits = isinstance(gradient, Tensor) and gradient.shape == images.shape
-        needed = f"must be a tensor {tuple(images.shape)}, as the images"
-        _require(key, fits, f"its objective's gradient is {_kind(gradient)}, {needed}")
-        return returned
+        require(images.requires_grad, "render() has no gradient for its `learnables`")
+        return made
 
-    objective.learnables = made.learnables
-    return objective
+    require = partial(_require, f"{key} = {path!r}")
+    return start
 
 
-def check_space(made: Any, key: str, *, shape: tuple[int, ...], labels: Tensor) -> None:
-    """Check what the factory of a space returned, for `labels` (N,) and images of `shape` (C, H, W): render it once."""
-    missing = [name for name in ("labels", "learnables", "render", "tensors") if not hasattr(made, name)]
-    _require(key, not missing, f"returned {_kind(made)}, which lacks {', '.join(missing)}")
-    _require(key, torch.equal(made.labels.cpu(), labels.cpu()), "its `labels` are not those that it was given")
-    for name, tensor in made.learnables.items():
-        _require(key, tensor.is_leaf and tensor.requires_grad, f"its learnable {name} is no leaf that requires_grad")
-    images, needed = made.render(step=0), (len(labels), *shape)
-    fits = isinstance(images, Tensor) and images.shape == needed
-    _require(key, fits, f"its render() gave {_kind(images)}, must be a tensor {needed}")
-    _require(key, images.requires_grad, "its render() has no gradient for its `learnables`")
+def own_network(key: str, path: str) -> Callable[..., Network]:
+    """The factory of a network, which is tried on two images; ValueError says what is missing."""
+    factory = imported(path)
+
+    @wraps(factory, updated=())
+    def make(*, channels: int, size_px: int, classes: int, **options: Any) -> Network:
+        made = factory(channels=channels, size_px=size_px, classes=classes, **options)
+        require(isinstance(made, Network), f"returned {_kind(made)}, must be a subclass of Network")
+        require(not list(made.buffers()), "its network has buffers, such as batch norm's, which MTT cannot train")
+        with torch.no_grad():
+            logits = made(torch.zeros(2, channels, size_px, size_px))
+        require(logits.shape == (2, classes), f"its network gave {_kind(logits)} for 2 images, not {(2, classes)}")
+        return made
+
+    require = partial(_require, f"{key} = {path!r}")
+    return make
 
 
-def check_network(made: Any, key: str, *, shape: tuple[int, ...], classes: int) -> None:
-    """Check what the factory of a network returned, for images of `shape` (C, H, W)."""
-    _require(key, isinstance(made, Network), f"returned {_kind(made)}, must be a subclass of Network")
-    _require(key, not list(made.buffers()), "its network has buffers, such as batch norm's, which MTT cannot train")
-    with torch.no_grad():
-        logits = made(torch.zeros((2, *shape), device=next(made.parameters()).device))
-    _require(
-        key, logits.shape == (2, classes), f"its network gave {_kind(logits)} for 2 images, must be {(2, classes)}"
-    )
+def own_control(path: str) -> Callable[[Any, int], tuple[Tensor, Tensor]]:
+    """A control whose images and labels are checked; ValueError says what is missing."""
+
+    def control(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
+        made = imported(path)(run, ipc)
+        is_pair = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
+        require(is_pair, f"returned {_kind(made)}, must be (images, labels)")
+        needed = (len(made[1]), *run.dataset.train.shape)
+        require(made[0].shape == needed, f"its images are {_kind(made[0])}, not {needed} with these labels")
+        return made
+
+    require = partial(_require, f"control = {path!r}")
+    return control
 
 
-def check_control(made: Any, key: str, *, shape: tuple[int, ...]) -> None:
-    """Check what a control returned: normalized images (N, C, H, W) of `shape` (C, H, W), and labels (N,)."""
-    is_pair = isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)
-    _require(key, is_pair, f"returned {_kind(made)}, must be (images, labels)")
-    images, labels = made
-    needed = (len(labels), *shape)
-    _require(key, images.shape == needed, f"its images are {_kind(images)}, must be {needed} with these labels")
-
-
-def _require(key: str, holds: bool, otherwise: str) -> None:
+def _require(factory: str, holds: bool, otherwise: str) -> None:
     if not holds:
-        raise ValueError(f"{key}: {otherwise}; see docs/extend.md")
+        raise ValueError(f"{factory}: {otherwise}; see docs/extend.md")
 
 
 def _kind(value: Any) -> str:
-    return (
-        f"a tensor {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else "None"
-        if value is None
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
