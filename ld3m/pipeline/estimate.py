@@ -35,7 +35,7 @@ from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.pipeline.cells import cells
-from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.experiment import Experiment, shared
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profiles, load_params
 from ld3m.runtime.devices import describe
@@ -53,9 +53,10 @@ Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params,
 class StandIns(Experiment):
     """The experiment with random weights, and random data where they are missing."""
 
-    def _load_dataset(self) -> Dataset:
+    @shared
+    def dataset(self) -> Dataset:
         try:
-            return super()._load_dataset()
+            return super().dataset
         except FileNotFoundError:
             given = self.params.data
             names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
@@ -66,7 +67,8 @@ class StandIns(Experiment):
             plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
             return Dataset(self.params.dataset, normalization=plain, **splits)
 
-    def _load_prior(self) -> Prior:
+    @shared
+    def prior(self) -> Prior:
         if self.params.prior.source is None:
             return self.launched(self.new_prior().freeze_())
         try:
@@ -75,7 +77,8 @@ class StandIns(Experiment):
             prior = build_cin256(seed=0)  # of the size of the paper's prior
         return self.launched(with_classes(prior, range(len(self.dataset.train.classes))))
 
-    def _load_gan(self) -> Generator:
+    @shared
+    def gan(self) -> Generator:
         return self.new_gan().freeze_()
 
     def experts(self, *, last_epoch: int) -> "RandomExperts":

@@ -22,13 +22,25 @@ from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet, with_random_weights
 from ld3m.pipeline.cells import Cell, runs_path
-from ld3m.pipeline.factories import own_control, own_network, own_objective, own_space
+from ld3m.pipeline.factories import own
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
 from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
+
+
+def shared(load: Callable[["Experiment"], Any]) -> Any:
+    """A property that is loaded when it is first asked for, and shared by all runs."""
+
+    @property
+    def get(self: "Experiment") -> Any:
+        if load.__name__ not in self.loaded:
+            self.loaded[load.__name__] = load(self)
+        return self.loaded[load.__name__]
+
+    return get
 
 
 @dataclass(frozen=True)
@@ -47,20 +59,12 @@ class Experiment:
         """Return the experiment of another run, which shares what is loaded."""
         return replace(self, run=run)
 
-    def _once(self, name: str, load: Callable[[], Any]) -> Any:
-        if name not in self.loaded:
-            self.loaded[name] = load()
-        return self.loaded[name]
-
     @property
     def seed(self) -> int:
         return derive(self.params.seed, "run", self.run)
 
-    @property
+    @shared
     def dataset(self) -> data.Dataset:
-        return self._once("dataset", self._load_dataset)
-
-    def _load_dataset(self) -> data.Dataset:
         given = self.params.data
         dataset = data.load_dataset(
             **given.model_dump(exclude={"augmentation", "normalization"}),
@@ -73,11 +77,8 @@ class Experiment:
             raise ValueError(f"datasets.{self.params.dataset} has one class, {dataset.train.classes}: two are needed")
         return dataset
 
-    @property
+    @shared
     def prior(self) -> Prior:
-        return self._once("prior", self._load_prior)
-
-    def _load_prior(self) -> Prior:
         folder, wanted = runs_path(self.params.dataset, "prior"), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
             raise IncompatiblePrior(
@@ -137,11 +138,8 @@ class Experiment:
         prior = prior.to(self.params.on_device).in_precision(given.precision)
         return prior if given.uncheckpointed_steps else prior.with_cuda_graphs()
 
-    @property
+    @shared
     def gan(self) -> Generator:
-        return self._once("gan", self._load_gan)
-
-    def _load_gan(self) -> Generator:
         return self._loaded("gan", load_generator).to(self.params.on_device)
 
     def new_gan(self) -> Generator:
@@ -160,7 +158,7 @@ class Experiment:
         """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
         given = self.params.network_arguments(architecture)
         if "factory" in given:
-            given["factory"] = own_network(f"networks.{architecture}.factory", given["factory"])
+            given["factory"] = own("network", f"networks.{architecture}.factory", given["factory"])
         return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
@@ -181,7 +179,7 @@ class Experiment:
         """
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
-        start = SPACES[space] if space in SPACES else own_space(f"spaces.{space}.factory", block.factory)
+        start = SPACES[space] if space in SPACES else own("space", f"spaces.{space}.factory", block.factory)
         return start(
             x,
             labels,
@@ -198,7 +196,7 @@ class Experiment:
 
     def objective(self, name: str) -> Objective:
         block = getattr(self.params.objectives, name)
-        make = OBJECTIVES[name] if name in OBJECTIVES else own_objective(f"objectives.{name}.factory", block.factory)
+        make = OBJECTIVES[name] if name in OBJECTIVES else own("objective", f"objectives.{name}.factory", block.factory)
         return make(
             self.dataset.train,
             normalization=self.dataset.normalization,
@@ -256,7 +254,7 @@ class Experiment:
         """Return normalized images (N, C, H, W) and labels of a control; None stands for all real training images."""
         if name == "full_data":
             return None, self.dataset.train.labels
-        return (CONTROLS[name] if name in CONTROLS else own_control(name))(self, ipc)
+        return (CONTROLS[name] if name in CONTROLS else own("control", "control", name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
         """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
