@@ -97,10 +97,10 @@ def test_a_factory_that_is_missing_or_cannot_be_called_is_named(changes, words):
         load_params(changes)
 
 
-class Space(SimpleNamespace):
-    def __init__(self, images, labels, *, detached=False):
-        learned = images.clone().requires_grad_(not detached)
-        super().__init__(labels=labels, learnables={"images": learned}, tensors=dict, render=lambda step=None: learned)
+def space(images, labels, **changes):
+    learned = images.clone().requires_grad_()
+    made = {"labels": labels, "learnables": {"images": learned}, "tensors": dict, "render": lambda step: learned}
+    return SimpleNamespace(**made | changes)
 
 
 class Plain(Network):
@@ -110,81 +110,57 @@ class Plain(Network):
         self.classifier = torch.nn.Linear(channels * size_px**2, classes)
 
 
-def returns(loss, gradient):
-    def objective(images, labels, *, step):
-        return loss, gradient and gradient(images)
+class Returns:
+    learnables = {}
 
-    objective.learnables = {}
-    return objective
+    def __init__(self, *returned):
+        self.returned = returned
+
+    def __call__(self, images, labels, *, step):
+        return self.returned
+
+
+ONES = torch.ones(10, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
     "kind, factory, words",
     [
-        ("objective", lambda split, **_: None, "returned None, must return objective"),
+        *((kind, lambda *_, **__: None, "returned None, ") for kind in ("objective", "space", "network", "control")),
         ("objective", lambda split, **_: print, "lacks the dict `learnables`"),
-        (
-            "objective",
-            lambda split, **_: returns(1.0, None),
-            "gradient of its objective is None, not a tensor .10, 3, 32, 32.",
-        ),
-        ("objective", lambda split, **_: returns(1.0, torch.mean), r"is a tensor \(\), not a tensor"),
-        (
-            "objective",
-            lambda split, **_: returns(torch.ones(1), torch.ones_like),
-            "returned a tuple, not .number, gradient.",
-        ),
-        ("objective", lambda split, **_: returns(1.0, torch.ones_like), None),
-        ("space", lambda x, labels, **_: None, "returned None, which lacks labels, learnables, render, tensors"),
+        ("objective", lambda split, **_: Returns(1.0, None), "objective is None, not a tensor .10, 3, 32, 32."),
+        ("objective", lambda split, **_: Returns(1.0, ONES[0]), r"is a tensor \(3, 32, 32\), not a tensor \(10, 3"),
+        ("objective", lambda split, **_: Returns(ONES, ONES), "returned a tuple, not .number, gradient."),
         ("space", lambda x, labels, **_: SimpleNamespace(labels=labels, learnables={}), "which lacks render, tensors"),
+        ("space", lambda x, labels, **_: space(x[:, :1], labels), r"gave a tensor \(10, 1, 32, 32\), not .*10, 3, "),
+        ("space", lambda x, labels, **_: space(x, labels.flip(0)), "`labels` are not those"),
         (
             "space",
-            lambda x, labels, **_: Space(x[:, :1], labels),
-            r"gave a tensor \(10, 1, 32, 32\), not .*10, 3, ",
+            lambda x, labels, **_: space(x, labels, learnables={"a": x}),
+            "learnable a is no leaf that requires_",
         ),
-        ("space", lambda x, labels, **_: Space(x, labels.flip(0)), "`labels` are not those"),
-        (
-            "space",
-            lambda x, labels, **_: Space(x, labels, detached=True),
-            "learnable images is no leaf that requires_grad",
-        ),
-        ("space", lambda x, labels, **_: Space(x, labels), None),
-        ("network", lambda **_: torch.nn.Identity(), "returned a Identity, must be a subclass of Network"),
+        ("space", lambda x, labels, **_: space(x, labels, render=lambda step: x), "render.. has no gradient"),
         ("network", lambda **given: Plain(**given, norm=True), "has buffers"),
-        (
-            "network",
-            lambda **given: Plain(**given | {"classes": 3}),
-            r"gave a tensor \(2, 3\) for 2 images, not .2, 10.",
-        ),
-        ("network", Plain, None),
-        ("control", lambda run, ipc: None, "returned None, must be .images, labels."),
-        ("control", lambda run, ipc: (torch.ones(9, 3, 32, 32), torch.arange(10)), r"\(9, 3, 32, 32\), not \(10, "),
-        ("control", lambda run, ipc: (torch.ones(10, 3, 32, 32), torch.arange(10)), None),
+        ("network", lambda **given: Plain(**given | {"classes": 3}), r"a tensor \(2, 3\) for 2 images, not .2, 10."),
+        ("control", lambda run, ipc: (ONES[1:], torch.arange(10)), r"\(9, 3, 32, 32\), not \(10, 3"),
     ],
 )
 def test_what_a_factory_returns_is_checked_where_it_is_made(kind, factory, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(made=factory))
-    block = Extension(factory="mine:made")
-    params = load_params()
-    for blocks in (params.objectives, params.spaces):
-        monkeypatch.setitem(blocks.__pydantic_extra__, "mine", block)
-    monkeypatch.setitem(params.networks, "mine", block)
+    params, block = load_params(), Extension(factory="mine:made")
+    for blocks in (params.objectives.__pydantic_extra__, params.spaces.__pydantic_extra__, params.networks):
+        monkeypatch.setitem(blocks, "mine", block)
     experiment = Experiment(params)
-
-    def make():
-        if kind == "objective":
-            images, labels = experiment.initial(1)
-            assert experiment.objective("mine")(images, labels, step=0)[0] == 1
-        elif kind == "control":
-            experiment.control("mine:made", 1)
-        else:
-            experiment.synthetic("mine", 1) if kind == "space" else experiment.new_network("mine")(seed=0)
-
-    if words:
-        with pytest.raises(ValueError, match=f"= 'mine:made': .*{words}.*; see docs/extend.md"):
-            make()
-    else:
-        make()
+    with pytest.raises(ValueError, match=f"= 'mine:made': .*{words}.*; see docs/extend.md"):
+        match kind:
+            case "objective":
+                experiment.objective("mine")(*experiment.initial(1), step=0)
+            case "space":
+                experiment.synthetic("mine", 1)
+            case "network":
+                experiment.new_network("mine")(seed=0)
+            case "control":
+                experiment.control("mine:made", 1)
 
 
 def test_all_runs_share_what_is_loaded(monkeypatch):
