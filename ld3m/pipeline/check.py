@@ -31,7 +31,7 @@ EMBEDDED = "mnist5k"  # the data set whose priors come with the repository
 
 
 def check(params: Params) -> Iterator[str]:
-    """Yields one line for each thing that is in order; raises ValueError or OSError for the first that is not."""
+    """Yield one line for each thing that is in order; raise ValueError or OSError for the first that is not."""
     size = {"size_px": params.data.size_px, "channels": params.data.channels}
     if params.prior.source:  # before the images are decoded
         prior = load_prior(params.prior.source)
@@ -84,7 +84,7 @@ def check(params: Params) -> Iterator[str]:
 
 
 def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
-    """Yields a line for each two splits that have images in common: accuracy on these says nothing."""
+    """Yield a line for each two splits that have images in common: accuracy on these says nothing."""
     digests = {
         name: {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks() for image in chunk}
         for name, split in splits.items()
