@@ -32,10 +32,9 @@ EMBEDDED = "mnist5k"  # the data set whose priors come with the repository
 
 def check(params: Params) -> Iterator[str]:
     """Yield one line for each thing that is in order; raise ValueError or OSError for the first that is not."""
-    size = {"size_px": params.data.size_px, "channels": params.data.channels}
     if params.prior.source:  # before the images are decoded
         prior = load_prior(params.prior.source)
-        prior.check(**size, classes=prior.classes)
+        prior.check(size_px=params.data.size_px, channels=params.data.channels, classes=prior.classes)
         for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
             timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
     experiment = Experiment(params)
