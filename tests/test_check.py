@@ -32,6 +32,12 @@ def test_images_that_two_splits_share_are_counted(tmp_path):
     assert lines[1].startswith("data    500 images of test are in validation too") and lines[2].startswith("nets")
 
 
+def test_a_gan_of_another_size_is_refused_before_it_is_trained():
+    experiment = Experiment(load_params({"gan.widths": [8, 8, 8], "gan.discriminator_widths": [8, 8]}))
+    with pytest.raises(ValueError, match="gan.widths do not fit datasets.mnist5k: size_px=32: this GAN has 16"):
+        experiment.new_gan()
+
+
 TOO_MANY = {"control": "random_real", "ipc": 400, "runs": [0], "table": "main", "prior": "data"}
 
 
@@ -42,7 +48,12 @@ TOO_MANY = {"control": "random_real", "ipc": 400, "runs": [0], "table": "main", 
         ({"controls": {"many": TOO_MANY}}, r"controls.many.ipc in params.yaml: .*1\.\.350"),
         ({"datasets.mnist5k.classes": ["0", "eleven"]}, "eleven"),
         ({"datasets.mnist5k.source": "data/nowhere"}, "change datasets.mnist5k.source, .*`dvc pull -f data.dvc`"),
-        ({"networks.convnet": {"width": 8, "depth": 6}}, "depth"),
+        ({"networks.convnet": {"width": 8, "depth": 6}}, "networks.convnet in params.yaml: depth=6: must be at most"),
+        (
+            {"datasets.mnist5k.size_px": 36},
+            "prior.autoencoder.widths and .* do not fit .*size_px=36: .* multiples of 8",
+        ),
+        ({"networks.vit": {"factory": "torch.nn:Identity"}}, "networks.vit.factory .*must be a subclass of Network"),
         ({"trajectories.experts": 10**9}, "MiB needed"),
     ],
 )

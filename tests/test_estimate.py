@@ -7,62 +7,48 @@ import pytest
 import torch
 
 from ld3m.pipeline import estimate
-from ld3m.pipeline.estimate import StandIns, show, stages
+from ld3m.pipeline.estimate import StandIns
 from ld3m.pipeline.profiles import PARAMS, ablation_settings, load_params
 from ld3m.runtime import paths
 
 
-def counts(work):
-    return [count for count, _ in work]
-
-
-def test_every_stage_is_counted_as_often_as_it_works():
-    params = load_params()
-    found = list(stages(StandIns(params), {name: ablation_settings(name) for name in ("steps", "learned")}))
-    work = {(name, part): kinds for name, part, _, kinds in found}
-    assert len(work) == len(found)
-    trained = {name for name, part in work if part == "trained already"}
-    assert trained == {"prior, autoencoder", "prior, denoiser", "gan"}
-    iterations, networks = counts(work["distill dm-ld3m-1", "main"])
-    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-    assert (iterations, networks) == (params.budget("dm", "ld3m", 1).iterations, checks)
-    assert counts(work["distill dm-ld3m-1-runs", "report"]) == [2 * iterations, 2 * networks]  # runs 1 and 2
-    assert counts(work["evaluate full_data", "main"]) == [params.evaluate.seeds] * len(params.architectures)
-    assert counts(work["trajectories", "main"]) == [params.trajectories.experts]
-    assert counts(work["gradient norms", "main"]) == [6] * len(params.gradient_norms.steps)
-    tests = [4 * params.ablations.seeds] * len(params.ablations.architecture)
-    assert counts(work["ablation steps", "report"]) == [*tests, *[params.ablations.iterations] * 4]
-
-
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What is printed where an iteration takes what is given, and every size of network is asked for once."""
+    """What is printed where an iteration takes what is given, a network 1000 s, a step of a prior half a second."""
 
-    def show_with(iteration_seconds):
+    def show_with(iteration_seconds, ablations=()):
         calls = []
-        given = {"network_seconds": lambda experiment, *size: calls.append(size) or 2.0}
+        given = {"network_seconds": lambda experiment, *size: calls.append(size) or 1000.0}
         given |= {"iteration_seconds": iteration_seconds, "prior_seconds": lambda experiment, part: 0.5}
         for name, function in given.items():
             monkeypatch.setattr(estimate, name, function)
-        show(StandIns(load_params()), {})
-        assert len(calls) == len(set(calls))
+        estimate.estimate(StandIns(load_params()), {name: ablation_settings(name) for name in ablations})
+        assert len(calls) == len(set(calls))  # every size of network is timed once
         return capsys.readouterr().out
 
     return show_with
 
 
-def test_a_kind_of_work_is_timed_once_and_its_seconds_multiplied(shown):
-    printed, params = shown(lambda *arguments, **changes: 3.0), load_params()
+def test_every_stage_is_counted_as_often_as_it_works(shown):
+    printed, params = shown(lambda *arguments: 1.0, ["steps", "learned"]), load_params()
+    found = re.findall(r"(?m)^(.+?)  +([\d,]+) s +\d+\.\d\d GiB  (prior|main|report)$", printed)
+    rows = {name: (int(seconds.replace(",", "")), table) for name, seconds, table in found}
+    assert len(rows) == len(found) == len(printed.splitlines()) - 2
+    iterations = params.budget("dm", "ld3m", 1).iterations
     checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-    seconds = 3 * params.budget("dm", "pixel", 1).iterations + 2 * checks
-    assert re.search(rf"(?m)^distill dm-pixel-1 +{seconds} s +\d+\.\d\d GiB  main$", printed)
-    assert re.search(rf"(?m)^prior, denoiser +{params.prior.denoiser.steps / 2:,.0f} s", printed)
+    assert rows["prior, denoiser"] == (params.prior.denoiser.steps / 2, "prior")
+    assert rows["trajectories"] == (1000 * params.trajectories.experts, "main")
+    assert rows["distill dm-ld3m-1"] == (iterations + 1000 * checks, "main")
+    assert rows["distill dm-ld3m-1-runs"] == (2 * (iterations + 1000 * checks), "report")  # runs 1 and 2
+    assert rows["evaluate full_data"] == (1000 * params.evaluate.seeds * len(params.architectures), "main")
+    networks = 4 * params.ablations.seeds * len(params.ablations.architecture)
+    assert rows["ablation steps"] == (4 * params.ablations.iterations + 1000 * networks, "report")
 
 
 def test_memory_that_runs_out_is_a_row_that_names_what_to_lower_and_the_others_follow(shown):
-    printed = shown(lambda *arguments, **changes: torch.empty(2**50))
+    printed = shown(lambda *arguments: torch.empty(2**50))
     assert re.search(r"(?m)^distill dc-pixel-1 +memory ran out .*: lower objectives\.dc\.real_batch", printed)
-    assert re.search(r"(?m)^evaluate dm-ld3m-10 +\d+ s", printed) and re.search(r"main: \d+ min", printed)
+    assert re.search(r"(?m)^evaluate dm-ld3m-10 +[\d,]+ s", printed) and re.search(r"main: [\d,]+ min", printed)
 
 
 def test_the_seconds_of_an_iteration_a_training_and_a_network_are_those_of_the_real_code(monkeypatch):
@@ -94,7 +80,9 @@ def test_what_is_missing_is_replaced_by_random_data_weights_and_experts(monkeypa
 
 def test_the_command_applies_a_profile_and_leaves_params_yaml_as_it_is(monkeypatch):
     shown = []
-    monkeypatch.setattr(estimate, "show", lambda experiment, ablations: shown.append((experiment.params, ablations)))
+    monkeypatch.setattr(
+        estimate, "estimate", lambda experiment, ablations: shown.append((experiment.params, ablations))
+    )
     before = PARAMS.read_bytes()
     estimate.main(["smoke"])
     params, ablations = shown[0]

@@ -5,9 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from ld3m.models.networks import Network
 from ld3m.pipeline import runs
+from ld3m.pipeline.blocks import Extension
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profiles, load_params
@@ -82,13 +85,82 @@ def test_each_block_is_valid_each_example_short_and_the_statistic_the_one_descri
         ({"networks.convnet": {"factory": "nowhere:thing"}}, "networks.convnet.factory = 'nowhere:thing': .*imported"),
         ({"networks.convnet": {"factory": "json:thing"}}, "'json:thing' cannot be imported .AttributeError"),
         ({"networks.convnet": {"factory": "json:dumps"}}, "a required argument: 'obj'; it is called as factory"),
-        ({"networks.convnet": {"factory": "json"}}, "networks.convnet.factory: String should match"),
+        (
+            {"networks.convnet": {"factory": "json"}},
+            "networks.convnet.factory: must be an import path, package.module:name",
+        ),
         ({"controls": {"a": CONTROL | {"control": "math:pi"}}}, "controls.a.control = 'math:pi': .*not a callable"),
     ],
 )
 def test_a_factory_that_is_missing_or_cannot_be_called_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
         load_params(changes)
+
+
+def space(images, labels, **changes):
+    learned = images.clone().requires_grad_()
+    made = {"labels": labels, "learnables": {"images": learned}, "tensors": dict, "render": lambda step: learned}
+    return SimpleNamespace(**made | changes)
+
+
+class Plain(Network):
+    def __init__(self, *, channels, size_px, classes, norm=False):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), *([torch.nn.BatchNorm1d(channels * size_px**2)] * norm))
+        self.classifier = torch.nn.Linear(channels * size_px**2, classes)
+
+
+class Returns:
+    learnables = {}
+
+    def __init__(self, *returned):
+        self.returned = returned
+
+    def __call__(self, images, labels, *, step):
+        return self.returned
+
+
+ONES = torch.ones(10, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "kind, factory, words",
+    [
+        *((kind, lambda *_, **__: None, "returned None, ") for kind in ("objective", "space", "network", "control")),
+        ("objective", lambda split, **_: print, "lacks the dict `learnables`"),
+        ("objective", lambda split, **_: Returns(1.0, None), "objective is None, not a tensor .10, 3, 32, 32."),
+        ("objective", lambda split, **_: Returns(1.0, ONES[0]), r"is a tensor \(3, 32, 32\), not a tensor \(10, 3"),
+        ("objective", lambda split, **_: Returns(ONES, ONES), "returned a tuple, not .number, gradient."),
+        ("space", lambda x, labels, **_: SimpleNamespace(labels=labels, learnables={}), "which lacks render, tensors"),
+        ("space", lambda x, labels, **_: space(x[:, :1], labels), r"gave a tensor \(10, 1, 32, 32\), not .*10, 3, "),
+        ("space", lambda x, labels, **_: space(x, labels.flip(0)), "`labels` are not those"),
+        (
+            "space",
+            lambda x, labels, **_: space(x, labels, learnables={"a": x}),
+            "learnable a is no leaf that requires_",
+        ),
+        ("space", lambda x, labels, **_: space(x, labels, render=lambda step: x), "render.. has no gradient"),
+        ("network", lambda **given: Plain(**given, norm=True), "has buffers"),
+        ("network", lambda **given: Plain(**given | {"classes": 3}), r"a tensor \(2, 3\) for 2 images, not .2, 10."),
+        ("control", lambda run, ipc: (ONES[1:], torch.arange(10)), r"\(9, 3, 32, 32\), not \(10, 3"),
+    ],
+)
+def test_what_a_factory_returns_is_checked_where_it_is_made(kind, factory, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(made=factory))
+    params, block = load_params(), Extension(factory="mine:made")
+    for blocks in (params.objectives.__pydantic_extra__, params.spaces.__pydantic_extra__, params.networks):
+        monkeypatch.setitem(blocks, "mine", block)
+    experiment = Experiment(params)
+    with pytest.raises(ValueError, match=f"= 'mine:made': .*{words}.*; see docs/extend.md"):
+        match kind:
+            case "objective":
+                experiment.objective("mine")(*experiment.initial(1), step=0)
+            case "space":
+                experiment.synthetic("mine", 1)
+            case "network":
+                experiment.new_network("mine")(seed=0)
+            case "control":
+                experiment.control("mine:made", 1)
 
 
 def test_all_runs_share_what_is_loaded(monkeypatch):

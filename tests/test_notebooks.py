@@ -73,20 +73,49 @@ def test_a_stage_depends_on_its_notebook_and_injects_only_what_it_takes(notebook
             assert f"notebooks/{notebook.name}.ipynb" in STAGES[name].get("do", STAGES[name])["deps"], name
 
 
+def test_every_parameter_of_a_notebook_has_its_type_and_its_range(notebook):
+    first, second = code(notebook)[:2]
+    given, checks = {}, ast.parse(second.source)
+    exec(first.source, given)
+    (last,) = [k for k, node in enumerate(checks.body) if "check_parameters(" in ast.unparse(node)]
+    checks.body = [node for node in checks.body[: last + 1] if not isinstance(node, ast.Import | ast.ImportFrom)]
+    call = compile(checks, notebook.name, "exec")
+    exec(call, given | {"check_parameters": check_parameters})
+    wrong = {int: (-1, 10**9, 2.5), float: (float("nan"), "3"), str: (1,), dict: ([],), type(None): (1,)}
+    for name, value in given.items():
+        for other in wrong.get(type(value), ()) if not name.startswith("_") else ():
+            with pytest.raises(ValueError, match=f"parameter {name} = "):
+                exec(call, given | {"check_parameters": check_parameters, name: other})
+
+
 def papermill(folder, *arguments):
     command = [sys.executable, "-m", "ld3m.pipeline.papermill_engine", "-k", "python3", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_a_parameter_of_another_type_is_named():
-    check_parameters({"ipc": 1, "name": "001"}, ipc=float, name=(str, type(None)))
-    for given, words in (
-        ({"ipc": "1", "name": "a"}, "parameter ipc = '1' is str, must be int$"),
-        ({"ipc": 1, "name": 1}, "parameter name = 1 is int, must be str.* -r"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            check_parameters(given, ipc=int, name=str)
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"ipc": "1"}, "ipc = '1': must be a finite number$"),
+        ({"ipc": float("nan")}, "ipc = nan: must be a finite number$"),
+        ({"name": 1}, "name = 1: must be None or text; papermill .* -r$"),
+        ({"digit": 10}, "digit = 10: must be a whole number from 0 to 9$"),
+        ({"digit": True}, "digit = True: must be a whole"),
+        ({"digit": 1.0}, "digit = 1.0: must be a whole"),
+        ({"form": "bits"}, "form = 'bits': must be None or 'uint8' or 'unit'$"),
+        ({"mean": [0.5, "a"]}, "mean = .*: must be None or a list of numbers$"),
+        ({"mean": "[0.5]"}, "mean = .*: must be None or a list of numbers; .* -y "),
+        ({"overrides": "{seed: 1}"}, "overrides = .*: must be a dict; .* -y 'overrides: {seed: 1}'$"),
+    ],
+)
+def test_a_parameter_with_a_wrong_value_is_named_with_what_is_allowed(given, words):
+    right = {"ipc": 1, "name": None, "digit": 9, "form": "unit", "mean": [1, 0.5], "overrides": {}}
+    allowed = {"ipc": float, "name": (None, str), "digit": range(10), "form": (None, "uint8", "unit")}
+    allowed |= {"mean": (None, list), "overrides": dict}
+    check_parameters(right, **allowed)
+    with pytest.raises(ValueError, match=f"parameter {words}"):
+        check_parameters(right | given, **allowed)
 
 
 CHECK = "from ld3m.pipeline.notebook_parameters import check_parameters\ncheck_parameters(globals(), ipc=int, name=str)"
@@ -97,7 +126,7 @@ KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     "source, words",
     [
         (CHECK, "unknown parameter nam; this notebook has ipc, name"),
-        (KILL, r"probably since memory ran out \(it used 0\.\d GiB\)"),
+        (KILL, r"because memory ran out \(its largest process used 0\.\d GiB\)\. Lower in params\.yaml `processes`"),
     ],
 )
 def test_an_unknown_parameter_and_a_kernel_that_was_killed_are_named(tmp_path, source, words):

@@ -65,21 +65,24 @@ def entry(**changes):
     "overrides, named",
     [
         ({"seed": -1, "processes": 0}, "seed: .*got -1.*processes: .*got 0"),  # all at once
-        ({"dataset": "mnist6k"}, "dataset: 'mnist6k' is not among datasets"),
+        ({"dataset": "mnist6k"}, r"\n  dataset: 'mnist6k' is not among datasets"),
         ({"architectures": ["convnet", "convnet"]}, "architectures: has an entry twice"),
         ({"architectures": ["resnet50"]}, "networks.resnet50 is missing"),
         ({"networks.resnet50": {"width": 8}}, "there is no such key"),
-        ({"datasets.mnist5k.size_px": 36}, "size_px = 36: must be a multiple of 8"),
         ({"distill.dm.pixel.learning_rates": {"z": 1.0}}, "distill.dm.pixel.learning_rates has z; needed are images"),
         ({"spaces.ld3m.learn": "z_T", "distill.dc.ld3m.learning_rates": {"z": 1.0, "c": 1.0}}, "needed are c, z_T"),
         ({"trajectories.epochs": 2, "objectives.mtt.expert_epochs": 2}, "trajectories.epochs = 2: must be 3"),
         ({"spaces.glad.layer": 8}, "spaces.glad.layer = 8: must be below 8"),
-        ({"gan.widths": [8, 8, 8]}, "gan.widths has 3 entries.*16 px.*size_px = 32"),
-        ({"prior.denoiser.widths": [48, 90]}, "multiples of 16"),
-        ({"prior.source": "notebooks/../runs/mnist5k/prior"}, "prior.source = .*copy the prior"),
-        ({"prior.classes": [0, 1]}, "prior.classes are those of prior.source"),
+        ({"gan.widths": [8, 8, 8]}, "gan: widths: one more than discriminator_widths"),
+        ({"prior.denoiser.widths": [48, 90]}, "prior.denoiser.widths.1: .*multiple of 16 .got 90"),
+        ({"prior.autoencoder.continuous_steps": 600}, "prior.autoencoder: continuous_steps: must be below steps"),
+        ({"prior.classes": [0, 1]}, "prior: classes: are those of source"),
+        ({"datasets.mnist5k.classes": [0, 1.5]}, r"datasets.mnist5k.classes.1: .* or .*got 1.5.\n"),
         ({"evaluate.recipe_overrides": {"ipc_5": {"epochs": {"vit": 3}}}}, "overrides.ipc_5.epochs.* is missing"),
-        ({"cells": {"a b": CELL}}, "cells.a b: .*pattern"),
+        ({"cells": {"a b": CELL}}, "cells.a b: a name has letters, digits, '_' and '-' only"),
+        ({"cells": {"a": 3}}, r"  cells.a: Input should be a valid dictionary .got 3.$"),
+        ({"evaluate.recipe_overrides": {"ipc_0": {}}}, "recipe_overrides.ipc_0: must be full_data, or ipc_10"),
+        ({1: 2}, "override 1: there is no such key"),
         (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
         (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
         (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),
@@ -94,6 +97,16 @@ def entry(**changes):
 def test_a_wrong_value_is_named(overrides, named):
     with pytest.raises(ValueError, match=f"(?s)params.yaml.*{named}|{named}.*params.yaml"):
         load_params(overrides)
+
+
+@pytest.mark.parametrize("source", ["notebooks/../runs/mnist5k/prior", "~/runs/mnist5k/prior", "{link}/prior"])
+def test_a_prior_that_dvc_would_remove_is_refused(source, monkeypatch, tmp_path):
+    """Named by a path, through the home folder or through a link; one beside runs/ is not."""
+    monkeypatch.setenv("HOME", str(ROOT))
+    (tmp_path / "link").symlink_to(ROOT / "runs/mnist5k")
+    with pytest.raises(ValueError, match=r"prior.source: DVC empties runs/ .*copy the prior elsewhere"):
+        load_params({"prior.source": source.format(link=tmp_path / "link")})
+    assert load_params({"prior.source": "~/prior"}).prior.source == "~/prior"
 
 
 def test_overrides_replace_values_and_nothing_else():
@@ -134,8 +147,10 @@ def test_cells_are_in_the_order_of_the_tables():
     assert report.index("dc-glad-1") == report.index("dc-pixel-1") + 1 == report.index("dc-ld3m-1") - 1
     further = cell_of(PARAMS, "dm-ld3m-1-runs")
     assert further.name == "dm-ld3m-1" and further.runs == (1, 2) and further.title == "DM LD3M"
-    with pytest.raises(ValueError, match="cell 'typo': params.yaml has .*dm-ld3m-1"):
+    with pytest.raises(ValueError, match="cell = 'typo': must be a key of cells or controls in .*: dc-.*, herding-1"):
         cell_of(PARAMS, "typo")
+    with pytest.raises(ValueError, match="cell = 'herding-1': must be a key of cells in params.yaml: dc-pixel-1, "):
+        cell_of(PARAMS, "herding-1", controls=False)  # as 02_distill asks
 
 
 # Profiles
@@ -174,9 +189,11 @@ def test_profiles_are_laid_over_the_base_and_keep_every_other_line(file, tmp_pat
     (tmp_path / "last.yaml").write_text("over: protocol\nprocesses: 3\n")  # outside profiles/, over one of it
     assert apply_profiles("smoke", path=file) is None  # leaves nothing
     file.write_text(file.read_text().replace("\nseed: 0\n", "\nseed: 77\n"))
-    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before"
+    edited, kept = file.read_bytes(), tmp_path / "params.yaml.before-1"
     assert apply_profiles("folder", path=file) == kept and kept.read_bytes() == edited
-    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None and kept.read_bytes() == edited
+    file.write_text(file.read_text() + "# another edit\n")
+    assert apply_profiles("folder", path=file) == tmp_path / "params.yaml.before-2" and kept.read_bytes() == edited
+    assert apply_profiles(tmp_path / "profile.yaml", path=file) is None
     wanted = load_params({"distill.dm.pixel.iterations": 7, "seed": 5, "processes": 1})
     assert load_params(path=file) == wanted
     both = zip(BASE.read_text().splitlines(), file.read_text().splitlines(), strict=True)
@@ -253,11 +270,7 @@ def test_an_ablation_that_cannot_be_is_named(file):
         ablation_settings("steps", path=file)
 
 
-def test_the_command_checks_and_fails_without_a_traceback():
-    def run(*arguments):
-        command = [sys.executable, "-m", "ld3m.pipeline.profiles", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    assert "params.yaml is valid" in run("check").stdout
-    refused = run("apply", "absent")
+def test_the_command_fails_without_a_traceback():
+    command = [sys.executable, "-m", "ld3m.pipeline.profiles", "apply", "absent"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr.startswith("there is no profile absent")

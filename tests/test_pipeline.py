@@ -69,6 +69,7 @@ def test_a_stage_depends_on_what_it_reads_and_on_nothing_more():
         assert not depends_on(index, "tables", "gan") and not depends_on(index, "ablation@steps", "gan")
         assert depends_on(index, "report", "gan") and depends_on(index, "tables", "evaluate@dc-pixel-1")
         assert not depends_on(index, "control@random_real-1", "prior") and depends_on(index, "report", "ablation@prior")
+    assert "runs_path" not in (ROOT / "notebooks/04_ablations.ipynb").read_text()  # an ablation reads no other's file
 
 
 def new_clone(folder: Path, *profiles: str | Path) -> Path:

@@ -307,7 +307,8 @@ from ld3m.evaluation.training import train
 from ld3m.models.networks import build
 network = build("convnet", channels=1, size_px=8, classes=2, width=2, seed=0)
 recipe = dict(momentum=0.9, weight_decay=0.0, warm_up=True, ema_decay=0.9, strategy="flip", clip_norm=1.0)
-train(network, torch.randn(2, 1, 8, 8).__getitem__, torch.arange(2), epochs=2, batch=2, learning_rate=0.1, seed=0, **recipe)
+recipe |= dict(epochs=2, batch=2, learning_rate=0.1, seed=0)
+train(network, torch.randn(2, 1, 8, 8).__getitem__, torch.arange(2), **recipe)
 print("torch._dynamo" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"

@@ -1,11 +1,36 @@
 """The blocks of params.yaml: frozen models that refuse unknown keys and values out of range."""
 
+import os.path
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from ld3m.data.augment import parse_strategy
 from ld3m.data.subsets import check_name
+from ld3m.runtime import paths
+
+
+def that(holds: Callable[[Any], Any] | str, otherwise: str) -> AfterValidator:
+    """Refuse values for which `holds` is false, or which do not match it, with the message `otherwise`."""
+    test = partial(re.fullmatch, holds) if isinstance(holds, str) else holds
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(otherwise)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_outside_runs(source: str | None) -> bool:
+    """Tell whether a path leads past runs/, through links too."""
+    path, runs = paths.ROOT / Path(source or "").expanduser(), paths.ROOT / "runs"
+    return not any(Path(view(path)).is_relative_to(view(runs)) for view in (os.path.abspath, os.path.realpath))
+
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -14,30 +39,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
-Factory = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:name
 Table = Literal["main", "report"]
-Name = Annotated[str, Field(pattern=r"^\w[\w-]{0,99}$")]  # of files and of stages of DVC, whose templates read a dot
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) < len(values):
-        raise ValueError("has an entry twice")
-    return values
-
-
-def _subset(classes: "tuple[str | int, ...] | str") -> "tuple[str | int, ...] | str":
-    return check_name(classes) if isinstance(classes, str) else classes
-
-
-def _strategy(strategy: str) -> str:
-    parse_strategy(strategy)
-    return strategy
-
-
-Distinct = AfterValidator(_distinct)
+Factory = Annotated[str, that(r"[\w.]+:\w+", "must be an import path, package.module:name")]
+Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
+    str, that(r"\w[\w-]{0,99}", "a name has letters, digits, '_' and '-' only, at most 100, and no '-' in front")
+]
+RecipeKey = Annotated[str, that(r"full_data|ipc_[1-9]\d*", "must be full_data, or ipc_10 and the like")]
+Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice")
 Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
-Strategy = Annotated[str, AfterValidator(_strategy)]
+Strategy = Annotated[str, AfterValidator(lambda strategy: "_".join(parse_strategy(strategy)) or "none")]
+Subset = AfterValidator(lambda classes: check_name(classes) if isinstance(classes, str) else classes)
 
 
 class Model(BaseModel):
@@ -90,13 +102,13 @@ class DatasetParams(Model):
     splits: Splits
     image_column: str
     label_column: str
-    classes: Annotated[tuple[str | int, ...] | str, AfterValidator(_subset)] | None
+    classes: Annotated[tuple[str | int, ...] | str, Subset] | None
     normalization: NormalizationParams | None
     augmentation: Strategy
 
 
 class AutoencoderParams(Model):
-    widths: Widths
+    widths: Annotated[tuple[Annotated[Count, Field(multiple_of=8)], ...], Field(min_length=2)]
     latent_channels: Count
     codebook: Count
     steps: Count
@@ -110,7 +122,7 @@ class AutoencoderParams(Model):
 
 
 class DenoiserParams(Model):
-    widths: Widths
+    widths: Annotated[tuple[Annotated[Count, Field(multiple_of=16)], ...], Field(min_length=2)]
     conditioning_width: Count
     blocks: Count
     steps: Count
@@ -124,26 +136,6 @@ class DenoiserParams(Model):
         return self.model_dump(exclude={"widths", "conditioning_width", "blocks"})
 
 
-class PriorCheck(Model):
-    """Guided samples per class, and the training of the ConvNet that classifies them."""
-
-    samples_per_class: Count
-    steps: Steps
-    guidance: float
-    width: Count
-    epochs: Count
-    learning_rate: Rate
-
-
-class PriorParams(Model):
-    source: str | None
-    classes: tuple[Whole, ...] | None
-    precision: Precision
-    autoencoder: AutoencoderParams
-    denoiser: DenoiserParams
-    check: PriorCheck
-
-
 class GanCheck(Model):
     """Samples per class, and the training of the ConvNet that classifies them."""
 
@@ -151,6 +143,25 @@ class GanCheck(Model):
     width: Count
     epochs: Count
     learning_rate: Rate
+
+
+class PriorCheck(GanCheck):
+    """Samples are guided."""
+
+    steps: Steps
+    guidance: float
+
+
+class PriorParams(Model):
+    source: Annotated[str | None, that(_is_outside_runs, "DVC empties runs/ before a stage; copy the prior elsewhere")]
+    classes: tuple[Whole, ...] | None
+    precision: Precision
+    autoencoder: Annotated[
+        AutoencoderParams,
+        that(lambda given: given.continuous_steps < given.steps, "continuous_steps: must be below steps"),
+    ]
+    denoiser: DenoiserParams
+    check: PriorCheck
 
 
 class GanParams(Model):
@@ -314,7 +325,7 @@ class EvaluateParams(Model):
     seeds: Annotated[int, Field(ge=2)]  # networks of each architecture on the set of run 0
     seeds_further_runs: Count  # on the set of every other run
     recipe: Recipe
-    recipe_overrides: dict[Annotated[str, Field(pattern=r"^(full_data|ipc_[1-9]\d*)$")], RecipeOverrides]
+    recipe_overrides: dict[RecipeKey, RecipeOverrides]
 
 
 class GradientNormParams(Model):

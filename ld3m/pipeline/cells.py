@@ -102,23 +102,21 @@ def first_runs(params: Params, table: str = "report") -> list[Cell]:
     return [cell for cell in cells(params, table) if 0 in cell.runs]
 
 
-def cell_of(params: Params, key: str) -> Cell:
-    """The cell of a key of `cells` or `controls`; ValueError where neither has it."""
-    if key not in params.cells and key not in params.controls:
-        raise ValueError(f"cell {key!r}: params.yaml has {', '.join((*params.cells, *params.controls))}")
+def cell_of(params: Params, key: str, *, controls: bool = True) -> Cell:
+    """The cell of a key of `cells`, or of `controls` unless these are left out; ValueError for any other key."""
+    known = (*params.cells, *(params.controls if controls else ()))
+    if key not in known:
+        where = "cells or controls" if controls else "cells"
+        raise ValueError(f"cell = {key!r}: must be a key of {where} in params.yaml: {', '.join(known)}")
     return _cell(params, key)
 
 
 def _cell(params: Params, key: str) -> Cell:
     if key in params.cells:
-        given = params.cells[key]
-        return Cell(
-            params.dataset, key, given.table, given.objective, given.space, given.ipc, given.runs,
-            given.prior, given.experts, given.iterations,
-        )  # fmt: skip
-    given = params.controls[key]
-    name = given.control.rpartition(":")[2]  # of one named by its import path
-    return Cell(params.dataset, key, given.table, "none", name, given.ipc, given.runs, given.prior)
+        return Cell(params.dataset, key, **params.cells[key].model_dump())
+    given = params.controls[key].model_dump()
+    name = given.pop("control").rpartition(":")[2]  # of one named by its import path
+    return Cell(params.dataset, key, objective="none", space=name, **given)
 
 
 def runs_path(dataset: str, *parts: str) -> Path:

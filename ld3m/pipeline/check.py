@@ -13,11 +13,13 @@ from typing import Any
 
 from ld3m.data.dataset import Split, initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
+from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.sampler import timesteps
+from ld3m.method.spaces import SPACES
 from ld3m.models.gan import load_generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import fitted, linked_source, load_prior
-from ld3m.pipeline.cells import runs_path
+from ld3m.pipeline.cells import cells, runs_path
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import ablation_settings, load_params
@@ -29,11 +31,10 @@ EMBEDDED = "mnist5k"  # the data set whose priors come with the repository
 
 
 def check(params: Params) -> Iterator[str]:
-    """Yields one line for each thing that is in order; raises ValueError or OSError for the first that is not."""
-    size = {"size_px": params.data.size_px, "channels": params.data.channels}
+    """Yield one line for each thing that is in order; raise ValueError or OSError for the first that is not."""
     if params.prior.source:  # before the images are decoded
         prior = load_prior(params.prior.source)
-        prior.check(**size, classes=prior.classes)
+        prior.check(size_px=params.data.size_px, channels=params.data.channels, classes=prior.classes)
         for steps in (params.spaces.ld3m.steps, params.prior.check.steps, *params.gradient_norms.steps):
             timesteps(steps, total=len(prior.alpha_bar), spacing=prior.spacing)
     experiment = Experiment(params)
@@ -46,21 +47,33 @@ def check(params: Params) -> Iterator[str]:
     counts = " + ".join(str(len(split)) for split in (train, dataset.validation, dataset.test))
     yield f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {tuple(train.shape)}"
     yield from _shared_images({"train": train, "validation": dataset.validation, "test": dataset.test})
-    for key, ipc in _images_per_class(params):
+    entries = (("cells", params.cells), ("controls", params.controls))
+    asked = {f"{kind}.{key}.ipc": entry.ipc for kind, of in entries for key, entry in of.items() if entry.ipc}
+    for key, ipc in {"gradient_norms.images_per_class": params.gradient_norms.images_per_class, **asked}.items():
         try:
             initial_indices(train, ipc=ipc, seed=params.seed)
         except ValueError as problem:
             raise ValueError(f"{key} in params.yaml: {problem}") from problem
-    sizes = {name: len(flat_parameters(experiment.new_network(name)(seed=0))) for name in params.architectures}
+    sizes = {}
+    for name in params.architectures:
+        try:
+            sizes[name] = len(flat_parameters(experiment.new_network(name)(seed=0)))
+        except ValueError as problem:
+            raise ValueError(f"networks.{name} in params.yaml: {problem}") from problem
     yield "nets    " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + " parameters"
-    size["classes"] = len(train.classes)
+    for cell in cells(params):
+        if cell.prior == "data" and cell.space not in SPACES and cell.objective != "none":
+            experiment.synthetic(cell.space, 1)
+        if cell.experts == "data" and cell.objective not in (*OBJECTIVES, "none"):
+            experiment.objective(cell.objective)(*experiment.control("random_real", 1), step=0)
     if params.prior.source:
         _, classes = fitted(prior, names=train.classes, **params.prior_source_arguments())
         pairs = [f"{name} = {index}" for name, index in zip(train.classes, classes, strict=False)]
         yield f"prior   {params.prior.source}, its class of each class: {', '.join(pairs) or 'it has none'}"
     else:
-        yield f"prior   {_trained(params, 'prior', runs_path(params.dataset, 'prior'), load_prior, size)}"
-    yield f"gan     {_trained(params, 'gan', runs_path(params.dataset, 'gan'), load_generator, size)}"
+        yield f"prior   {_trained(experiment, 'prior', load_prior, experiment.new_prior)}"
+    is_needed = any(cell.prior == "gan" for cell in params.cells.values())
+    yield f"gan     {_trained(experiment, 'gan', load_generator, experiment.new_gan if is_needed else lambda: None)}"
     if not (paths.ROOT / "data").exists():
         yield "dvc     data/ is missing, on which its stages depend whatever the data set: `dvc pull data.dvc`"
     given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
@@ -70,7 +83,7 @@ def check(params: Params) -> Iterator[str]:
 
 
 def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
-    """Yields a line for each two splits that have images in common: accuracy on these says nothing."""
+    """Yield a line for each two splits that have images in common: accuracy on these says nothing."""
     digests = {
         name: {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks() for image in chunk}
         for name, split in splits.items()
@@ -80,18 +93,16 @@ def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
             yield f"data    {count} images of {other} are in {one} too: remove them from one of the two"
 
 
-def _images_per_class(params: Params) -> Iterator[tuple[str, int]]:
-    """Yields every key that asks for real images of each class, and how many."""
-    yield "gradient_norms.images_per_class", params.gradient_norms.images_per_class
-    yield from ((f"cells.{key}.ipc", cell.ipc) for key, cell in params.cells.items())
-    yield from ((f"controls.{key}.ipc", control.ipc) for key, control in params.controls.items() if control.ipc)
+def _trained(experiment: Experiment, stage: str, load: Callable[[Path], Any], new: Callable[[], Any]) -> str:
+    """Say whether a stage will train its model, which is made by `new`, where an error names sizes that do not fit.
 
-
-def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], Any], size: dict[str, int]) -> str:
-    """Says whether a stage will train; files that cannot be read are an error, for the stage would not run again."""
-    embedded = f" (`dvc pull --allow-missing {stage}` brings the embedded one)" if params.dataset == EMBEDDED else ""
+    Files that cannot be read are an error too, for the stage would not run again.
+    """
+    dataset, folder = experiment.params.dataset, runs_path(experiment.params.dataset, stage)
+    embedded = f" (`dvc pull --allow-missing {stage}` brings the embedded one)" if dataset == EMBEDDED else ""
     if not folder.exists():
-        return f"none for {params.dataset} yet: the stage `{stage}` trains it{embedded}"
+        new()
+        return f"none for {dataset} yet: the stage `{stage}` trains it{embedded}"
     try:
         model = load(folder)
     except (ValueError, OSError) as problem:
@@ -101,8 +112,9 @@ def _trained(params: Params, stage: str, folder: Path, load: Callable[[Path], An
             f"the stage `{stage}` trains it again"
         ) from problem
     try:
-        model.check(**size)
+        experiment.check_fit(model)
     except ValueError as problem:
+        new()
         return f"does not fit the parameters ({problem}): the stage `{stage}` trains it again"
     if stage == "prior" and (source := linked_source(folder)):
         return f"is {source}, and prior.source is null: the stage `prior` trains one{embedded}"

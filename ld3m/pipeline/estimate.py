@@ -3,18 +3,17 @@
     python -m ld3m.pipeline.estimate                  # params.yaml as it is
     python -m ld3m.pipeline.estimate imagenet128      # with profiles applied: names in profiles/, or files
 
-Random data, weights and snapshots replace those that are missing. What takes more than ten seconds is timed once.
-Not counted: decoding, checks of the priors, images of controls, tables, and the start of a stage (seconds each).
+Weights are random, and so are data that are missing; nothing is downloaded. What takes more than ten seconds is timed
+once. Not counted are seconds each: decoding, checks of the priors, images of controls, gradient norms, tables, and the
+start of a stage.
 """
 
-import argparse
-import ctypes
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from math import ceil
@@ -22,20 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ld3m.data.dataset import Dataset, Normalization, Split
 from ld3m.evaluation.training import accuracy, train
 from ld3m.models.compvis import build as build_cin256
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
+from ld3m.models.diffusion_prior import Prior
 from ld3m.models.gan import Generator
 from ld3m.models.networks import flat_parameters
 from ld3m.models.prior_io import load_prior
 from ld3m.models.prior_variants import with_classes
 from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
-from ld3m.pipeline.cells import cells, runs_path
-from ld3m.pipeline.experiment import Experiment
+from ld3m.pipeline.cells import cells
+from ld3m.pipeline.experiment import Experiment, shared
 from ld3m.pipeline.params import Params
 from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profiles, load_params
 from ld3m.runtime.devices import describe
@@ -43,22 +43,20 @@ from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak,
 from ld3m.runtime.progress import silent
 from ld3m.runtime.seeds import generator
 
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}  # as in dvc.yaml; and nothing is downloaded
 ITERATIONS = 3
 SLOW_S = 10.0
 IMAGES_PER_CLASS = {"train": 1170, "validation": 130, "test": 50}  # of ImageNet, where the data are missing
 Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params, objective, space)}
-Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Callable[[], tuple[float, float]]]]]
-# name, part, keys that lower its memory, and how often it does which kinds of work
 
 
 @dataclass(frozen=True)
 class StandIns(Experiment):
-    """The experiment with random data and weights for what is missing."""
+    """The experiment with random weights, and random data where they are missing."""
 
-    def _load_dataset(self) -> Dataset:
+    @shared
+    def dataset(self) -> Dataset:
         try:
-            return super()._load_dataset()
+            return super().dataset
         except FileNotFoundError:
             given = self.params.data
             names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
@@ -69,26 +67,19 @@ class StandIns(Experiment):
             plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
             return Dataset(self.params.dataset, normalization=plain, **splits)
 
-    def _load_prior(self) -> Prior:
-        try:
-            return super()._load_prior()
-        except (FileNotFoundError, IncompatiblePrior):
-            return self.launched(self.new_prior().freeze_())
-
-    def new_prior(self) -> Prior:
+    @shared
+    def prior(self) -> Prior:
         if self.params.prior.source is None:
-            return super().new_prior()
+            return self.launched(self.new_prior().freeze_())
         try:
             prior = load_prior(self.params.prior.source)
         except FileNotFoundError:
-            prior = build_cin256(seed=0)  # random weights of the size of the paper's prior
-        return with_classes(prior, range(len(self.dataset.train.classes)))
+            prior = build_cin256(seed=0)  # of the size of the paper's prior
+        return self.launched(with_classes(prior, range(len(self.dataset.train.classes))))
 
-    def _load_gan(self) -> Generator:
-        try:
-            return super()._load_gan()
-        except (FileNotFoundError, ValueError):
-            return self.new_gan().freeze_()
+    @shared
+    def gan(self) -> Generator:
+        return self.new_gan().freeze_()
 
     def experts(self, *, last_epoch: int) -> "RandomExperts":
         return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
@@ -106,7 +97,7 @@ class RandomExperts:
 
 
 def clock(function: Callable[[], object]) -> float:
-    """Returns the seconds that a call takes, on the device too."""
+    """Return the seconds that a call takes, on the device too."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     began = time.perf_counter()
@@ -116,7 +107,7 @@ def clock(function: Callable[[], object]) -> float:
 
 
 def step_seconds(training: Callable[[int], Callable[[], object]], *, steps: int = ITERATIONS) -> float:
-    """Times a step of `training(steps)`, which prepares a training of so many. What its start takes is subtracted."""
+    """Time a step of `training(steps)`, which prepares a training of so many. What its start takes is subtracted."""
     steps *= 10 if torch.cuda.is_initialized() else 1  # each training records a CUDA graph, in a varying time
     with silent():
         short, long = min(clock(training(1)) for _ in range(2)), clock(training(1 + steps))
@@ -124,7 +115,7 @@ def step_seconds(training: Callable[[int], Callable[[], object]], *, steps: int 
 
 
 def prior_seconds(experiment: StandIns, part: str) -> float:
-    """Times a step of training the autoencoder, the denoiser or the GAN, on all threads as dvc.yaml has it."""
+    """Time a step of training the autoencoder, the denoiser or the GAN, on all threads as dvc.yaml has it."""
     params, train_set = experiment.params, experiment.dataset.train
     fit, given, changes, steps, new = {
         "autoencoder": (fit_autoencoder, params.prior.autoencoder, {"continuous_steps": 0}, 3, experiment.new_prior),
@@ -140,9 +131,10 @@ def prior_seconds(experiment: StandIns, part: str) -> float:
 
 
 def iteration_seconds(
-    experiment: StandIns, objective: str, space: str, ipc: int, prior: str | None = None, **changes: Any
+    experiment: StandIns, objective: str, space: str, ipc: int, prior: str | None = None, steps: int | None = None
 ) -> float:
-    """Times an iteration of distillation: render, match, backward."""
+    """Time an iteration of distillation: render, match, backward."""
+    changes = {} if steps is None else {"steps": steps}
     synthetic, times = experiment.synthetic(space, ipc, prior=prior, **changes), []
     matching = experiment.objective(objective)
 
@@ -150,13 +142,13 @@ def iteration_seconds(
         images = synthetic.render(step=0)
         images.backward(matching(images.detach(), synthetic.labels, step=0)[1])
 
-    while len(times) <= ITERATIONS and max(times, default=0) < SLOW_S:  # the first is a warm-up
+    while len(times) < ITERATIONS and sum(times) < SLOW_S:
         times.append(clock(iterate))
-    return sorted(times)[len(times) // 2]
+    return min(times)  # the first is slower
 
 
 def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, batch: int) -> float:
-    """Times training a network on so many images and its test, where `processes` of them are trained side by side."""
+    """Time training a network on so many images and its test, where `processes` of them are trained side by side."""
     params, dataset, batch = experiment.params, experiment.dataset, min(images, batch)
     network, recipe = experiment.new_network(name)(seed=0), params.recipe(name, 1) | {"batch": batch, "seed": 0}
     x = torch.randn((batch, *dataset.train.shape), generator=generator(0, "estimate")).to(params.on_device)
@@ -166,72 +158,61 @@ def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, b
     return (epochs * ceil(images / batch) * step + len(dataset.test.labels) / batch * test) / params.processes
 
 
-def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Stage]:
-    """Yields every stage before the tables. Calling a kind of work times it once and gives its seconds and peak GiB."""
-    params, train_set = experiment.params, experiment.dataset.train
+def estimate(experiment: StandIns, ablations: dict[str, Settings]) -> None:
+    """Print a row for every stage as soon as it is timed, and the sums. Too little memory for a stage is a row too."""
+    params, train_set, sums = experiment.params, experiment.dataset.train, Counter()
+    print(f"{params.dataset} on {describe(params.on_device)}; memory is that of one process")
 
     @cache
-    def timed(function: Callable[..., float], *arguments: Any, **changes: Any) -> tuple[float, float]:
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what the C library kept of the work before
+    def timed(function: Callable[..., float], *arguments: Any) -> tuple[float, float]:
         forget_peak()
-        return function(experiment, *arguments, **changes), peak_gib()
+        return function(experiment, *arguments), peak_gib()
 
-    def network(name: str, ipc: int) -> Callable[[], tuple[float, float]]:
-        recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
-        return partial(timed, network_seconds, name, images, recipe["epochs"], recipe["batch"])
-
-    if params.prior.source is None:
-        part = "trained already" if runs_path(params.dataset, "prior").exists() else "main"
-        for name in ("autoencoder", "denoiser"):
-            steps = getattr(params.prior, name).steps
-            yield f"prior, {name}", part, (f"prior.{name}.batch",), [(steps, partial(timed, prior_seconds, name))]
-    part = "trained already" if runs_path(params.dataset, "gan").exists() else "report"
-    yield "gan", part, ("gan.batch",), [(params.gan.steps, partial(timed, prior_seconds, "gan"))]
-    given, seen = params.trajectories, params.distill.network
-    expert = partial(timed, network_seconds, seen, len(train_set.labels), given.epochs, given.batch)
-    yield "trajectories", "main", ("trajectories.batch",), [(given.experts, expert)]
-    for cell in cells(params):
-        if cell.objective != "none":
-            iterations = params.budget(*cell.row, iterations=cell.iterations).iterations
-            checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-            iteration = partial(timed, iteration_seconds, *cell.row, prior=cell.prior)
-            work = [(iterations, iteration), (checks, network(seen, cell.ipc))]
-            work = [(len(cell.runs) * count, kind) for count, kind in work]
-            yield f"distill {cell.key}", cell.table, params.lowers_memory(cell.objective, cell.space), work
-        count = sum(map(params.networks_a_set, cell.runs))
-        work = [(count, network(name, cell.ipc)) for name in params.architectures]
-        yield f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), work
-    norms, lower = params.gradient_norms, params.lowers_memory("dm", "ld3m")
-    work = [(6, partial(timed, iteration_seconds, "dm", "ld3m", norms.images_per_class, steps=n)) for n in norms.steps]
-    yield "gradient norms", "main", lower, work
-    for name, settings in ablations.items():
-        work = [(len(settings) * params.ablations.seeds, network(name, 1)) for name in params.ablations.architecture]
-        for changed, objective, space in settings.values():
-            steps = {"steps": changed.spaces.ld3m.steps} if space == "ld3m" else {}
-            kind = partial(timed, iteration_seconds, objective, space, 1, **steps)
-            work.append((params.ablations.iterations, kind))
-        yield f"ablation {name}", "report", lower, work
-
-
-def show(experiment: StandIns, ablations: dict[str, Settings]) -> None:
-    """Prints a row for every stage as soon as it is timed, and the sums. Too little memory for a stage is a row too."""
-    device, sums = experiment.params.on_device, Counter()
-    print(f"{experiment.params.dataset} on {describe(device)}; memory is that of one process")
-    for name, part, lower, work in stages(experiment, ablations):
+    def row(name: str, table: str, lower: tuple[str, ...], *work: tuple[int, tuple]) -> None:
+        """Print what a stage takes. `work`: how often it does what, a function and its arguments."""
         try:
             with explain_out_of_memory(*lower):
-                timed = [(count, *kind()) for count, kind in work]
+                found = [(count, *timed(*kind)) for count, kind in work]
         except OutOfMemory as problem:
             print(f"{name:<32} {problem.strerror}", flush=True)
-            continue
-        seconds = sum(count * each for count, each, _ in timed)
-        sums[part] += seconds
-        print(f"{name:<32} {seconds:>9,.0f} s {max(gib for *_, gib in timed):>8.2f} GiB  {part}", flush=True)
-    print("; ".join(f"{part}: {seconds / 60:,.0f} min" for part, seconds in sums.items()))
+            return
+        seconds = sum(count * each for count, each, _ in found)
+        sums[table] += seconds
+        print(f"{name:<32} {seconds:>9,.0f} s {max(gib for *_, gib in found):>8.2f} GiB  {table}", flush=True)
+
+    def network(name: str, ipc: int) -> tuple:
+        recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
+        return network_seconds, name, images, recipe["epochs"], recipe["batch"]
+
+    if params.prior.source is None:
+        for part, given in (("autoencoder", params.prior.autoencoder), ("denoiser", params.prior.denoiser)):
+            row(f"prior, {part}", "prior", (f"prior.{part}.batch",), (given.steps, (prior_seconds, part)))
+    row("gan", "prior", ("gan.batch",), (params.gan.steps, (prior_seconds, "gan")))
+    given, seen = params.trajectories, params.distill.network
+    expert = network_seconds, seen, len(train_set.labels), given.epochs, given.batch
+    row("trajectories", "main", ("trajectories.batch",), (given.experts, expert))
+    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+    for cell in cells(params):
+        if cell.objective != "none":
+            runs, iterations = len(cell.runs), params.budget(*cell.row, iterations=cell.iterations).iterations
+            iteration, check = (iteration_seconds, *cell.row, cell.prior), network(seen, cell.ipc)
+            lower = params.lowers_memory(cell.objective, cell.space)
+            row(f"distill {cell.key}", cell.table, lower, (runs * iterations, iteration), (runs * checks, check))
+        count = sum(map(params.networks_a_set, cell.runs))
+        work = [(count, network(name, cell.ipc)) for name in params.architectures]
+        row(f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), *work)
+    for name, settings in ablations.items():
+        work = [(len(settings) * params.ablations.seeds, network(seen, 1)) for seen in params.ablations.architecture]
+        for changed, objective, space in settings.values():
+            steps = changed.spaces.ld3m.steps if space == "ld3m" else None
+            work.append((params.ablations.iterations, (iteration_seconds, objective, space, 1, None, steps)))
+        row(f"ablation {name}", "report", params.lowers_memory("dm", "ld3m"), *work)
+    print("; ".join(f"{table}: {seconds / 60:,.0f} min" for table, seconds in sums.items()))
 
 
 def main(profiles: list[str]) -> None:
     torch.set_num_threads(1)
+    constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as folder:
         file = PARAMS
         if profiles:
@@ -239,17 +220,11 @@ def main(profiles: list[str]) -> None:
             apply_profiles(*profiles, path=file)
         params = load_params(path=file)
         ablations = {name: ablation_settings(name, path=file) for name in params.ablations.settings}
-    show(StandIns(params), ablations)
+    estimate(StandIns(params), ablations)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", nargs="*", help="names in profiles/, or files; none: params.yaml as it is")
-    given = parser.parse_args()
-    if not ENVIRONMENT.items() <= os.environ.items():  # the libraries have read it by now
-        command = [sys.executable, "-m", "ld3m.pipeline.estimate", *given.profiles]
-        os.execve(sys.executable, command, os.environ | ENVIRONMENT)
     try:
-        main(given.profiles)
+        main(sys.argv[1:])
     except (ValueError, OSError) as problem:
         sys.exit(str(problem))

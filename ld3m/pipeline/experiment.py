@@ -22,13 +22,25 @@ from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet
 from ld3m.pipeline.cells import Cell, runs_path
-from ld3m.pipeline.factories import imported
+from ld3m.pipeline.factories import own
 from ld3m.pipeline.params import PRIORS, Params
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.memory import explain_out_of_memory, peak_gib
 from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.seeds import derive
 from ld3m.runtime.storage import require_space, write_json
+
+
+def shared(load: Callable[["Experiment"], Any]) -> Any:
+    """A property that is loaded when it is first asked for, and shared by all runs."""
+
+    @property
+    def get(self: "Experiment") -> Any:
+        if load.__name__ not in self.loaded:
+            self.loaded[load.__name__] = load(self)
+        return self.loaded[load.__name__]
+
+    return get
 
 
 @dataclass(frozen=True)
@@ -47,20 +59,12 @@ class Experiment:
         """Return the experiment of another run, which shares what is loaded."""
         return replace(self, run=run)
 
-    def _once(self, name: str, load: Callable[[], Any]) -> Any:
-        if name not in self.loaded:
-            self.loaded[name] = load()
-        return self.loaded[name]
-
     @property
     def seed(self) -> int:
         return derive(self.params.seed, "run", self.run)
 
-    @property
+    @shared
     def dataset(self) -> data.Dataset:
-        return self._once("dataset", self._load_dataset)
-
-    def _load_dataset(self) -> data.Dataset:
         given = self.params.data
         dataset = data.load_dataset(
             **given.model_dump(exclude={"augmentation", "normalization"}),
@@ -73,33 +77,39 @@ class Experiment:
             raise ValueError(f"datasets.{self.params.dataset} has one class, {dataset.train.classes}: two are needed")
         return dataset
 
-    @property
+    @shared
     def prior(self) -> Prior:
-        return self._once("prior", self._load_prior)
-
-    def _load_prior(self) -> Prior:
         folder, wanted = runs_path(self.params.dataset, "prior"), self.params.prior.source
         if (there := linked_source(folder)) != wanted:
             raise IncompatiblePrior(
                 f"prior.source is {wanted}, but {folder} holds {there or 'no such prior'}: `dvc repro prior` first"
             )
-        given, changes = self.params.data, self.params.spaces.ld3m
-        try:
-            prior = load_prior(folder)
-        except FileNotFoundError as error:
-            again = "`dvc pull prior` brings the embedded prior, `dvc repro -f prior` trains one"
-            raise FileNotFoundError(f"{error}; {again}") from error
-        prior.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
-        if changes.prior == "unconditional":
+        prior, change = self._loaded("prior", load_prior), self.params.spaces.ld3m.prior
+        if change == "unconditional":
             prior = unconditional(prior)
-        if changes.prior == "random":
+        if change == "random":
             prior = with_random_unet(prior, seed=self.params.seed)
         return self.launched(prior)
 
+    def _loaded(self, stage: str, load: Callable[[Path], Any]) -> Any:
+        """The prior or the GAN that a stage wrote; ValueError where it does not fit the data set."""
+        try:
+            model = load(runs_path(self.params.dataset, stage))
+        except FileNotFoundError as error:
+            again = f"`dvc pull {stage}` brings the embedded one, `dvc repro -f {stage}` trains one"
+            raise FileNotFoundError(f"{error}; {again}") from error
+        self.check_fit(model)
+        return model
+
+    def check_fit(self, model: Prior | Generator) -> None:
+        """Raise ValueError where a prior or a GAN does not fit the images and the classes of the data set."""
+        given = self.params.data
+        model.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
+
     def new_prior(self) -> Prior:
-        """Return an untrained prior of the sizes in params.yaml."""
+        """Return an untrained prior of the sizes in params.yaml; ValueError if they do not fit the images."""
         autoencoder, denoiser = self.params.prior.autoencoder, self.params.prior.denoiser
-        return build_prior(
+        prior = build_prior(
             classes=len(self.dataset.train.classes),
             channels=self.params.data.channels,
             latent_size=self.params.data.size_px // 2 ** (len(autoencoder.widths) - 1),
@@ -110,7 +120,15 @@ class Experiment:
             unet_blocks=denoiser.blocks,
             conditioning_width=denoiser.conditioning_width,
             seed=self.params.seed,
-        ).to(self.params.on_device)
+        )
+        return self._new(prior, "prior.autoencoder.widths and prior.denoiser.widths")
+
+    def _new(self, model: Any, keys: str) -> Any:
+        try:
+            self.check_fit(model)
+        except ValueError as error:
+            raise ValueError(f"{keys} do not fit datasets.{self.params.dataset}: {error}") from error
+        return model.to(self.params.on_device)
 
     def launched(self, prior: Prior) -> Prior:
         """The prior on the device and in the precision of params.yaml, its kernels launched in the way asked for."""
@@ -118,36 +136,27 @@ class Experiment:
         prior = prior.to(self.params.on_device).in_precision(given.precision)
         return prior if given.uncheckpointed_steps else prior.with_cuda_graphs()
 
-    @property
+    @shared
     def gan(self) -> Generator:
-        return self._once("gan", self._load_gan)
-
-    def _load_gan(self) -> Generator:
-        try:
-            gan = load_generator(runs_path(self.params.dataset, "gan")).to(self.params.on_device)
-        except FileNotFoundError as error:
-            again = "`dvc pull gan` brings the embedded GAN, `dvc repro -f gan` trains one"
-            raise FileNotFoundError(f"{error}; {again}") from error
-        given = self.params.data
-        gan.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
-        return gan
+        return self._loaded("gan", load_generator).to(self.params.on_device)
 
     def new_gan(self) -> Generator:
-        """Return an untrained GAN of the sizes in params.yaml."""
-        return build_generator(
+        """Return an untrained GAN of the sizes in params.yaml; ValueError if they do not fit the images."""
+        gan = build_generator(
             classes=len(self.dataset.train.classes),
             channels=self.params.data.channels,
             noise_width=self.params.gan.noise_width,
             w_width=self.params.gan.w_width,
             widths=self.params.gan.widths,
             seed=self.params.seed,
-        ).to(self.params.on_device)
+        )
+        return self._new(gan, "gan.widths")
 
     def new_network(self, architecture: str) -> Callable[..., nn.Module]:
         """Called with `seed=...`, gives a freshly initialized network of the data set's size."""
         given = self.params.network_arguments(architecture)
         if "factory" in given:
-            given["factory"] = imported(given["factory"])
+            given["factory"] = own("network", f"networks.{architecture}.factory", given["factory"])
         return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
@@ -168,7 +177,7 @@ class Experiment:
         """
         x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
-        start = SPACES[space] if space in SPACES else imported(block.factory)
+        start = SPACES[space] if space in SPACES else own("space", f"spaces.{space}.factory", block.factory)
         return start(
             x,
             labels,
@@ -185,7 +194,7 @@ class Experiment:
 
     def objective(self, name: str) -> Objective:
         block = getattr(self.params.objectives, name)
-        make = OBJECTIVES[name] if name in OBJECTIVES else imported(block.factory)
+        make = OBJECTIVES[name] if name in OBJECTIVES else own("objective", f"objectives.{name}.factory", block.factory)
         return make(
             self.dataset.train,
             normalization=self.dataset.normalization,
@@ -243,7 +252,7 @@ class Experiment:
         """Return normalized images (N, C, H, W) and labels of a control; None stands for all real training images."""
         if name == "full_data":
             return None, self.dataset.train.labels
-        return (CONTROLS[name] if name in CONTROLS else imported(name))(self, ipc)
+        return (CONTROLS[name] if name in CONTROLS else own("control", "control", name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
         """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
@@ -251,30 +260,24 @@ class Experiment:
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """
         configuration = self.configuration(cell) | {"normalization": vars(self.dataset.normalization)}
-        checkpoint = self.checkpoint_of(cell, configuration)
-        with explain_out_of_memory(*self.params.lowers_memory(cell.objective, cell.space)):
+        params, checkpoint = self.params, self.checkpoint_of(cell, configuration)
+        budget = params.budget(*cell.row, iterations=cell.iterations)
+        with explain_out_of_memory(*params.lowers_memory(cell.objective, cell.space)):
             synthetic = self.synthetic(cell.space, cell.ipc, prior=cell.prior)
-            run = self._run(synthetic, cell, checkpoint)
+            values = sum(tensor.numel() for tensor in synthetic.tensors().values())
+            require_space(cell.artefact(self.run), 16 * values + 2**20)
+            run = distill(
+                synthetic,
+                self.objective(cell.objective),
+                iterations=budget.iterations,
+                learning_rates=budget.learning_rates,
+                momentum=params.distill.momentum,
+                validate=partial(self.validate, labels=synthetic.labels),
+                validation_checks=params.distill.validation_checks,
+                checkpoint=checkpoint,
+            )
         with checkpoint:  # one process writes
             return self._write(run, synthetic, cell)
-
-    def checkpoint_of(self, cell: Cell, configuration: dict[str, Any]) -> Checkpoint:
-        return self.params.checkpoint(f"{cell.key}-run-{self.run}", configuration)
-
-    def _run(self, synthetic: Synthetic, cell: Cell, checkpoint: Checkpoint) -> Distilled:
-        tensors = synthetic.tensors()
-        require_space(cell.artefact(self.run), 4 * sum(4 * tensor.numel() for tensor in tensors.values()) + 2**20)
-        budget = self.params.budget(*cell.row, iterations=cell.iterations)
-        return distill(
-            synthetic,
-            self.objective(cell.objective),
-            iterations=budget.iterations,
-            learning_rates=budget.learning_rates,
-            momentum=self.params.distill.momentum,
-            validate=partial(self.validate, labels=synthetic.labels),
-            validation_checks=self.params.distill.validation_checks,
-            checkpoint=checkpoint,
-        )
 
     def _write(self, run: Distilled, synthetic: Synthetic, cell: Cell) -> Path:
         """Write the artefact of a finished run, and what the run cost; return the artefact's folder."""
@@ -303,6 +306,9 @@ class Experiment:
         measured = {"iterations": iterations, "seconds": run.seconds, "peak_mib": 1024 * peak_gib()}
         write_json(cell.cost_file(self.run), measured)
         return folder
+
+    def checkpoint_of(self, cell: Cell, configuration: dict[str, Any]) -> Checkpoint:
+        return self.params.checkpoint(f"{cell.key}-run-{self.run}", configuration)
 
     def images_of(self, cell: Cell) -> tuple[Tensor | None, Tensor]:
         """Return images and labels of a distilled cell from disk, or of a control."""

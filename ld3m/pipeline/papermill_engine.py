@@ -3,10 +3,10 @@
     python -m ld3m.pipeline.papermill_engine NOTEBOOK OUTPUT ...    as python -m papermill
 
 SIGTERM acts as Ctrl-C: papermill interrupts the kernel, which finishes its step, and waits for up to ten minutes. After
-the last cell the kernel is killed: asked to exit, one that has had worker processes takes half a minute.
+the last cell the kernel is killed: asked to exit, one that has had worker processes takes half a minute. A kernel that
+the system kills is reported with the memory it used and the keys that lower it; plain papermill says only that it died.
 """
 
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -41,12 +41,20 @@ class PatientEngine(NBClientEngine):
         try:
             return Client(nb_man, kernel_name=kernel_name, config=patience, **options).execute()
         except DeadKernelError as error:
-            used_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest process; Linux
             raise DeadKernelError(
-                f"the kernel was killed, probably since memory ran out (it used {used_gib:.1f} GiB): lower in "
-                "params.yaml `processes`, the render_batch of the space or the batch of what ran; "
-                "`python -m ld3m.pipeline.estimate` says what each stage needs"
+                f"the kernel was killed, probably because memory ran out{_used()}. Lower in params.yaml `processes`, "
+                "spaces.<space>.render_batch, objectives.<objective>.real_batch or evaluate.recipe.batch, whichever "
+                "the stage uses; `python -m ld3m.pipeline.estimate` says what each stage needs"
             ) from error
+
+
+def _used() -> str:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return ""
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the processes that have ended
+    return f" (its largest process used {largest / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB)"
 
 
 if __name__ == "__main__":

@@ -7,28 +7,7 @@ from pydantic import Field, model_validator
 from ld3m.evaluation.controls import CONTROLS
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
-from ld3m.models.networks import ARCHITECTURES
-from ld3m.pipeline.blocks import (
-    AblationParams,
-    Architectures,
-    Budget,
-    CellParams,
-    ControlParams,
-    DatasetParams,
-    DistillParams,
-    EvaluateParams,
-    GanParams,
-    GradientNormParams,
-    Model,
-    Name,
-    Network,
-    NetworkParams,
-    Objectives,
-    PriorParams,
-    Spaces,
-    TrajectoriesParams,
-    Whole,
-)
+from ld3m.pipeline import blocks
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import choose_device
@@ -36,142 +15,107 @@ from ld3m.runtime.devices import choose_device
 PRIORS = {"pixel": "data", "glad": "gan", "ld3m": "prior"}  # space: the folder of its prior under runs/<dataset>
 
 
-class Params(Model):
-    seed: Whole
+class Params(blocks.Model):
+    seed: blocks.Whole
     device: Literal["auto", "cpu", "cuda"]
     processes: Annotated[int, Field(strict=True, ge=1, le=1024)]
     cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
-    cells: dict[Name, CellParams]
-    controls: dict[Name, ControlParams]
-    architectures: Architectures
-    datasets: dict[Name, DatasetParams]
-    prior: PriorParams
-    gan: GanParams
-    networks: dict[str, Network]
-    trajectories: TrajectoriesParams
-    objectives: Objectives
-    spaces: Spaces
-    distill: DistillParams
-    evaluate: EvaluateParams
-    gradient_norms: GradientNormParams
-    ablations: AblationParams
+    cells: dict[blocks.Name, blocks.CellParams]
+    controls: dict[blocks.Name, blocks.ControlParams]
+    architectures: blocks.Architectures
+    datasets: dict[blocks.Name, blocks.DatasetParams]
+    prior: Annotated[
+        blocks.PriorParams,
+        blocks.that(
+            lambda prior: prior.source or prior.classes is None, "classes: are those of source; leave both empty"
+        ),
+    ]
+    gan: Annotated[
+        blocks.GanParams,
+        blocks.that(
+            lambda gan: len(gan.widths) == 1 + len(gan.discriminator_widths),
+            "widths: one more than discriminator_widths",
+        ),
+    ]
+    networks: dict[str, blocks.Network]
+    trajectories: blocks.TrajectoriesParams
+    objectives: blocks.Objectives
+    spaces: blocks.Spaces
+    distill: blocks.DistillParams
+    evaluate: blocks.EvaluateParams
+    gradient_norms: blocks.GradientNormParams
+    ablations: blocks.AblationParams
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
         if self.dataset not in self.datasets:
             raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
         self._check_cells()
-        self._check_budgets()
+        for objective, budgets in self.distill.__pydantic_extra__.items():
+            for space in budgets:
+                self.budget(objective, space)
         if all(changes for of in self.ablations.settings.values() for changes in of.values()):
             raise ValueError("ablations.settings: one must change nothing ({}), the baseline of the others")
         if self.distill.network not in self.ablations.architecture:
             raise ValueError(f"ablations.architecture lacks {self.distill.network}, which is distill.network")
-        recipes = {f"evaluate.recipe.{key}": getattr(self.evaluate.recipe, key) for key in ("epochs", "learning_rates")}
-        for key, changes in self.evaluate.recipe_overrides.items():
-            if changes.epochs is not None:
-                recipes[f"evaluate.recipe_overrides.{key}.epochs"] = changes.epochs
-        for name in {*self.architectures, *self.ablations.architecture, self.distill.network}:
-            for key, recipe in {"networks": self.networks, **recipes}.items():
-                if name not in recipe:
-                    raise ValueError(f"{key}.{name} is missing")
-        for key, recipe in recipes.items():
-            if unknown := recipe.keys() - self.networks.keys():
+        trained = {*self.architectures, *self.ablations.architecture, self.distill.network}
+        recipe, overrides = self.evaluate.recipe, self.evaluate.recipe_overrides
+        given = {"networks": self.networks, "evaluate.recipe.epochs": recipe.epochs}
+        given |= {"evaluate.recipe.learning_rates": recipe.learning_rates}
+        given |= {f"evaluate.recipe_overrides.{key}.epochs": of.epochs for key, of in overrides.items() if of.epochs}
+        for key, of in given.items():
+            if missing := trained - of.keys():
+                raise ValueError(f"{key}.{min(missing)} is missing")
+            if unknown := of.keys() - self.networks.keys():
                 raise ValueError(f"{key}.{min(unknown)}: there is no such network in networks")
-        for name, network in self.networks.items():
-            if isinstance(network, NetworkParams) and name not in ARCHITECTURES:
-                known = ", ".join(ARCHITECTURES)
-                raise ValueError(f"networks.{name}: there are {known}; one of your own has a `factory`")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
         if self.trajectories.epochs != needed:
             raise ValueError(
                 f"trajectories.epochs = {self.trajectories.epochs}: must be {needed}, the last epoch that "
                 "objectives.mtt reads (max_start_epoch - 1 + expert_epochs)"
             )
-        autoencoder, denoiser = self.prior.autoencoder, self.prior.denoiser
-        unit = 2 ** (len(autoencoder.widths) - 1 + len(denoiser.widths) - 1)
-        if self.prior.source is None and self.data.size_px % unit:
+        if self.spaces.glad.layer >= (layers := 2 * len(self.gan.widths)):
             raise ValueError(
-                f"datasets.{self.dataset}.size_px = {self.data.size_px}: must be a multiple of {unit} for a prior with "
-                "these prior.autoencoder.widths and prior.denoiser.widths"
-            )
-        if self.prior.source and (paths.ROOT / self.prior.source).resolve().is_relative_to(paths.ROOT / "runs"):
-            raise ValueError(
-                f"prior.source = {self.prior.source!r}: DVC removes what is in runs/ before the stage runs; copy the "
-                "prior to another folder"
-            )
-        if self.prior.source is None and self.prior.classes is not None:
-            raise ValueError("prior.classes are those of prior.source: set it to null where a prior is trained")
-        if any(width % 8 for width in autoencoder.widths) or any(width % 16 for width in denoiser.widths):
-            raise ValueError("prior.autoencoder.widths must be multiples of 8, prior.denoiser.widths multiples of 16")
-        if autoencoder.continuous_steps >= autoencoder.steps:
-            raise ValueError("prior.autoencoder.continuous_steps must be below prior.autoencoder.steps")
-        if any(cell.prior == "gan" for cell in self.cells.values()):
-            side = 4 * 2 ** (len(self.gan.widths) - 1)
-            if side != self.data.size_px:
-                raise ValueError(
-                    f"gan.widths has {len(self.gan.widths)} entries, which draw images of {side} px; needed are those "
-                    f"of datasets.{self.dataset}.size_px = {self.data.size_px}: one entry for 4 px, one for each "
-                    "doubling; or take the cells with `prior: gan` out of cells"
-                )
-            if len(self.gan.discriminator_widths) != len(self.gan.widths) - 1:
-                raise ValueError(
-                    f"gan.discriminator_widths has {len(self.gan.discriminator_widths)} entries; needed are "
-                    f"{len(self.gan.widths) - 1}, one for each halving down to 4 px"
-                )
-        if self.spaces.glad.layer >= 2 * len(self.gan.widths):
-            raise ValueError(
-                f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {2 * len(self.gan.widths)}, the number "
-                "of layers of a GAN with these gan.widths"
+                f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {layers}, the number of layers of a GAN "
+                "with these gan.widths"
             )
         return self
 
     def _check_cells(self) -> None:
-        seen: dict[tuple, str] = {}
         for key in self.cells.keys() & self.controls.keys():
             raise ValueError(f"cells.{key} and controls.{key}: one key for two entries, rename one")
         for key, cell in self.cells.items():
             for kind in ("objective", "space"):
                 if (name := getattr(cell, kind)) not in (known := getattr(self, f"{kind}s").names()):
                     raise ValueError(f"cells.{key}.{kind} = {name!r}: there are {', '.join(known)} in {kind}s")
-            if (wanted := PRIORS.get(cell.space, cell.prior)) != cell.prior:
-                raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {wanted!r}")
+            if (needed := PRIORS.get(cell.space, cell.prior)) != cell.prior:
+                raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {needed!r}")
             if cell.objective in OBJECTIVES and cell.experts != ("trajectories" if cell.objective == "mtt" else "data"):
                 raise ValueError(f"cells.{key}.experts = {cell.experts!r}: trajectories for mtt, data for dc and dm")
             if cell.space not in self.distill.__pydantic_extra__.get(cell.objective, {}):
                 raise ValueError(f"distill.{cell.objective}.{cell.space} is missing, which cells.{key} asks for")
+        names = (*CONTROLS, "full_data")
         for key, control in self.controls.items():
-            if control.control not in (*CONTROLS, "full_data") and ":" not in control.control:
-                known = ", ".join((*CONTROLS, "full_data"))
-                raise ValueError(
-                    f"controls.{key}.control = {control.control!r}: must be one of {known}, or the import path of your "
-                    "own, package.module:name"
-                )
+            if control.control not in names and ":" not in control.control:
+                known = f"{', '.join(names)}, or the import path of your own, package.module:name"
+                raise ValueError(f"controls.{key}.control = {control.control!r}: must be one of {known}")
             if (control.ipc == 0) != (control.control == "full_data"):
-                raise ValueError(f"controls.{key}.ipc = {control.ipc}: 0 is that of full_data, which has no other")
+                raise ValueError(
+                    f"controls.{key}.ipc = {control.ipc}: must be 0 for full_data, and at least 1 for others"
+                )
+        seen: dict[tuple, str] = {}
         for kind, entries in (("cells", self.cells), ("controls", self.controls)):
             for key, entry in entries.items():
                 for run in entry.runs:
-                    row = (kind, *entry.model_dump(include={"objective", "space", "control", "ipc"}).values(), run)
+                    row = (*entry.model_dump(include={"objective", "space", "control", "ipc"}).values(), run)
                     if row in seen:
                         raise ValueError(f"{kind}.{key}.runs has run {run}, which {kind}.{seen[row]} has too")
                     seen[row] = key
 
-    def _check_budgets(self) -> None:
-        for objective, budgets in self.distill.__pydantic_extra__.items():
-            for space, budget in budgets.items():
-                if objective in OBJECTIVES and space in PRIORS:
-                    names, given = self._learnables(objective, space), set(budget.learning_rates)
-                    possible = {"z", "z_T"} if space == "ld3m" else set()  # the one not learned may keep its rate
-                    if not names <= given <= names | possible:
-                        raise ValueError(
-                            f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given))}; "
-                            f"needed are {', '.join(sorted(names))}"
-                        )
-
     @property
-    def data(self) -> DatasetParams:
+    def data(self) -> blocks.DatasetParams:
         """The parameters of the data set that is distilled."""
         return self.datasets[self.dataset]
 
@@ -229,21 +173,25 @@ class Params(Model):
         subset = self.data.classes if isinstance(self.data.classes, str) else None
         return given | {"classes": self.prior.classes, "subset": subset}
 
-    def _learnables(self, objective: str, space: str) -> set[str]:
-        ld3m = self.spaces.ld3m
-        latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
-        names = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}[space]
-        return names | ({"student_lr"} if objective == "mtt" else set())
-
-    def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> Budget:
+    def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> blocks.Budget:
         """The budget of a cell, with the rates of what is learned in it alone; `iterations` replaces those given.
 
         What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc: the rates
         in params.yaml are those of one image a class, and are `ipc` times as large for more.
         """
-        given: Budget = self.distill.__pydantic_extra__[objective][space]
-        unlearned = {"z", "z_T"} - self._learnables(objective, space) if space == "ld3m" else set()
-        learned = given.learning_rates.keys() - unlearned
+        given: blocks.Budget = self.distill.__pydantic_extra__[objective][space]
+        ld3m, learned = self.spaces.ld3m, set(given.learning_rates)
+        latent = DEFAULT_LEARNED[ld3m.skip] if ld3m.learn == "auto" else ld3m.learn
+        if space == "ld3m":
+            learned -= {"z", "z_T"} - {latent}  # the one not learned may keep its rate
+        if objective in OBJECTIVES and space in PRIORS:
+            needed = {"pixel": {"images"}, "glad": {"f", "w"}, "ld3m": {latent, "c"}}[space]
+            needed |= {"student_lr"} if objective == "mtt" else set()
+            if learned != needed:
+                raise ValueError(
+                    f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given.learning_rates))}; needed "
+                    f"are {', '.join(sorted(needed))}"
+                )
         rates = {name: given.learning_rates[name] * (1 if name == "student_lr" else ipc) for name in sorted(learned)}
         return given.model_copy(update={"learning_rates": rates, "iterations": iterations or given.iterations})
 
@@ -251,7 +199,5 @@ class Params(Model):
         """The settings that a cell needs less memory with, the lower they are."""
         matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
         rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
-        kept = (
-            ("spaces.ld3m.uncheckpointed_steps",) if space == "ld3m" and self.spaces.ld3m.uncheckpointed_steps else ()
-        )
-        return (*kept, *rendered, matched)
+        keeps_graphs = space == "ld3m" and self.spaces.ld3m.uncheckpointed_steps
+        return (*(("spaces.ld3m.uncheckpointed_steps",) if keeps_graphs else ()), *rendered, matched)

@@ -1,13 +1,13 @@
 """params.yaml as frozen models: an unknown key, a missing key or a value out of range is an error that names it.
 
     python -m ld3m.pipeline.profiles apply imagenet128 paper    # write params.yaml: the base and these profiles over it
-    python -m ld3m.pipeline.profiles check                      # say whether params.yaml is valid
 
 `pipeline` and `reporting` are given a `Params`; the functions of every other package take explicit values.
 """
 
 import copy
 import io
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
 def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: str) -> Params:
     values = copy.deepcopy(values)
     for key, value in overrides.items():
-        *parents, last = key.split(".")
+        *parents, last = str(key).split(".")
         node = values
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
@@ -63,9 +63,8 @@ def ablation_settings(
 ) -> dict[str, tuple[Params, str, str]]:
     """Return {setting: (its parameters, objective, space)} of the settings that an ablation measures: those that
     change something, and the baseline if it is the first of all."""
-    values = _read(path)
-    params = _overridden(values, overrides or {}, origin=path.name)
-    given = params.ablations
+    values, overrides = _read(path), overrides or {}
+    given = _overridden(values, overrides, origin=path.name).ablations
     if ablation not in given.settings:
         raise ValueError(
             f"there is no ablation {ablation!r} in ablations.settings; there are {', '.join(given.settings)}"
@@ -83,7 +82,7 @@ def ablation_settings(
                 f"distill.{objective}.{space}.iterations": given.iterations,
             }
             try:
-                changed = _overridden(values, (overrides or {}) | shared | keys, origin=path.name)
+                changed = _overridden(values, overrides | shared | keys, origin=path.name)
             except ValueError as error:
                 raise ValueError(f"ablations.settings.{ablation}.{name}: {error}") from None
             settings[name] = changed, objective, space
@@ -94,23 +93,30 @@ def validate(values: Any, *, origin: str) -> Params:
     """Plain values as Params, or a ValueError with one line for every wrong key."""
     try:
         params = Params.model_validate(values)
-        check_factories(params)
-        return params
     except ValidationError as error:
-        lines = [f"{origin} is not valid:"]
+        found: dict[str, list[str]] = {}
         for problem in error.errors(include_url=False):
             if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
                 continue  # too short without its wrong entries, which have lines of their own
-            key = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "own", "built-in"))
-            message = problem["msg"].removeprefix("Value error, ")
-            wrong = "unknown key, see profiles/base.yaml" if problem["type"] == "extra_forbidden" else message
-            got = (
-                ""
-                if problem["type"] == "missing" or isinstance(problem["input"], dict)
-                else f" (got {problem['input']!r})"
-            )
-            lines.append(f"  {key or '(whole)'}: {wrong}{got}")
-        raise ValueError("\n".join(lines)) from None
+            wrong = problem["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
+            if problem["type"] == "extra_forbidden":
+                wrong = "unknown key, see profiles/base.yaml"
+            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            found.setdefault(_key(problem, values), []).append(wrong + got)
+        lines = [f"{key}: {' or '.join(wrong)}".removeprefix(": ") for key, wrong in found.items()]
+        raise ValueError("\n  ".join((f"{origin} is not valid:", *lines))) from None
+    check_factories(params)
+    return params
+
+
+def _key(problem: Any, values: Any) -> str:
+    """The dotted key of a problem, without the parts by which pydantic tells the kinds of a value apart."""
+    parts = []
+    for part in problem["loc"]:
+        if isinstance(values, list) and isinstance(part, int) or isinstance(values, dict) and part in values:
+            values = values[part]
+            parts.append(part)
+    return ".".join(map(str, [*parts, problem["loc"][-1]] if problem["type"] == "missing" else parts))
 
 
 def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
@@ -124,7 +130,7 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
 
     Returns
     -------
-    Where the former params.yaml is kept, if it held changes of the user's own.
+    Where the former params.yaml is kept, if it held changes of the user's own: params.yaml.before-<number>.
 
     Raises
     ------
@@ -133,7 +139,8 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
     """
     content, kept = _content(profiles, name=path.name), None
     if path.exists() and not _is_written_by_profiles(path):
-        kept = path.with_name(f"{path.name}.before")
+        names = (path.with_name(f"{path.name}.before-{number}") for number in itertools.count(1))
+        kept = next(file for file in names if not file.exists())
         write_bytes(kept, path.read_bytes())
     write_bytes(path, content)
     return kept
@@ -208,18 +215,13 @@ def _read(path: Path) -> Any:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] != ["apply"]:
+        sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]")
     try:
-        match sys.argv[1:]:
-            case ["apply", *profiles]:
-                kept = apply_profiles(*profiles)
-                print(f"params.yaml has the values of {' and '.join(['the base', *profiles])}")
-                if kept:
-                    print(f"it had changes of your own: the file as it was is {kept.name}")
-                print("next: python -m ld3m.pipeline.check")
-            case ["check"]:
-                load_params()
-                print("params.yaml is valid")
-            case _:
-                sys.exit("usage: python -m ld3m.pipeline.profiles apply [PROFILE ...]\n       ... check")
+        kept = apply_profiles(*sys.argv[2:])
     except (ValueError, FileNotFoundError) as problem:
         sys.exit(str(problem))
+    print(f"params.yaml has the values of {' and '.join(['profiles/base.yaml', *sys.argv[2:]])}")
+    if kept:
+        print(f"it had changes of your own: the former file is {kept.name}")
+    print("next: python -m ld3m.pipeline.check")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.evaluation.evaluate import EvaluationJob, exchanged_classes
+from ld3m.evaluation.evaluate import exchanged_classes
 from ld3m.evaluation.scores import Scores, read_scores, write_scores
 from ld3m.evaluation.statistics import Accuracies
 from ld3m.pipeline.cells import Cell, evaluated_folder, first_runs
@@ -44,21 +44,20 @@ def evaluate_runs(experiment: Experiment, cell: Cell) -> dict[int, Accuracies]:
     The images of a control are written too; those of a cell are in its artefact.
     """
     found = {run: experiment.of_run(run).images_of(cell) for run in cell.runs}
-    jobs = {run: experiment.of_run(run).evaluation_job(*images) for run, images in found.items()}
     images = found[cell.runs[0]][0] if cell.objective == "none" else None
-    return _evaluate(experiment, cell.name, f"evaluate-{cell.key}", jobs, found, folder=cell.scores, images=images)
+    return _evaluate(experiment, cell.name, f"evaluate-{cell.key}", found, folder=cell.scores, images=images)
 
 
 def evaluate_foreign(experiment: Experiment, images: Tensor, labels: Tensor, name: str) -> Accuracies:
     """Evaluate a set that no stage made as `evaluate_runs` does ours, and print what says that its labels are wrong."""
-    job, found = experiment.evaluation_job(images, labels), {0: (images, labels)}
+    folder, found = evaluated_folder(experiment.params.dataset, name), {0: (images, labels)}
     classes = experiment.dataset.train.classes
-    folder = evaluated_folder(experiment.params.dataset, name)
-    accuracies = _evaluate(experiment, name, f"evaluated-{name}", {0: job}, found, folder=folder, images=images)[0]
+    accuracies = _evaluate(experiment, name, f"evaluated-{name}", found, folder=folder, images=images)[0]
     chance = 1 / len(classes)
     for architecture, values in accuracies.items():
         if sum(values) / len(values) < chance / 2:
             print(f"{architecture} is far below chance, {chance:.0%}: the set's classes may be in another order")
+    job = experiment.evaluation_job(images, labels)
     if order := exchanged_classes(job, experiment.dataset, experiment.new_network(next(iter(job.recipes)))):
         seen = [f"{name} as {classes[k]}" for name, k in zip(classes, order, strict=True) if name != classes[k]]
         print(f"the set's labels are probably exchanged: a network trained on it sees {', '.join(seen[:10])}")
@@ -69,13 +68,13 @@ def _evaluate(
     experiment: Experiment,
     name: str,
     checkpoint_name: str,
-    jobs: dict[int, EvaluationJob],
     found: dict[int, tuple[Tensor | None, Tensor]],
     *,
     folder: Path,
     images: Tensor | None,
 ) -> dict[int, Accuracies]:
-    """Trains and tests the networks of every run, from the checkpoint of an interrupted call where there is one."""
+    """Train and test the networks of every run, from the checkpoint of an interrupted call where there is one."""
+    jobs = {run: experiment.of_run(run).evaluation_job(*images) for run, images in found.items()}
     configuration = {
         f"run {run}": {
             "set_sha256": tensors_hash({"labels": labels} | ({} if images is None else {"images": images})),
