@@ -1,11 +1,15 @@
 """The benchmarks of the table, everything tiny: they run, compare equals, and keep each other's rows."""
 
+import subprocess
+import sys
+
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks import __main__ as everything
-from benchmarks import evaluation, iteration, memory, representable, table
+from benchmarks import evaluation, iteration, memory, representable, reproduce, table
 from benchmarks.experts import textbook
 from benchmarks.table import Row, less_is_better, require_same
 from ld3m.evaluation.training import accuracy, train
@@ -105,3 +109,43 @@ def test_what_ld3m_can_draw_of_a_set_lies_between_its_start_and_the_set(monkeypa
     assert 0 < missed["nearest of LD3M"] < 0.5
     assert set(found.architecture) == {"convnet", "alexnet", "unseen"} and set(found.n) == {3}
     assert (found[found.images == "as distilled"][["change", "change_low", "change_high"]] == 0).all(axis=None)
+
+
+BURN = """
+import os, sys, time
+print("Running stage 'burn@1':", flush=True)
+if os.fork() == 0:  # its parent does not wait for it
+    os.setsid()
+    held, began = bytearray(os.urandom(2**20) * 80), time.process_time()
+    while time.process_time() - began < 0.7:
+        pass
+    os._exit(0)
+time.sleep(1.2)
+print("Running stage 'rest':", flush=True)
+time.sleep(0.3)
+"""
+
+
+def test_what_make_uses_is_measured_over_all_processes_in_a_new_clone(tmp_path):
+    clone = tmp_path / "clone"
+    (clone / ".venv/bin").mkdir(parents=True)
+    (clone / ".venv/.installed").touch()
+    (clone / "burn.py").write_text(BURN)
+    lines = ["$(VENV)/.installed: burn.py", "\tfalse", "reproduce: $(VENV)/.installed", f"\t{sys.executable} burn.py"]
+    (clone / "Makefile").write_text("\n".join([*lines, "broken:", "\tfalse", ""]))
+    git = ["git", "-C", str(clone), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "Makefile", "burn.py"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    (clone / "burn.py").write_text("uncommitted: not run")
+    reproduce.main([str(clone), str(clone), "--out", str(tmp_path / "found/reproduce.csv")])
+    found = pd.read_csv(tmp_path / "found/reproduce.csv")
+    assert list(found) == ["machine", "version", "commit", "stage", "wall_s", "cpu_s", "peak_mib"]
+    assert found.version.tolist() == ["old"] * 3 + ["new"] * 3 and found.commit.str.fullmatch("[0-9a-f]{7}").all()
+    for _, rows in found.groupby("version"):
+        burn, rest, everything = rows.set_index("stage").loc[["burn@1", "rest", "all"]].itertuples()
+        assert 0.6 < burn.cpu_s <= everything.cpu_s and burn.wall_s >= 1.1 and burn.peak_mib > 75
+        assert everything.peak_mib == burn.peak_mib and everything.wall_s >= burn.wall_s + rest.wall_s
+    with pytest.raises(RuntimeError, match="make broken .* ended with status 2"):
+        reproduce.main([str(clone), "--target", "broken"])
+    with pytest.raises(FileNotFoundError, match="make install"):
+        reproduce.main([str(tmp_path)])
