@@ -1,6 +1,6 @@
 """All benchmarks of the table, in one process: what `make bench` runs.
 
-python -m benchmarks                # into reports/tables/benchmarks.csv
+python -m benchmarks                # into benchmarks/benchmarks.csv
 python -m benchmarks.iteration      # one of them: its own rows are replaced, the others stay
 """
 
@@ -8,12 +8,12 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks import evaluation, experts, iteration, memory, objectives, rendering, roofline
+from benchmarks import evaluation, experts, floor, iteration, memory, objectives, rendering, roofline
 from benchmarks.table import FILE, show, write
 from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.progress import silent
 
-ALL = (iteration, memory, rendering, objectives, evaluation, roofline, experts)
+ALL = (iteration, memory, rendering, objectives, evaluation, roofline, experts, floor)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from ld3m.evaluation.training import accuracy, train
 from ld3m.models.networks import build
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
+from ld3m.runtime.devices import describe
 
 NAMES = "ld3m_iteration ld3m_iteration_kept ld3m_memory_in_steps rendering dc_step dm_step mtt_step mtt_memory experts"
 
@@ -28,18 +29,24 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_all_benchmarks_run(tmp_path, capsys):
+def test_all_benchmarks_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "FILE", tmp_path / "reproduce.csv")
+    rows = [("trajectories", 30.0), ("evaluate@a", 100.0), ("control@b", 50.0), ("tables", 5.0), ("all", 200.0)]
+    measured = pd.DataFrame(rows, columns=["stage", "cpu_s"]).assign(machine=describe("cpu"), version="new")
+    pd.concat([measured, measured.assign(version="old")]).to_csv(reproduce.FILE)
     everything.main(["--smoke", "--out", str(tmp_path / "benchmarks.csv")])
     found = table.read(tmp_path / "benchmarks.csv")
-    assert {row.benchmark for row in found} == {*NAMES.split(), "evaluation", "roofline"}
+    assert {row.benchmark for row in found} == {*NAMES.split(), "evaluation", "roofline", "reproduce"}
     assert len({(row.benchmark, row.compared_with) for row in found}) == len(found)
     for row in found:
         expected = row.ours / row.other if row.benchmark == "roofline" else row.other / row.ours
         assert row.ratio == pytest.approx(expected, rel=2e-3) and expected > 0 and row.unit and row.device
     flat = [row.ratio for row in found if row.compared_with.startswith("one step with gradient")]
     assert len(flat) == 2 and min(flat) > 1 / 1.1
+    whole = {row.compared_with: row.ours for row in found if row.benchmark == "reproduce"}
+    assert whole == {"matrix products; all": 200, "matrix products; trajectories": 30}  # of few stages in smoke
     said = capsys.readouterr().out
-    assert "[1 of 7, 0 s] iteration" in said and "4T floor" in said
+    assert "[1 of 8, 0 s] iteration" in said and "4T floor" in said
 
 
 def test_one_script_replaces_its_own_rows_alone(tmp_path):
