@@ -17,6 +17,7 @@ from ld3m.models.networks import build
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
 from ld3m.runtime.devices import describe
+from ld3m.runtime.devices import describe
 
 NAMES = "ld3m_iteration ld3m_iteration_kept ld3m_memory_in_steps rendering dc_step dm_step mtt_step mtt_memory experts"
 
@@ -43,6 +44,8 @@ def test_all_benchmarks_run(tmp_path, capsys, monkeypatch):
         assert row.ratio == pytest.approx(expected, rel=2e-3) and expected > 0 and row.unit and row.device
     flat = [row.ratio for row in found if row.compared_with.startswith("one step with gradient")]
     assert len(flat) == 2 and min(flat) > 1 / 1.1
+    whole = {row.compared_with: row.ours for row in found if row.benchmark == "reproduce"}
+    assert whole == {"matrix products; all": 200, "matrix products; trajectories": 30}  # of few stages in smoke
     whole = {row.compared_with: row.ours for row in found if row.benchmark == "reproduce"}
     assert whole == {"matrix products; all": 200, "matrix products; trajectories": 30}  # of few stages in smoke
     said = capsys.readouterr().out
