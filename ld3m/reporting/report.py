@@ -77,7 +77,7 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
         written |= dict(zip(names, tables.read_ablations(params), strict=True))
         if any(cell.prior == "gan" for cell in found):
             written["gan"] = _check(runs_path(params.dataset, "gan-check"))
-        runs = every.groupby(["objective", "space", "ipc"]).filter(lambda of: of.run.nunique() > 1)
+        runs = tables.of_several_runs(every)
         if len(runs):
             one_each = runs[runs.seed == 0]
             written |= {"runs": tables.summarize(one_each), "runs_differences": tables.differences(one_each)}
@@ -95,8 +95,8 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
         write_bytes(folder / f"{name}.md", "\n".join([*markdown, *sentences, ""]).encode())
         write_bytes(folder / f"{name}.tex", tables.latex(text, note).encode())
     if table == "main":
-        rows = written["main"].set_index(["objective", "space", "ipc"])
-        means = {cell.name: rows.loc[cell.row].set_index("architecture")["mean"].to_dict() for cell in found}
+        rows = written["main"].set_index("architecture").groupby(["objective", "space", "ipc"])["mean"]
+        means = {cell.name: rows.get_group(cell.row).to_dict() for cell in found}
         write_json(folder / "metrics.json", means)  # for `dvc metrics`: {cell: {architecture: mean}}
     return written
 

@@ -70,6 +70,11 @@ def scores_of(params: Params, found: list[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=SCORES)
 
 
+def of_several_runs(scores: pd.DataFrame) -> pd.DataFrame:
+    """The scores of the sets that were distilled several times."""
+    return scores.groupby(["objective", "space", "ipc"]).filter(lambda of: of.run.nunique() > 1)
+
+
 def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
     """The scores with, for every cell, run and network, the mean over the unseen architectures as one more."""
     keys = ["dataset", "ipc", "objective", "space", "run", "seed"]
