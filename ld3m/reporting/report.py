@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
@@ -21,23 +22,6 @@ from ld3m.runtime.storage import read_tensors, write_bytes, write_json
 
 DIGITS = 6  # after the point of a fraction in a csv file
 MEASURED = {"costs", "ablation_costs"}  # seconds and memory: never the same twice
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}</main>
-</body>
-</html>
-"""
 
 
 def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
@@ -171,8 +155,8 @@ def write_page(notebook: Path, file: Path) -> None:
     exporter.exclude_anchor_links = True
     body, _ = exporter.from_notebook_node(executed)
     title = executed.cells[0].source.splitlines()[0].lstrip("# ")
-    style = Path(__file__).with_name("report.css").read_text()
-    write_bytes(file, PAGE.format(title=title, style=style, body=body).encode())
+    page = jinja2.Template(Path(__file__).with_name("report.html").read_text(), keep_trailing_newline=True)
+    write_bytes(file, page.render(title=title, body=body).encode())
 
 
 def _gradient_norms(params: Params) -> pd.DataFrame:

@@ -26,28 +26,24 @@ MEASURES = {
     "psnr_db": "Reconstruction: dB",
     "spread": "Distance within a class, of that of real images",
 }
-POINTS = {"Points": "{mean:+.1f}", "95 % interval": "{ci_low:+.1f} to {ci_high:+.1f}", "p": "{p}", "n": "{n}"}
+
+
+def _columns(form: str, **headers: str) -> dict[str, str]:
+    return {header: f"{{{column}:{form}}}" for column, header in headers.items()}
+
+
 SET = {"IPC": "{ipc}", "Set": "{set}"}
+POINTS = {"Points": "{mean:+.1f}", "95 % interval": "{ci_low:+.1f} to {ci_high:+.1f}", "p": "{p}", "n": "{n}"}
+SDS = _columns(".1f", net_sd="Networks on one set", run_sd="Runs beyond that", total_sd="Both together")
+COMPARED = _columns(".3f", accuracy="Accuracy", random_real="Random real", full_data="Full data")
 LAYOUTS = {  # {table: {header: text of a row, accuracies in percent, their differences in points}}
     "differences": {**SET, "Minus": "{minus}", **POINTS},
     "ablation_changes": {"Setting": "{setting}", **POINTS},
-    "ablations": {"Setting": "{setting}", "mean": "{mean:.1f}"},
-    "spread": {
-        "Set": "{set}",
-        "Network": "{architecture}",
-        "Networks on one set": "{net_sd:.1f}",
-        "Runs beyond that": "{run_sd:.1f}",
-        "Both together": "{total_sd:.1f}",
-    },
-    "validation": {**SET, "Start": "{first:.1f}", "End": "{last:.1f}"},
-    "metrics": {
-        **SET,
-        "Accuracy": "{accuracy:.3f}",
-        "Random real": "{random_real:.3f}",
-        "Full data": "{full_data:.3f}",
-        **{name: f"{{{name}:.3f}}" for name in STATISTICS},
-    },
-    "costs": {**SET, "Iterations": "{iterations}", "Seconds": "{seconds:.0f}", "Peak MiB": "{peak_mib:.0f}"},
+    "ablations": {"Setting": "{setting}", **_columns(".1f", mean="mean")},
+    "spread": {"Set": "{set}", "Network": "{architecture}", **SDS},
+    "validation": {**SET, **_columns(".1f", first="Start", last="End")},
+    "metrics": {**SET, **COMPARED, **_columns(".3f", **{name: name for name in STATISTICS})},
+    "costs": {**SET, "Iterations": "{iterations}", **_columns(".0f", seconds="Seconds", peak_mib="Peak MiB")},
 }
 PERCENT = ["mean", "ci_low", "ci_high", "net_sd", "run_sd", "total_sd", "first", "last"]
 
