@@ -17,7 +17,7 @@ from ld3m.models.networks import build
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
 from ld3m.runtime.devices import describe
-from ld3m.runtime.devices import describe
+from ld3m.runtime.parallel import end_workers
 
 NAMES = "ld3m_iteration ld3m_iteration_kept ld3m_memory_in_steps rendering dc_step dm_step mtt_step mtt_memory experts"
 
@@ -35,7 +35,7 @@ def test_all_benchmarks_run(tmp_path, capsys, monkeypatch):
     rows = [("trajectories", 30.0), ("evaluate@a", 100.0), ("control@b", 50.0), ("tables", 5.0), ("all", 200.0)]
     measured = pd.DataFrame(rows, columns=["stage", "cpu_s"]).assign(machine=describe("cpu"), version="new")
     pd.concat([measured, measured.assign(version="old")]).to_csv(reproduce.FILE)
-    everything.main(["--smoke", "--out", str(tmp_path / "benchmarks.csv")])
+    table.main(*everything.ALL, arguments=["--smoke", "--out", str(tmp_path / "benchmarks.csv")])
     found = table.read(tmp_path / "benchmarks.csv")
     assert {row.benchmark for row in found} == {*NAMES.split(), "evaluation", "roofline", "reproduce"}
     assert len({(row.benchmark, row.compared_with) for row in found}) == len(found)
@@ -49,7 +49,7 @@ def test_all_benchmarks_run(tmp_path, capsys, monkeypatch):
     whole = {row.compared_with: row.ours for row in found if row.benchmark == "reproduce"}
     assert whole == {"matrix products; all": 200, "matrix products; trajectories": 30}  # of few stages in smoke
     said = capsys.readouterr().out
-    assert "[1 of 8, 0 s] iteration" in said and "4T floor" in said
+    assert "[1 of 8, 0 s] benchmarks.iteration" in said and "4T floor" in said
 
 
 def test_one_script_replaces_its_own_rows_alone(tmp_path):
@@ -57,7 +57,7 @@ def test_one_script_replaces_its_own_rows_alone(tmp_path):
     given = dict(ours=1.0, unit="s", device="cpu")
     other = less_is_better("zebra", "horse, striped", other=2.0, **given)
     table.write([other, less_is_better("ld3m_memory_in_steps", "of before", other=3.0, **given)], file)
-    table.main(memory.measure, None, ["--smoke", "--out", str(file)])
+    table.main(memory.measure, arguments=["--smoke", "--out", str(file)])
     found = table.read(file)
     assert [row for row in found if row.benchmark != "ld3m_memory_in_steps"] == [other]
     assert len(found) == 4 and all(row.compared_with != "of before" for row in found)
@@ -137,6 +137,7 @@ time.sleep(0.3)
 
 
 def test_what_make_uses_is_measured_over_all_processes_in_a_new_clone(tmp_path):
+    end_workers()  # those of other tests
     clone = tmp_path / "clone"
     (clone / ".venv/bin").mkdir(parents=True)
     (clone / ".venv/.installed").touch()
