@@ -155,7 +155,7 @@ def test_what_make_uses_is_measured_over_all_processes_in_a_new_clone(tmp_path):
     for _, rows in found.groupby("version"):
         burn, rest, everything = rows.set_index("stage").loc[["burn@1", "rest", "all"]].itertuples()
         assert 0.6 < burn.cpu_s <= everything.cpu_s and burn.wall_s >= 1.1 and burn.peak_mib > 75
-        assert everything.peak_mib == burn.peak_mib and everything.wall_s >= burn.wall_s + rest.wall_s
+        assert everything.peak_mib >= burn.peak_mib and everything.wall_s >= burn.wall_s + rest.wall_s
     with pytest.raises(RuntimeError, match="make broken .* ended with status 2"):
         reproduce.main([str(clone), "--target", "broken"])
     with pytest.raises(FileNotFoundError, match="make install"):
