@@ -124,13 +124,15 @@ def test_what_ld3m_can_draw_of_a_set_lies_between_its_start_and_the_set(monkeypa
 BURN = """
 import os, sys, time
 print("Running stage 'burn@1':", flush=True)
-if os.fork() == 0:  # its parent does not wait for it
+ended, writes = os.pipe()
+if os.fork() == 0:  # its parent does not collect it
     os.setsid()
     held, began = bytearray(os.urandom(2**20) * 80), time.process_time()
     while time.process_time() - began < 0.7:
         pass
     os._exit(0)
-time.sleep(1.2)
+os.close(writes)
+os.read(ended, 1)
 print("Running stage 'rest':", flush=True)
 time.sleep(0.3)
 """
@@ -149,13 +151,13 @@ def test_what_make_uses_is_measured_over_all_processes_in_a_new_clone(tmp_path):
         subprocess.run([*git, *command], check=True)
     (clone / "burn.py").write_text("uncommitted: not run")
     reproduce.main([str(clone), str(clone), "--out", str(tmp_path / "found/reproduce.csv")])
-    found = pd.read_csv(tmp_path / "found/reproduce.csv")
+    found = pd.read_csv(tmp_path / "found/reproduce.csv", dtype={"commit": str})
     assert list(found) == ["machine", "version", "commit", "stage", "wall_s", "cpu_s", "peak_mib"]
     assert found.version.tolist() == ["old"] * 3 + ["new"] * 3 and found.commit.str.fullmatch("[0-9a-f]{7}").all()
     for _, rows in found.groupby("version"):
         burn, rest, everything = rows.set_index("stage").loc[["burn@1", "rest", "all"]].itertuples()
-        assert 0.6 < burn.cpu_s <= everything.cpu_s and burn.wall_s >= 1.1 and burn.peak_mib > 75
-        assert everything.peak_mib >= burn.peak_mib and everything.wall_s >= burn.wall_s + rest.wall_s
+        assert 0.6 <= burn.cpu_s <= everything.cpu_s and burn.wall_s > 0.6 and burn.peak_mib > 75
+        assert everything.peak_mib >= burn.peak_mib and everything.wall_s >= burn.wall_s + rest.wall_s - 0.2
     with pytest.raises(RuntimeError, match="make broken .* ended with status 2"):
         reproduce.main([str(clone), "--target", "broken"])
     with pytest.raises(FileNotFoundError, match="make install"):
