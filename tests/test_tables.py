@@ -132,18 +132,22 @@ def test_differences_are_paired_by_network(scores):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "file, change, words",
     [
-        (Path.unlink, "{file} is missing"),
-        (lambda file: file.write_text("{}"), "{file} is no file of scores"),
-        (lambda file: write(file, {0: {"vit": [0.5] * 2}}), "{file} has 2 networks of vit for run 0, .* asks for 3"),
+        (file_of, Path.unlink, "{file} is missing"),
+        (file_of, lambda file: file.write_text("{}"), "{file} is no file of scores"),
+        (
+            file_of,
+            lambda file: write(file, {0: {"vit": [0.5] * 2}}),
+            "{file} has 2 networks of vit for run 0, .* 3",
+        ),
+        (lambda cell: cell.cost_file(0), Path.unlink, "{file} is missing: `dvc repro`"),
     ],
 )
-def test_scores_that_are_missing_broken_or_too_few_are_named(params, change, words):
-    file = file_of(CELLS[3])
-    change(file)
-    with pytest.raises((FileNotFoundError, ValueError), match=words.format(file=file)):
-        tables.scores_of(params, CELLS)
+def test_scores_and_costs_that_are_missing_broken_or_too_few_are_named(params, file, change, words):
+    change(found := file(CELLS[3]))
+    with pytest.raises((FileNotFoundError, ValueError), match=words.format(file=found)):
+        report.write_tables(params, table="main")
 
 
 @pytest.mark.parametrize("control", ["iteration0", "prior_samples", "herding", "k_center"])
@@ -295,10 +299,6 @@ def test_costs_are_read_for_every_cell_that_is_distilled(params):
     assert list(costs.itertuples(index=False, name=None)) == [
         (DATASET, ipc, objective, space, 20, 5.0 + ipc, 700.0) for objective, space, ipc in ROWS if objective != "none"
     ]
-    file = CELLS[-2].cost_file(0)
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
-        tables.read_costs(params, CELLS)
 
 
 def test_ours_stand_beside_the_papers(params):
