@@ -236,16 +236,13 @@ def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
     for row in between.itertuples():
-        other = NAMES[row.minus] if row.minus == "glad" else row.minus
-        if row.ci_low > 0:
-            verdict = f"LD3M is significantly better than {other}"
-        elif row.ci_high < 0:
-            verdict = f"**LD3M is significantly worse than {other}**"
-        else:
-            verdict = f"**no significant difference between LD3M and {other}**"
+        other, better = NAMES[row.minus] if row.minus == "glad" else row.minus, row.ci_low > 0
+        verdict = f"LD3M is significantly {'better' if better else 'worse'} than {other}"
+        if not (better or row.ci_high < 0):
+            verdict = f"no significant difference between LD3M and {other}"
         lines.append(
-            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures: {_points(row)}, paired "
-            f"over {row.n} {paired_by}."
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict if better else f'**{verdict}**'} on the unseen "
+            f"architectures: {_points(row)}, paired over {row.n} {paired_by}."
         )
     for row in against_real.itertuples():
         verdict = "significantly better" if row.ci_low > 0 else "**not significantly better**"
