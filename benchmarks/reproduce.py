@@ -20,11 +20,11 @@ import resource
 import subprocess
 import tempfile
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Lock
-from typing import NamedTuple
 
 import pandas as pd
 import psutil
@@ -36,14 +36,7 @@ from ld3m.runtime.storage import write_bytes
 FILE = ROOT / "reports/benchmarks/reproduce.csv"
 STAGE = re.compile(r"Running stage '(.+)':")  # what DVC prints
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
-
-
-class Use(NamedTuple):
-    """Seconds on the clock, CPU-seconds so far, and memory now."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mib: float
+Use = namedtuple("Use", "wall_s cpu_s peak_mib")  # the clock, CPU-seconds so far, memory now
 
 
 def use() -> Use:
@@ -88,12 +81,10 @@ def measure(command: list[str], folder: Path, environment: dict[str, str], *, ev
     watching.result()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} in {folder} ended with status {process.returncode}")
-    end = look()
-    spans = [(*start, after[1]) for start, after in pairwise([*starts, ("", end)])] + [("all", 0, end)]
-    rows = [
-        (name, uses[b].wall_s - uses[a].wall_s, uses[b].cpu_s - uses[a].cpu_s, max(u.peak_mib for u in uses[a : b + 1]))
-        for name, a, b in spans
-    ]
+    rows, end = [], look()
+    for name, a, b in [*((*start, after) for start, (_, after) in pairwise([*starts, ("", end)])), ("all", 0, end)]:
+        first, last, peak_mib = uses[a], uses[b], max(one.peak_mib for one in uses[a : b + 1])
+        rows.append((name, last.wall_s - first.wall_s, last.cpu_s - first.cpu_s, peak_mib))
     return pd.DataFrame(rows, columns=["stage", *Use._fields])
 
 
@@ -105,7 +96,7 @@ def in_new_clone(given: Path, target: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
         subprocess.run(["git", "clone", "--quiet", given.resolve(), folder], check=True)
         told = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=folder, stdout=subprocess.PIPE, check=True)
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MALLOC_"))}
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MALLOC_", "PYTHON"))}
         own |= {"PATH": f"{venv}/bin:{own['PATH']}", "PYTHONPATH": folder, "PYTHONUNBUFFERED": "1"}
         command = ["make", target, f"VENV={venv}", f"--old-file={venv}/.installed"]  # nothing is installed
         return measure(command, Path(folder), own).assign(commit=told.stdout.decode().strip())
