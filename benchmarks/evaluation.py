@@ -164,4 +164,4 @@ def _require_alike(ours: Scores, other: Scores, *, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure)

@@ -134,4 +134,4 @@ def _snapshots(folder: Path, k: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure)

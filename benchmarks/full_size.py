@@ -10,7 +10,6 @@ rows that the file has are not measured again. The paper reports 574 minutes and
 """
 
 import argparse
-import csv
 import gc
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from ld3m.data.dataset import Normalization, Split
@@ -36,7 +36,7 @@ from ld3m.pipeline.estimate import clock
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import forget_peak, is_out_of_memory, peak_gib
 from ld3m.runtime.seeds import derive
-from ld3m.runtime.storage import write_tensors
+from ld3m.runtime.storage import write_bytes, write_tensors
 
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SLOW_S = 10.0  # iterations that take longer are timed once
@@ -149,18 +149,14 @@ def measure(case: dict[str, Any], split: Split, prior: Prior, scale: Scale) -> d
     return found | {"loss": losses[0]} | norms
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+def read(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, dtype=str) if file.exists() else pd.DataFrame(columns=FIELDS)
 
 
 def add(file: Path, row: dict[str, Any]) -> None:
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-    is_new = not file.exists()
-    with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(shown)
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()}
+    table = pd.concat([read(file), pd.DataFrame([shown])])[list(FIELDS)]
+    write_bytes(file, table.to_csv(index=False).encode())
     print(" ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
 
@@ -180,7 +176,6 @@ def main(arguments: list[str] | None = None) -> None:
     scale, device = SMOKE if given.smoke else PAPER, torch.device(given.device)
     same = {"launch": "replayed" if given.device == "cuda" and not given.eager else "eager"}
     same |= {"device": describe(given.device, threads=torch.get_num_threads()), "torch": torch.__version__}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     prior = build(scale.kind, seed=0).to(device)
     sizes = given.sizes_px or scale.sizes_px
     for size_px, steps, ipc, *names in product(
@@ -188,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         case = {"size_px": size_px, "steps": steps, "ipc": ipc} | dict(zip(("objective", "precision"), names)) | same  # noqa: B905
         case["render_batch"] = given.render_batch or scale.classes * ipc
-        if any(all(row[key] == str(case[key]) for key in KEYS) for row in read(given.out)):
+        if (read(given.out)[list(KEYS)] == [str(case[key]) for key in KEYS]).all(axis=1).any():
             continue
         try:
             found = measure(case, random_split(scale, size_px, device), prior, scale)

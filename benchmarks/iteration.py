@@ -117,4 +117,4 @@ def measure(*, smoke: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure)

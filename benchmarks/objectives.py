@@ -131,4 +131,4 @@ def trajectory_matching(experiment: Experiment, folder: Path) -> TrajectoryMatch
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure)

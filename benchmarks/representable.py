@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ld3m.evaluation.statistics import interval
+from ld3m.pipeline.cells import UNSEEN
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
-from ld3m.reporting.tables import UNSEEN
 from ld3m.runtime.progress import progress
 from ld3m.runtime.storage import write_bytes
 

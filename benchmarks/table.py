@@ -6,23 +6,23 @@ the machine's rate that is reached.
 """
 
 import argparse
-import csv
-import io
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ld3m.pipeline.estimate import clock
 from ld3m.runtime.devices import describe
+from ld3m.runtime.parallel import end_workers
 from ld3m.runtime.progress import silent
 from ld3m.runtime.storage import write_bytes
 
 FILE = Path(__file__).with_name("benchmarks.csv")
-FIELDS = ("benchmark", "compared_with", "ratio", "ours", "other", "unit", "device")
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ class Row:
 
 
 def less_is_better(benchmark: str, compared_with: str, *, ours: float, other: float, unit: str, device: str) -> Row:
-    return Row(benchmark, compared_with, other / ours, ours, other, unit, describe(device, threads=_threads()))
+    device = describe(device, threads=torch.get_num_threads())
+    return Row(benchmark, compared_with, other / ours, ours, other, unit, device)
 
 
 def share_of_limit(benchmark: str, compared_with: str, *, ours: float, limit: float, unit: str, device: str) -> Row:
-    return Row(benchmark, compared_with, ours / limit, ours, limit, unit, describe(device, threads=_threads()))
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    device = describe(device, threads=torch.get_num_threads())
+    return Row(benchmark, compared_with, ours / limit, ours, limit, unit, device)
 
 
 def in_turns(ways: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
@@ -67,45 +65,34 @@ def require_same(ours: Iterable[Tensor], other: Iterable[Tensor], *, what: str, 
 
 
 def read(file: Path) -> list[Row]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as opened:
-        return [
-            Row(**row | {name: float(row[name]) for name in ("ratio", "ours", "other")})
-            for row in csv.DictReader(opened)
-        ]
+    return [Row(**row) for row in pd.read_csv(file).to_dict("records")] if file.exists() else []
 
 
 def write(rows: list[Row], file: Path) -> None:
     """Replaces the rows of the same benchmarks and keeps the others; the file is replaced in one step."""
     measured = {row.benchmark for row in rows}
-    former = [row for row in read(file) if row.benchmark not in measured]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for row in sorted(former + rows, key=lambda row: row.benchmark):  # rows of one benchmark stay in their order
-        numbers = {name: f"{getattr(row, name):.4g}" for name in ("ratio", "ours", "other")}
-        writer.writerow(vars(row) | numbers)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(file, text.getvalue().encode())
+    table = pd.DataFrame([row for row in read(file) if row.benchmark not in measured] + rows)
+    table = table.sort_values("benchmark", kind="stable")  # rows of one benchmark stay in their order
+    write_bytes(file, table.to_csv(index=False, float_format="%.4g").encode())
 
 
 def show(rows: Iterable[Row]) -> None:
     for row in rows:
-        print(
-            f"  {row.benchmark:<22} {row.compared_with:<42} {row.ratio:7.2f}   "
-            f"{row.ours:.4g} against {row.other:.4g} {row.unit}",
-            flush=True,
-        )
+        compared = f"{row.ours:.4g} against {row.other:.4g} {row.unit}"
+        print(f"  {row.benchmark:<22} {row.compared_with:<42} {row.ratio:7.2f}   {compared}", flush=True)
 
 
-def main(measure: Callable[..., list[Row]], description: str | None, arguments: list[str] | None = None) -> None:
-    """One script by itself: measures its rows, prints them, and puts them into the table."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(*measures: Callable[..., list[Row]], arguments: list[str] | None = None) -> None:
+    """Measures, prints the rows of each script, and puts them into the table."""
+    parser = argparse.ArgumentParser(description="Measures rows of the table of benchmarks.")
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the numbers say nothing")
     parser.add_argument("--out", type=Path, default=FILE)
-    given = parser.parse_args(arguments)
-    with silent():
-        rows = measure(smoke=given.smoke)
-    show(rows)
-    write(rows, given.out)
+    given, began = parser.parse_args(arguments), time.monotonic()
+    for k, measure in enumerate(measures, 1):
+        print(f"[{k} of {len(measures)}, {time.monotonic() - began:.0f} s] {measure.__module__}", flush=True)
+        with silent():
+            rows = measure(smoke=given.smoke)
+        end_workers()  # or those that wait for more work are timed with the next
+        show(rows)
+        write(rows, given.out)
+    print(f"{given.out}, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)

@@ -1,6 +1,5 @@
 """A headless Chromium, spoken to over its DevTools protocol."""
 
-import base64
 import itertools
 import json
 import shutil
@@ -35,26 +34,17 @@ class Page:
         assert "error" not in message, message
         return message["result"]
 
-    def wait_for(self, method: str) -> dict:
-        while not any(event["method"] == method for event in self.events):
-            self.events.append(json.loads(self.socket.recv()))
-
-    def open(self, url: str, *, width_px: int, scheme: str = "light") -> None:
-        """Opens the page at a width; `scheme` is "light" or "dark"."""
+    def open(self, url: str, *, width_px: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width_px, height=800, deviceScaleFactor=1, mobile=True)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
         self.call("Page.navigate", url=url)
-        self.wait_for("Page.loadEventFired")
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(json.loads(self.socket.recv()))
 
     def value(self, expression: str):
         """What a JavaScript expression evaluates to."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         return answer["result"].get("value")
-
-    def screenshot(self, file: Path) -> None:
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        file.write_bytes(base64.b64decode(data))
 
     def requests(self) -> list[str]:
         sent = (event for event in self.events if event["method"] == "Network.requestWillBeSent")

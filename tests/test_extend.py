@@ -14,7 +14,7 @@ from ld3m.pipeline.blocks import Extension
 from ld3m.pipeline.cells import first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profiles, load_params
-from ld3m.reporting.tables import paper_style, scores_of_run_0, summarize
+from ld3m.reporting.tables import paper_style, scores_of, summarize
 from ld3m.runtime import paths
 
 TEXT = (paths.ROOT / "docs/extend.md").read_text()
@@ -64,7 +64,7 @@ def test_what_the_document_adds_runs_to_a_table(written, monkeypatch):
         if cell.objective != "none":
             runs.distill_runs(experiment, cell)
         runs.evaluate_runs(experiment, cell)
-    table = paper_style(summarize(scores_of_run_0(params, found)))
+    table = paper_style(summarize(scores_of(params, found)))
     assert set(table.Set) == {"moments LD3M", "DM small", "class_mean", "Random real"}
     assert list(table.columns) == ["IPC", "Set", "ConvNet", "ViT", "mlp"]
 

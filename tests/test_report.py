@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 
 import nbformat
 import pandas as pd
@@ -67,3 +69,9 @@ def test_intervals_are_over_networks_of_one_run_and_over_first_networks_of_sever
     t = {2: 12.7062047, 3: 4.30265273}
     assert half({0: {"vit": [0.1, 0.2, 0.3]}}) == pytest.approx(t[3] * 10 / 3**0.5)
     assert half({0: {"vit": [0.1, 0.9, 0.9]}, 1: {"vit": [0.2]}}) == pytest.approx(t[2] * 5)
+
+
+def test_a_stage_starts_without_what_the_page_or_one_figure_needs():
+    late = "{'nbformat', 'nbconvert', 'seaborn', 'scipy.stats', 'datasets', 'diffusers'}"
+    program = f"import sys, ld3m.reporting.report; sys.exit(str({late} & set(sys.modules) or ''))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr.strip() == ""

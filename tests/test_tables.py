@@ -10,21 +10,7 @@ from ld3m.pipeline import cells as layout
 from ld3m.pipeline.ablations import write_records
 from ld3m.pipeline.cells import UNSEEN, cells, first_runs
 from ld3m.pipeline.profiles import load_params
-from ld3m.reporting import published, report
-from ld3m.reporting.tables import (
-    CHANGES,
-    COLUMNS,
-    differences,
-    paper_style,
-    read_ablations,
-    read_costs,
-    scores_of_run_0,
-    scores_of_runs,
-    spread,
-    summarize,
-    verdicts,
-    with_unseen_mean,
-)
+from ld3m.reporting import published, report, tables
 from ld3m.runtime import paths
 from ld3m.runtime.storage import write_json
 
@@ -100,7 +86,7 @@ def params(tmp_path, monkeypatch):
     return params
 
 
-def tables(table):
+def written(table):
     return layout.reports_path(DATASET, "tables", table)
 
 
@@ -111,12 +97,12 @@ def p_of(t):
 
 @pytest.fixture
 def scores(params):
-    return with_unseen_mean(scores_of_run_0(params, CELLS), "convnet")
+    return tables.with_unseen_mean(tables.scores_of(params, CELLS), "convnet")
 
 
 def test_the_summary_has_a_row_a_cell_and_architecture_and_the_mean_over_the_unseen_ones(scores):
-    summary = summarize(scores)
-    assert list(summary.columns) == COLUMNS and len(summary) == 4 * len(CELLS)
+    summary = tables.summarize(scores)
+    assert list(summary.columns) == tables.COLUMNS and len(summary) == 4 * len(CELLS)
     by_key = {row[:5]: row[5:] for row in summary.itertuples(index=False)}
     for objective, space, ipc in ROWS:
         of_each = {name: accuracies(objective, space, ipc, name) for name in ("vit", "convnet", "alexnet")}
@@ -128,8 +114,8 @@ def test_the_summary_has_a_row_a_cell_and_architecture_and_the_mean_over_the_uns
 
 
 def test_differences_are_paired_by_network(scores):
-    changes = differences(scores.sample(frac=1, random_state=0))  # the order of rows says nothing
-    assert list(changes.columns) == CHANGES
+    changes = tables.differences(scores.sample(frac=1, random_state=0))  # the order of rows says nothing
+    assert list(changes.columns) == tables.CHANGES
     assert len(changes) == 2 * 2 * 4 * (2 + 1)  # ipc, objectives, architectures; two spaces minus real, one minus pixel
     by_key = {row[:5]: row[5:] for row in changes.itertuples(index=False)}
     # constant over seeds: no width, however much the seeds differ
@@ -146,31 +132,35 @@ def test_differences_are_paired_by_network(scores):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "file, change, words",
     [
-        (Path.unlink, "{file} is missing"),
-        (lambda file: file.write_text("{}"), "{file} is no file of scores"),
-        (lambda file: write(file, {0: {"vit": [0.5] * 2}}), "{file} has 2 networks of vit for run 0, .* asks for 3"),
+        (file_of, Path.unlink, "{file} is missing"),
+        (file_of, lambda file: file.write_text("{}"), "{file} is no file of scores"),
+        (
+            file_of,
+            lambda file: write(file, {0: {"vit": [0.5] * 2}}),
+            "{file} has 2 networks of vit for run 0, .* 3",
+        ),
+        (lambda cell: cell.cost_file(0), Path.unlink, "{file} is missing: `dvc repro`"),
     ],
 )
-def test_scores_that_are_missing_broken_or_too_few_are_named(params, change, words):
-    file = file_of(CELLS[3])
-    change(file)
-    with pytest.raises((FileNotFoundError, ValueError), match=words.format(file=file)):
-        scores_of_run_0(params, CELLS)
+def test_scores_and_costs_that_are_missing_broken_or_too_few_are_named(params, file, change, words):
+    change(found := file(CELLS[3]))
+    with pytest.raises((FileNotFoundError, ValueError), match=words.format(file=found)):
+        report.write_tables(params, table="main")
 
 
 @pytest.mark.parametrize("control", ["iteration0", "prior_samples", "herding", "k_center"])
 def test_ld3m_alone_is_compared_with_what_it_starts_from_and_with_coresets(scores, control):
-    changes = differences(pd.concat([scores, scores[scores.space == "random_real"].assign(space=control)]))
+    changes = tables.differences(pd.concat([scores, scores[scores.space == "random_real"].assign(space=control)]))
     found, real = (changes[(changes.minus == other) & (changes.space == "ld3m")] for other in (control, "random_real"))
     assert len(found) == 2 * 2 * 4 and set(changes.space[changes.minus == control]) == {"ld3m"}
-    values = CHANGES[CHANGES.index("n") :]
+    values = tables.CHANGES[tables.CHANGES.index("n") :]
     assert found[values].to_numpy().tolist() == real[values].to_numpy().tolist()
 
 
 def test_the_table_has_the_layout_of_the_paper(scores):
-    table = paper_style(summarize(scores))
+    table = tables.paper_style(tables.summarize(scores))
     assert list(table.columns) == ["IPC", "Set", "ViT", "ConvNet", "AlexNet", "Unseen mean"]
     rows = [(ipc, name) for ipc in (1, 10) for name in ("Random real", "DM Pixel", "DM LD3M", "MTT Pixel", "MTT LD3M")]
     assert list(zip(table.IPC, table.Set, strict=True)) == [*rows, ("all", "Full data")]
@@ -198,7 +188,7 @@ def test_the_verdict_follows_the_interval(low, high, verdict):
     points = f"{100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
     rest = f"on the unseen architectures: {points}, paired over 3 runs."
     against = "significantly better" if low > 0 else "**not significantly better**"
-    assert verdicts(pd.DataFrame(rows), "convnet", paired_by="runs") == [
+    assert tables.verdicts(pd.DataFrame(rows), "convnet", paired_by="runs") == [
         f"- DM, IPC 1: {verdict} {rest}",
         f"- DM, IPC 1: {verdict.replace('pixel', 'herding')} {rest}",
         f"- DM LD3M, IPC 1: {against} than random real images on ConvNet: {points}.",
@@ -235,13 +225,13 @@ def test_the_report_adds_a_row_and_further_runs_whose_differences_are_paired_by_
     assert [cell.row for cell in cells(with_more, "main")] == ROWS
     at = ROWS.index(("dm", "ld3m", 1))
     assert [cell.row for cell in first_runs(with_more)] == [*ROWS[:at], ("dm", "glad", 1), *ROWS[at:]]
-    runs = scores_of_runs(with_more)
+    runs = tables.of_several_runs(tables.scores_of(with_more, cells(with_more)))
     found = set(zip(runs.objective, runs.space, runs.ipc, strict=True))
     assert found == {*(("dm", space, 1) for space in SPACES), ("none", "random_real", 1)}
     ld3m = runs[(runs.space == "ld3m") & (runs.architecture == "vit")]
     assert ld3m[ld3m.run == 0].accuracy.tolist() == accuracies("dm", "ld3m", 1, "vit")  # those of the main table
     assert ld3m[ld3m.run > 0].accuracy.tolist() == [0.74, 0.75]
-    changes = differences(runs[(runs.seed == 0) & (runs.architecture == "vit")]).set_index(["space", "minus"])
+    changes = tables.differences(runs[(runs.seed == 0) & (runs.architecture == "vit")]).set_index(["space", "minus"])
     assert set(changes.index) == {*((space, "random_real") for space in SPACES), ("ld3m", "pixel"), ("ld3m", "glad")}
     gaps = [accuracies("dm", "ld3m", 1, "vit")[0] - accuracies("dm", "pixel", 1, "vit")[0], 0.21, 0.19]
     row, half = changes.loc[("ld3m", "pixel")], T_975_DF_2 * statistics.stdev(gaps) / 3**0.5
@@ -249,7 +239,8 @@ def test_the_report_adds_a_row_and_further_runs_whose_differences_are_paired_by_
 
 
 def test_the_spread_of_networks_is_kept_from_that_of_runs(with_more):
-    table = spread(scores_of_runs(with_more)).set_index(["objective", "space", "architecture"])
+    table = tables.spread(tables.of_several_runs(tables.scores_of(with_more, cells(with_more))))
+    table = table.set_index(["objective", "space", "architecture"])
     row = table.loc[("dm", "ld3m", "vit")]
     of_networks = accuracies("dm", "ld3m", 1, "vit")
     sds = [statistics.stdev(of_networks), statistics.stdev([of_networks[0], 0.74, 0.75])]
@@ -269,11 +260,11 @@ def test_the_report_has_tables_of_its_own(with_more):
     report.write_tables(with_more, table="report")
     added = {*(f"runs.{kind}" for kind in ("csv", "md", "tex")), "runs_differences.csv", "spread.csv", "metrics.csv"}
     added |= {"validation.csv", "ablations.csv", "ablation_changes.csv"}
-    assert {file.name for file in tables("report").iterdir()} == TABLES | added | {"gan.csv"}
-    assert pd.read_csv(tables("report") / "gan.csv").sample_class_accuracy.tolist() == [0.966]
-    words = (tables("report") / "runs.md").read_text()
+    assert {file.name for file in written("report").iterdir()} == TABLES | added | {"gan.csv"}
+    assert pd.read_csv(written("report") / "gan.csv").sample_class_accuracy.tolist() == [0.966]
+    words = (written("report") / "runs.md").read_text()
     assert "over n = 3 distillation runs" in words and "paired over 3 runs" in words
-    metrics = pd.read_csv(tables("report") / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
+    metrics = pd.read_csv(written("report") / "metrics.csv").set_index(["ipc", "objective", "space", "architecture"])
     row = metrics.loc[(1, "dm", "ld3m", "convnet")]
     assert row.accuracy == pytest.approx(0.62) and row.IOR == pytest.approx(0.62 - row.random_real)
     assert row.HLR == pytest.approx(row.full_data - 0.62) and 0 < row.LRS < 1
@@ -281,53 +272,49 @@ def test_the_report_has_tables_of_its_own(with_more):
 
 def test_the_tables_hold_the_numbers_and_repeat_byte_for_byte(params):
     report.write_tables(params, table="main")
-    first = {file.name: file.read_bytes() for file in tables("main").iterdir()}
+    first = {file.name: file.read_bytes() for file in written("main").iterdir()}
     assert set(first) == TABLES | MAIN_ALONE
     assert [file.name for file in layout.reports_path(DATASET, "costs", "main").iterdir()] == ["costs.csv"]
     report.write_tables(params, table="main")
-    assert {file.name: file.read_bytes() for file in tables("main").iterdir()} == first
-    markdown = (tables("main") / "main.md").read_text()
-    scores = pd.read_csv(tables("main") / "scores.csv")
-    assert list(scores.columns) == COLUMNS and len(scores) == 3 * len(CELLS)
-    metrics = json.loads((tables("main") / "metrics.json").read_text())
+    assert {file.name: file.read_bytes() for file in written("main").iterdir()} == first
+    markdown = (written("main") / "main.md").read_text()
+    scores = pd.read_csv(written("main") / "scores.csv")
+    assert list(scores.columns) == tables.COLUMNS and len(scores) == 3 * len(CELLS)
+    metrics = json.loads((written("main") / "metrics.json").read_text())
     assert metrics["none-random_real-1"]["alexnet"] == pytest.approx(0.52) and len(metrics) == len(CELLS)
-    history = pd.read_csv(tables("main") / "history.csv")
+    history = pd.read_csv(written("main") / "history.csv")
     assert len(history) == 2 * 8 and history[history.cell == "mtt-ld3m-10"].loss.tolist() == [1.0, 0.0]
-    assert pd.read_csv(tables("main") / "prior.csv").sample_class_accuracy.tolist() == [0.95]
+    assert pd.read_csv(written("main") / "prior.csv").sample_class_accuracy.tolist() == [0.95]
     for part in (
         "| DM LD3M ", "62.0 ± 2.5", "n = 3 networks", "ConvNet is the architecture used to distill",
         "- DM, IPC 10: LD3M is significantly better", "- MTT, IPC 10: **no significant difference",
     ):  # fmt: skip
         assert part in markdown
-    latex = (tables("main") / "main.tex").read_text()
+    latex = (written("main") / "main.tex").read_text()
     assert r"62.0 $\pm$ 2.5" in latex and "±" not in latex and r"95 \% t interval" in latex
 
 
 def test_costs_are_read_for_every_cell_that_is_distilled(params):
-    costs = read_costs(params, CELLS)
+    costs = tables.read_costs(params, CELLS)
     assert list(costs.itertuples(index=False, name=None)) == [
         (DATASET, ipc, objective, space, 20, 5.0 + ipc, 700.0) for objective, space, ipc in ROWS if objective != "none"
     ]
-    file = CELLS[-2].cost_file(0)
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
-        read_costs(params, CELLS)
 
 
 def test_ours_stand_beside_the_papers(params):
     report.write_tables(params, table="main")
-    frame = pd.read_csv(tables("main") / "comparison.csv", keep_default_na=False, na_values={"half": [""]})
+    frame = pd.read_csv(written("main") / "comparison.csv", keep_default_na=False, na_values={"half": [""]})
     rows = {tuple(row[:6]): tuple(row[6:]) for row in frame.itertuples(index=False)}
     assert rows["dc", "glad", "", "paper", "All", 10] == (0.459, 0.01)
     assert rows["dm", "ld3m", "pixel", "paper", "E", 10] == pytest.approx((0.034, float("nan")), nan_ok=True)
     # dm, ld3m, IPC 1: ViT 0.51 .. 0.53 and AlexNet 0.71 .. 0.73; 20 points above pixel with every seed
     assert rows["dm", "ld3m", "", "ours", DATASET, 1] == pytest.approx((0.62, T_975_DF_2 / 3**0.5 / 100), abs=1e-5)
     assert rows["dm", "ld3m", "pixel", "ours", DATASET, 1] == pytest.approx((0.2, 0.0), abs=1e-5)
-    markdown, latex = ((tables("main") / f"comparison.{kind}").read_text() for kind in ("md", "tex"))
+    markdown, latex = ((written("main") / f"comparison.{kind}").read_text() for kind in ("md", "tex"))
     for line in ("| DC GLaD ", "| 45.9 ± 1.0 ", "| DM LD3M - Pixel ", "| +20.0 ± 0.0 ", f"Ours: {DATASET}, IPC 10"):
         assert line in markdown
     assert r"45.9 $\pm$ 1.0" in latex
-    settings = pd.read_csv(tables("main") / "settings.csv", index_col="setting").ours
+    settings = pd.read_csv(written("main") / "settings.csv", index_col="setting").ours
     assert settings["Iteration reported"].startswith("the start or the end, whichever is better on validation data")
     assert settings["Noise of the reverse process"] == "drawn once, stored with the set"
     changed = load_params({"distill.validation_checks": 5, "spaces.ld3m.noise": "redrawn"})
@@ -348,7 +335,7 @@ def test_the_papers_means_over_subsets_are_those_of_its_subsets():
 def test_a_grid_of_the_distilling_architecture_alone_has_tables(params):
     alone = load_params(GRID | {"architectures": ["convnet"]})
     report.write_tables(alone, table="main")
-    markdown = (tables("main") / "main.md").read_text()
+    markdown = (written("main") / "main.md").read_text()
     assert "ConvNet" in markdown and "62.0 ± 2.5" in markdown and "no significant" not in markdown
 
 
@@ -370,7 +357,7 @@ def test_ablations_change_against_the_baseline_or_the_first_of_their_objective_p
     found = [record("noise", "dm", -0.1, 3.0), record("exact", "mtt", 0.1, 4.0), record("first", "mtt", 0.2, 5.0)]
     write_records(DATASET, "defects", found)
     assert "seconds" not in layout.runs_path(DATASET, "ablations", "defects.json").read_text()
-    scores, changes, costs = read_ablations(given)
+    scores, changes, costs = tables.read_ablations(given)
     by_key = scores.set_index(["setting", "architecture"])["mean"]
     assert by_key["none", UNSEEN] == pytest.approx((0.25 + 0.55) / 2)
     assert by_key["noise", UNSEEN] == pytest.approx((0.15 + 0.5) / 2)
@@ -385,5 +372,5 @@ def test_ablations_change_against_the_baseline_or_the_first_of_their_objective_p
     for place in (layout.costs_path, layout.runs_path):
         file = place(DATASET, "ablations", "defects.json")
         file.unlink()
-        with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro ablation`"):
-            read_ablations(given)
+        with pytest.raises(FileNotFoundError, match=f"{file} is missing: `dvc repro`"):
+            tables.read_ablations(given)

@@ -1,5 +1,6 @@
 """The figures of the report; each function returns a matplotlib Figure, `save` writes it with bytes that repeat."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ld3m.evaluation.statistics import interval
 from ld3m.pipeline.cells import NAMES, UNSEEN
+from ld3m.reporting.tables import name_of
 
 plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-paper", {"lines.markeredgewidth": 1, "axes.linewidth": 0.8}])
 SHEET_ROWS, SHEET_PX = 10, 64  # a sheet shows no more images a class, and none larger
@@ -42,8 +44,10 @@ def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path) -> Path
     return file
 
 
-def _closed(figure: Figure) -> Figure:
+def _closed(figure: Figure, *, tight: bool = True) -> Figure:
     """The figure, forgotten by pyplot, so that a notebook shows it once."""
+    if tight:
+        figure.tight_layout()
     plt.close(figure)
     return figure
 
@@ -64,52 +68,32 @@ def image_rows(rows: dict[str, Tensor], *, columns: list[str] | None = None, siz
     for axis, title in zip(axes[0], columns or [], strict=False):
         axis.set_title(title, fontsize=8, pad=3)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    return _closed(figure)
+    return _closed(figure, tight=False)
 
 
 def accuracy_by_architecture(summary: pd.DataFrame, *, ipc: int) -> Figure:
     """Test accuracy of every distilled set and control of one IPC, with 95 % intervals; one panel an architecture."""
-    frame = summary[summary.ipc.isin([ipc, 0])].assign(
-        Set=lambda f: (f.objective.map(NAMES) + " " + f.space.map(NAMES)).str.removeprefix("- "),
-        Network=lambda f: f.architecture.map(NAMES),
-    )
-    networks, sets = list(dict.fromkeys(frame.Network)), list(dict.fromkeys(frame.Set))
+    frame = summary[summary.ipc.isin([ipc, 0])].assign(Set=name_of)
+    networks, sets = list(dict.fromkeys(frame.architecture)), list(dict.fromkeys(frame.Set))
     size = (1.75 * len(networks) + 1, 0.28 * len(sets) + 0.8)
     figure, axes = plt.subplots(1, len(networks), figsize=size, sharey=True)
     for axis, network in zip(np.atleast_1d(axes), networks, strict=True):
-        part = frame[frame.Network == network].set_index("Set").loc[sets]
-        colors = [SPACE_COLORS.get(name.split()[-1], "#666666") for name in sets]
-        for place, (mean, low, high, color) in enumerate(
-            zip(part["mean"], part.ci_low, part.ci_high, colors, strict=True)
-        ):
-            axis.errorbar(
-                100 * mean,
-                place,
-                xerr=[[100 * (mean - low)], [100 * (high - mean)]],
-                fmt="o",
-                ms=3,
-                capsize=2,
-                color=color,
-            )
-        axis.set(
-            title=network,
-            yticks=range(len(sets)),
-            yticklabels=sets,
-            ylim=(len(sets) - 0.5, -0.5),
-        )
+        part = frame[frame.architecture == network].set_index("Set").loc[sets]
+        for place, row in enumerate(part.itertuples()):
+            ends = [[100 * (row.mean - row.ci_low)], [100 * (row.ci_high - row.mean)]]
+            color = SPACE_COLORS.get(row.Index.split()[-1], "#666666")
+            axis.errorbar(100 * row.mean, place, xerr=ends, fmt="o", ms=3, capsize=2, color=color)
+        axis.set(title=NAMES[network], yticks=range(len(sets)), yticklabels=sets, ylim=(len(sets) - 0.5, -0.5))
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel(f"IPC {ipc}: test accuracy, % (mean and 95 % interval); each panel has its own scale", fontsize=9)
-    figure.tight_layout()
     return _closed(figure)
 
 
 def forest(changes: pd.DataFrame) -> Figure:
     """Differences of the unseen mean with 95 % intervals, in points; filled where the interval leaves zero out."""
     shown = changes[changes.architecture == UNSEEN]
-    names = [
-        f"IPC {row.ipc}: {NAMES[row.objective]} {NAMES[row.space]} - {NAMES[row.minus]}".replace("- Random", "- random")
-        for row in shown.itertuples()
-    ]
+    minus = shown.minus.map(NAMES).replace("Random real", "random real")
+    names = [f"IPC {row[0]}: {row[1]} - {row[2]}" for row in zip(shown.ipc, name_of(shown), minus, strict=True)]
     return _intervals(shown, names, label="difference of the unseen mean, points of accuracy (95 % interval)")
 
 
@@ -120,7 +104,7 @@ def ablation_forest(changes: pd.DataFrame, ablation: str) -> Figure:
     return _intervals(shown, list(shown.setting), label=label)
 
 
-def _intervals(changes: pd.DataFrame, names: list[str], *, label: str) -> Figure:
+def _intervals(changes: pd.DataFrame, names: Sequence[str], *, label: str) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(names) + 0.7))
     axis.axvline(0, color="0.4", lw=1)
     for place, row in enumerate(changes.itertuples()):
@@ -129,7 +113,6 @@ def _intervals(changes: pd.DataFrame, names: list[str], *, label: str) -> Figure
         significant = row.ci_low > 0 or row.ci_high < 0
         axis.plot(100 * row.mean, place, "o", ms=5, color=color, mfc=color if significant else "white")
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
-    figure.tight_layout()
     return _closed(figure)
 
 
@@ -162,7 +145,6 @@ def learning_curves(history: pd.DataFrame, validation: pd.DataFrame, *, ipc: int
     labels = ["matching loss\n(mean of 5)", "validation, %\n(at the dots alone)", "gradient norm\n(mean of 5)"]
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
-    figure.tight_layout()
     return _closed(figure)
 
 
@@ -179,7 +161,6 @@ def networks(accuracies: dict[int, dict[str, list[float]]]) -> Figure:
         mean, low, high = interval(independent[name])
         axis.errorbar(place + 0.15, mean, yerr=[[mean - low], [high - mean]], fmt="o", ms=5, capsize=3, color="#1b9e77")
     axis.set(xticks=range(len(names)), xticklabels=[NAMES[name] for name in names], ylabel="test accuracy, %")
-    figure.tight_layout()
     return _closed(figure)
 
 
@@ -195,7 +176,6 @@ def run_curves(history: pd.DataFrame, checks: pd.DataFrame) -> Figure:
     axes[1].set(title="validation accuracy, %", xlabel="iteration")
     axes[2].set(title="gradient norm", yscale="log", xlabel="iteration")
     axes[2].legend()
-    figure.tight_layout()
     return _closed(figure)
 
 
@@ -218,7 +198,7 @@ def gradient_norms(norms: pd.DataFrame) -> Figure:
     for axis in grid.axes.flat:
         axis.set_xticks(sorted(norms.steps.unique()), map(str, sorted(norms.steps.unique())))
         axis.minorticks_off()
-    return _closed(grid.figure)
+    return _closed(grid.figure, tight=False)
 
 
 def training_losses(losses: dict[str, list[float]]) -> Figure:
@@ -227,7 +207,6 @@ def training_losses(losses: dict[str, list[float]]) -> Figure:
     for axis, (name, values) in zip(np.atleast_1d(axes), losses.items(), strict=True):
         axis.plot(pd.Series(values).rolling(50, min_periods=1).mean())
         axis.set(title=f"{name} loss (mean of 50)", xlabel="step", yscale="log")
-    figure.tight_layout()
     return _closed(figure)
 
 
@@ -250,7 +229,6 @@ def accuracy_against_steps(ablations: pd.DataFrame, costs: pd.DataFrame) -> Figu
     axes[1].set(title="seconds an iteration", xlabel="number of steps T", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(sorted(steps[0]["T"].unique()))
-    figure.tight_layout()
     return _closed(figure)
 
 

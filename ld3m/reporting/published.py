@@ -13,6 +13,7 @@ import pandas as pd
 
 from ld3m.pipeline.cells import NAMES, UNSEEN, Cell
 from ld3m.pipeline.params import Params
+from ld3m.reporting.tables import wide
 
 NOISE = {"redrawn": "redrawn in every pass", "stored": "drawn once, stored with the set"}
 
@@ -48,22 +49,13 @@ def comparison(summary: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
 
 def comparison_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Lay `comparison` out in percent: one row a set or difference, one column a subset or an IPC of ours."""
-    sign = ["+" if minus else "" for minus in frame.minus]
-    halves = ["" if pd.isna(half) else f" ± {100 * half:.1f}" for half in frame.half]
-    wide = frame.assign(
-        text=[f"{100 * mean:{plus}.1f}{half}" for mean, plus, half in zip(frame["mean"], sign, halves, strict=True)],
-        Set=[
-            f"{NAMES[row.objective]} {NAMES[row.space]}" + (f" - {NAMES[row.minus]}" if row.minus else "")
-            for row in frame.itertuples()
-        ],
-        column=[
-            f"Paper: {row.data}" if row.source == "paper" else f"Ours: {row.data}, IPC {row.ipc}"
-            for row in frame.itertuples()
-        ],
-    )
-    columns = sorted(dict.fromkeys(wide.column), key=lambda column: column.startswith("Ours"))
-    pivot = wide.pivot(index="Set", columns="column", values="text")
-    return pivot.loc[list(dict.fromkeys(wide.Set)), columns].fillna("–").reset_index().rename_axis(columns=None)
+    rows = []
+    for row in frame.itertuples():
+        name = f"{NAMES[row.objective]} {NAMES[row.space]}" + (f" - {NAMES[row.minus]}" if row.minus else "")
+        column = f"Paper: {row.data}" if row.source == "paper" else f"Ours: {row.data}, IPC {row.ipc}"
+        half = "" if pd.isna(row.half) else f" ± {100 * row.half:.1f}"
+        rows.append((name, column, f"{100 * row.mean:{'+' if row.minus else ''}.1f}{half}"))
+    return wide(pd.DataFrame(rows, columns=["Set", "column", "text"]), index=["Set"], columns="column")
 
 
 def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
@@ -74,13 +66,13 @@ def settings(params: Params, found: list[Cell]) -> pd.DataFrame:
     network = params.networks[params.distill.network]
     depth = f", depth {network.depth}" if getattr(network, "depth", None) else ""
     distills = f"{NAMES[params.distill.network]}{depth}, width {getattr(network, 'width', 'its own')}"
-    counts: dict[str, dict[str, dict[int, int]]] = {}
+    budgets: dict[str, dict[str, dict[int, int]]] = {}
     for cell in distilled:
-        budget = params.budget(*cell.row, iterations=cell.iterations)
-        counts.setdefault(cell.objective, {}).setdefault(cell.space, {})[cell.ipc] = budget.iterations
+        iterations = params.budget(*cell.row, iterations=cell.iterations).iterations
+        budgets.setdefault(NAMES[cell.objective], {}).setdefault(NAMES[cell.space], {})[cell.ipc] = iterations
     iterations = [
-        f"{NAMES[objective]} " + ", ".join(f"{NAMES[space]} {_of_each(by_ipc)}" for space, by_ipc in of.items())
-        for objective, of in counts.items()
+        f"{objective} " + ", ".join(f"{space} {_of_each(by_ipc)}" for space, by_ipc in of.items())
+        for objective, of in budgets.items()
     ]
     widths = [f"{NAMES[name]} {getattr(params.networks[name], 'width', 'its own')}" for name in params.architectures]
     epochs = [

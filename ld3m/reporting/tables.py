@@ -1,16 +1,15 @@
 """From scores to tables. Cells are enumerated from the parameters, never globbed: a missing one is an error."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ld3m.evaluation.scores import read_scores
-from ld3m.evaluation.statistics import STATISTICS, Accuracies, compare, interval, p_value
-from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, cells, costs_path, runs_path
+from ld3m.evaluation.statistics import STATISTICS, compare, interval, p_value
+from ld3m.pipeline.cells import NAMES, UNSEEN, Cell, costs_path, runs_path
 from ld3m.pipeline.params import Params
 
 SCORES = ["dataset", "ipc", "objective", "space", "run", "architecture", "seed", "accuracy"]
@@ -18,6 +17,7 @@ CELL = ["ipc", "objective", "space", "architecture"]
 SPREAD = [*CELL, "networks", "runs", "net_sd", "run_sd", "total_sd"]
 COLUMNS = ["dataset", "ipc", "objective", "space", "architecture", "n", "mean", "ci_low", "ci_high"]
 CHANGES = ["ipc", "objective", "space", "minus", "architecture", "n", "mean", "ci_low", "ci_high", "p"]
+COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
 MEASURES = {
     "classifier_accuracy": "Accuracy of the classifier on real images",
     "sample_class_accuracy": "Share of samples that it gives the class asked for",
@@ -26,37 +26,49 @@ MEASURES = {
     "psnr_db": "Reconstruction: dB",
     "spread": "Distance within a class, of that of real images",
 }
-COSTS = ["dataset", "ipc", "objective", "space", "iterations", "seconds", "peak_mib"]
 
 
-def scores_of_run_0(params: Params, found: list[Cell]) -> pd.DataFrame:
-    """`SCORES` of run 0 of some cells: one row a cell, architecture and network."""
-    return pd.concat([_scores(params, cell, (0,)) for cell in found], ignore_index=True)
+def _columns(form: str, **headers: str) -> dict[str, str]:
+    return {header: f"{{{column}:{form}}}" for column, header in headers.items()}
 
 
-def scores_of_runs(params: Params) -> pd.DataFrame:
-    """`SCORES` of every run of the rows that have several."""
-    found = cells(params)
-    runs = Counter(cell.row for cell in found for _ in cell.runs)
-    frames = [_scores(params, cell, cell.runs) for cell in found if runs[cell.row] > 1]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORES)
+SET = {"IPC": "{ipc}", "Set": "{set}"}
+POINTS = {"Points": "{mean:+.1f}", "95 % interval": "{ci_low:+.1f} to {ci_high:+.1f}", "p": "{p}", "n": "{n}"}
+SDS = _columns(".1f", net_sd="Networks on one set", run_sd="Runs beyond that", total_sd="Both together")
+COMPARED = _columns(".3f", accuracy="Accuracy", random_real="Random real", full_data="Full data")
+LAYOUTS = {  # {table: {header: text of a row, accuracies in percent, their differences in points}}
+    "differences": {**SET, "Minus": "{minus}", **POINTS},
+    "ablation_changes": {"Setting": "{setting}", **POINTS},
+    "ablations": {"Setting": "{setting}", **_columns(".1f", mean="mean")},
+    "spread": {"Set": "{set}", "Network": "{architecture}", **SDS},
+    "validation": {**SET, **_columns(".1f", first="Start", last="End")},
+    "metrics": {**SET, **COMPARED, **_columns(".3f", **{name: name for name in STATISTICS})},
+    "costs": {**SET, "Iterations": "{iterations}", **_columns(".0f", seconds="Seconds", peak_mib="Peak MiB")},
+}
+PERCENT = ["mean", "ci_low", "ci_high", "net_sd", "run_sd", "total_sd", "first", "last"]
 
 
-def _scores(params: Params, cell: Cell, runs: Iterable[int]) -> pd.DataFrame:
+def scores_of(params: Params, found: list[Cell]) -> pd.DataFrame:
+    """`SCORES` of every run of some cells: one row a run, architecture and network."""
     rows = []
-    for run in runs:
+    for cell in found:
         file = cell.scores / "scores.json"
         scores = read_scores(file).runs
-        for architecture in params.architectures:
-            accuracies = scores.get(run, {}).get(architecture, [])
-            if len(accuracies) != params.networks_a_set(run):
+        for run, architecture in product(cell.runs, params.architectures):
+            accuracies, asked = scores.get(run, {}).get(architecture, []), params.networks_a_set(run)
+            if len(accuracies) != asked:
                 raise ValueError(
                     f"{file} has {len(accuracies)} networks of {architecture} for run {run}, params.yaml asks for "
-                    f"{params.networks_a_set(run)} (evaluate.seeds, evaluate.seeds_further_runs): dvc repro"
+                    f"{asked} (evaluate.seeds, evaluate.seeds_further_runs): dvc repro"
                 )
-            keys = (params.dataset, cell.ipc, cell.objective, cell.space, run, architecture)
-            rows += [(*keys, seed, accuracy) for seed, accuracy in enumerate(accuracies)]
+            key = (params.dataset, cell.ipc, cell.objective, cell.space, run, architecture)
+            rows += [(*key, seed, accuracy) for seed, accuracy in enumerate(accuracies)]
     return pd.DataFrame(rows, columns=SCORES)
+
+
+def of_several_runs(scores: pd.DataFrame) -> pd.DataFrame:
+    """The scores of the sets that were distilled several times."""
+    return scores.groupby(["objective", "space", "ipc"]).filter(lambda of: of.run.nunique() > 1)
 
 
 def with_unseen_mean(scores: pd.DataFrame, seen: str) -> pd.DataFrame:
@@ -97,19 +109,15 @@ def spread(runs: pd.DataFrame) -> pd.DataFrame:
     return roots.astype({"networks": int, "runs": int})[SPREAD]
 
 
-def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
-    """`statistics.compare` for run 0 of every distilled set and control, beside random real images and the full
-    data."""
-
-    def accuracies(cell: Cell) -> Accuracies:
-        scores = read_scores(cell.scores / "scores.json").runs[0]
-        return {architecture: scores[architecture] for architecture in params.architectures}
-
-    rows, frames = {cell.row: accuracies(cell) for cell in found}, []
-    for (objective, space, ipc), of_cell in rows.items():
+def metrics(scores: pd.DataFrame) -> pd.DataFrame:
+    """`statistics.compare` of every distilled set and control, beside random real images and the full data."""
+    rows, frames = {}, []
+    for row, group in scores.groupby(["objective", "space", "ipc"], sort=False):
+        rows[row] = group.groupby("architecture", sort=False).accuracy.agg(list).to_dict()
+    for (objective, space, ipc), accuracies in rows.items():
         if ipc and space != "random_real":
             controls = {"random_real": rows["none", "random_real", ipc], "full_data": rows["none", "full_data", 0]}
-            frame = compare(of_cell, **controls)
+            frame = compare(accuracies, **controls)
             frames.append(frame.assign(ipc=ipc, objective=objective, space=space))
     table = pd.concat(frames, ignore_index=True)
     return table[[*CELL, *table.columns.difference(CELL, sort=False)]]
@@ -117,15 +125,19 @@ def read_metrics(params: Params, found: list[Cell]) -> pd.DataFrame:
 
 def read_costs(params: Params, found: list[Cell]) -> pd.DataFrame:
     """`COSTS` of run 0 of every distilled cell: seconds of its iterations, and the peak memory of its process."""
-    rows = []
-    for cell in found:
-        if cell.objective != "none":
-            file = cell.cost_file(0)
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take the cell out of params.yaml")
-            cost = json.loads(file.read_text())
-            rows.append((params.dataset, cell.ipc, cell.objective, cell.space, *(cost[key] for key in COSTS[4:])))
+    rows = [
+        {"dataset": params.dataset, "ipc": cell.ipc, "objective": cell.objective, "space": cell.space}
+        | _read(cell.cost_file(0))
+        for cell in found
+        if cell.objective != "none"
+    ]
     return pd.DataFrame(rows, columns=COSTS)
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: `dvc repro` makes it, or take what it is of out of params.yaml")
+    return json.loads(file.read_text())
 
 
 def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -135,7 +147,10 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     A setting that changes nothing has the numbers of the baseline, which is measured once.
     """
     records, measured = (
-        {name: _by_setting(place(params.dataset, "ablations", f"{name}.json")) for name in params.ablations.settings}
+        {
+            name: {record["setting"]: record for record in _read(place(params.dataset, "ablations", f"{name}.json"))}
+            for name in params.ablations.settings
+        }
         for place in (runs_path, costs_path)
     )
     ablation, setting = params.ablations.baseline
@@ -144,7 +159,7 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     for name, found in records.items():
         references = {(baseline["objective"], baseline["space"]): baseline}
         for setting in params.ablations.settings[name]:
-            record = found.get(setting, baseline)
+            record, cost = found.get(setting, baseline), measured[name].get(setting, baseline_cost)
             cell = (params.dataset, name, setting, record["objective"], record["space"], 1)
             compared = references.setdefault(cell[3:5], record)
             accuracy, reference = (_with_unseen(of["accuracy"], params.distill.network) for of in (record, compared))
@@ -153,29 +168,21 @@ def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
                 if record is not compared:
                     change = values - reference[architecture]
                     changes.append((*cell, architecture, len(values), *interval(change), p_value(change)))
-            norms = [record.get(f"grad_norm_{latent}") for latent in ("z", "z_T", "c")]
-            cost = measured[name].get(setting, baseline_cost)
-            latent = norms[0] if norms[0] is not None else norms[1]
-            costs.append((*cell[:3], latent, norms[2], cost["seconds_per_iteration"], cost["peak_mib"]))
+            norm = record.get("grad_norm_z", record.get("grad_norm_z_T"))
+            measures = norm, record.get("grad_norm_c"), cost["seconds_per_iteration"], cost["peak_mib"]
+            costs.append((*cell[:3], *measures))
     keys = ["dataset", "ablation", "setting"]
     columns = [*keys, "objective", "space", "ipc", "architecture", "n", "mean", "ci_low", "ci_high"]
-    measures = ["grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]
     return (
         pd.DataFrame(scores, columns=columns),
         pd.DataFrame(changes, columns=[*columns, "p"]),
-        pd.DataFrame(costs, columns=[*keys, *measures]),
+        pd.DataFrame(costs, columns=[*keys, "grad_norm_z", "grad_norm_c", "seconds_per_iteration", "peak_mib"]),
     )
 
 
 def _with_unseen(accuracy: dict[str, list[float]], seen: str) -> pd.DataFrame:
     frame = pd.DataFrame(accuracy)
     return frame.assign(**{UNSEEN: frame.drop(columns=seen).mean(axis=1)})
-
-
-def _by_setting(file: Path) -> dict[str, dict[str, Any]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: `dvc repro ablation` makes it")
-    return {record["setting"]: record for record in json.loads(file.read_text())}
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
@@ -199,25 +206,24 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=CHANGES)
 
 
+def name_of(frame: pd.DataFrame) -> pd.Series:
+    """The names of sets as they are read: "DM LD3M", "Random real"."""
+    return (frame.objective.map(NAMES) + " " + frame.space.map(NAMES)).str.removeprefix("- ")
+
+
 def paper_style(summary: pd.DataFrame) -> pd.DataFrame:
     """Rows space x objective, columns architectures and the mean over unseen ones; percent, mean ± half interval."""
-    table = summary.assign(
-        Set=summary.objective.map(NAMES) + " " + summary.space.map(NAMES),
-        text=[
-            f"{100 * m:.1f} ± {100 * (high - m):.1f}" for m, high in zip(summary["mean"], summary.ci_high, strict=True)
-        ],
-    )
-    table["Set"] = table["Set"].str.removeprefix("- ")
-    table["IPC"] = table.ipc.map(lambda ipc: ipc or "all")
-    pivot = table.pivot(index=["IPC", "Set"], columns="architecture", values="text")
-    order = table[["IPC", "Set"]].drop_duplicates()
-    architectures = list(dict.fromkeys(summary.architecture))
-    return (
-        pivot.loc[pd.MultiIndex.from_frame(order), architectures]
-        .rename(columns=NAMES)
-        .reset_index()
-        .rename_axis(columns=None)
-    )
+    means, highs = summary["mean"], summary.ci_high
+    texts = [f"{100 * mean:.1f} ± {100 * (high - mean):.1f}" for mean, high in zip(means, highs, strict=True)]
+    table = summary.assign(IPC=summary.ipc.map(lambda ipc: ipc or "all"), Set=name_of(summary), text=texts)
+    return wide(table, index=["IPC", "Set"], columns="architecture").rename(columns=NAMES)
+
+
+def wide(table: pd.DataFrame, *, index: list[str], columns: str) -> pd.DataFrame:
+    """The column `text` spread over columns, both in the order in which they come first; "–" where there is none."""
+    pivot = table.pivot(index=index, columns=columns, values="text").rename_axis(columns=None).reset_index()
+    in_order = table[index].drop_duplicates().merge(pivot, on=index)
+    return in_order[[*index, *dict.fromkeys(table[columns])]].fillna("–")
 
 
 def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
@@ -230,16 +236,13 @@ def verdicts(changes: pd.DataFrame, seen: str, *, paired_by: str) -> list[str]:
     against_real = changes[(changes.minus == "random_real") & (changes.architecture == seen)]
     lines = []
     for row in between.itertuples():
-        other = NAMES[row.minus] if row.minus == "glad" else row.minus
-        if row.ci_low > 0:
-            verdict = f"LD3M is significantly better than {other}"
-        elif row.ci_high < 0:
-            verdict = f"**LD3M is significantly worse than {other}**"
-        else:
-            verdict = f"**no significant difference between LD3M and {other}**"
+        other, better = NAMES[row.minus] if row.minus == "glad" else row.minus, row.ci_low > 0
+        verdict = f"LD3M is significantly {'better' if better else 'worse'} than {other}"
+        if not (better or row.ci_high < 0):
+            verdict = f"no significant difference between LD3M and {other}"
         lines.append(
-            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict} on the unseen architectures: {_points(row)}, paired "
-            f"over {row.n} {paired_by}."
+            f"- {NAMES[row.objective]}, IPC {row.ipc}: {verdict if better else f'**{verdict}**'} on the unseen "
+            f"architectures: {_points(row)}, paired over {row.n} {paired_by}."
         )
     for row in against_real.itertuples():
         verdict = "significantly better" if row.ci_low > 0 else "**not significantly better**"
@@ -260,63 +263,34 @@ def latex(table: pd.DataFrame, caption: str) -> str:
     return text
 
 
-def name_of(frame: pd.DataFrame) -> pd.Series:
-    """The names of sets as they are read: "DM LD3M", "Random real"."""
-    return (frame.objective.map(NAMES) + " " + frame.space.map(NAMES)).str.removeprefix("- ")
-
-
-def shown_differences(changes: pd.DataFrame) -> pd.DataFrame:
-    """Lay differences of the unseen mean out in points of accuracy."""
-    shown = changes[changes.architecture == UNSEEN]
-    first = {"IPC": shown.ipc, "Set": name_of(shown), "Minus": shown.minus.map(NAMES)}
-    return pd.DataFrame(first | _intervals(shown))
+def shown(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Lay a table out as text by `LAYOUTS`; of architectures the mean over the unseen ones where it has it."""
+    if name == "validation":
+        ends = table.groupby(["ipc", "objective", "space"], sort=False).accuracy
+        table = ends.agg(["first", "last"]).reset_index()
+    if "architecture" in table:
+        wanted = {"metrics": ["mean"], "spread": [table.architecture.iloc[0], UNSEEN]}.get(name, [UNSEEN])
+        table = table[table.architecture.isin(wanted)]
+    if "objective" in table:
+        table = table.assign(set=name_of(table).replace("all all", "All distilled sets"))
+    if "p" in table:
+        table = table.assign(p=["<0.001" if p < 0.001 else f"{p:.3f}" for p in table.p])
+    table = table.assign(**{column: 100 * table[column] for column in PERCENT if column in table})
+    rows = [
+        {header: text.format_map(row) for header, text in LAYOUTS[name].items()}
+        for row in table.replace({"minus": NAMES, "architecture": NAMES}).to_dict("records")
+    ]
+    text = pd.DataFrame(rows, columns=list(LAYOUTS[name]))
+    signed = text.columns.intersection(["Points", "95 % interval"])
+    return text.assign(**{column: text[column].str.replace("-", "−") for column in signed})
 
 
 def shown_ablation(changes: pd.DataFrame, ablations: pd.DataFrame, ablation: str) -> pd.DataFrame:
     """Lay one ablation out: the mean over its unseen architectures in percent, and its change in points."""
-    of = [frame[(frame.ablation == ablation) & (frame.architecture == UNSEEN)] for frame in (ablations, changes)]
-    table = of[0][["setting", "mean"]].assign(mean=(100 * of[0]["mean"]).map("{:.1f}".format))
-    table = table.merge(of[1][["setting"]].assign(**_intervals(of[1])), on="setting", how="left").fillna("–")
+    means, points = (
+        shown(name, frame[frame.ablation == ablation])
+        for name, frame in {"ablations": ablations, "ablation_changes": changes}.items()
+    )
     unseen = [NAMES[name] for name in dict.fromkeys(ablations.architecture) if name != UNSEEN][1:]
-    return table.rename(columns={"setting": "Setting", "mean": f"Mean of {' and '.join(unseen)}, %"})
-
-
-def _intervals(changes: pd.DataFrame) -> dict[str, list[str]]:
-    points = [(100 * row.mean, 100 * row.ci_low, 100 * row.ci_high) for row in changes.itertuples()]
-    return {
-        "Points": [f"{mean:+.1f}".replace("-", "−") for mean, _, _ in points],
-        "95 % interval": [f"{low:+.1f} to {high:+.1f}".replace("-", "−") for _, low, high in points],
-        "p": ["<0.001" if p < 0.001 else f"{p:.3f}" for p in changes.p],
-        "n": [str(n) for n in changes.n],
-    }
-
-
-def shown_spread(spread: pd.DataFrame) -> pd.DataFrame:
-    """Lay standard deviations out in points of accuracy, of the distilling architecture and the unseen mean."""
-    shown = spread[spread.architecture.isin([spread.architecture.iloc[0], UNSEEN])]
-    names = name_of(shown).replace("all all", "All distilled sets")
-    frame = pd.DataFrame({"Set": names, "Network": shown.architecture.map(NAMES)})
-    labels = {"net_sd": "Networks on one set", "run_sd": "Runs beyond that", "total_sd": "Both together"}
-    return frame.assign(**{label: (100 * shown[column]).map("{:.1f}".format) for column, label in labels.items()})
-
-
-def shown_metrics(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Lay the statistics of every set out beside the accuracies that they compare, means over architectures."""
-    shown = metrics[metrics.architecture == "mean"]
-    values = {"accuracy": "Accuracy", "random_real": "Random real", "full_data": "Full data"}
-    values |= {name: name for name in STATISTICS}
-    frame = pd.DataFrame({"IPC": shown.ipc, "Set": name_of(shown)})
-    return frame.assign(**{label: shown[column].map("{:.3f}".format) for column, label in values.items()})
-
-
-def shown_validation(checks: pd.DataFrame) -> pd.DataFrame:
-    """Lay validation accuracies at iteration 0 and at the last check out in percent."""
-    ends = checks.groupby(["ipc", "objective", "space"], sort=False).accuracy.agg(["first", "last"]).reset_index()
-    start, end = ((100 * ends[column]).map("{:.1f}".format) for column in ("first", "last"))
-    return pd.DataFrame({"IPC": ends.ipc, "Set": name_of(ends), "Start": start, "End": end})
-
-
-def shown_costs(costs: pd.DataFrame) -> pd.DataFrame:
-    """Lay iterations, seconds and peak memory of every distilled set out."""
-    frame = pd.DataFrame({"IPC": costs.ipc, "Set": name_of(costs), "Iterations": costs.iterations})
-    return frame.assign(Seconds=costs.seconds.map("{:.0f}".format), **{"Peak MiB": costs.peak_mib.map("{:.0f}".format)})
+    table = means.merge(points, on="Setting", how="left").fillna("–")
+    return table.rename(columns={"mean": f"Mean of {' and '.join(unseen)}, %"})
