@@ -8,8 +8,9 @@ Counted is one iteration, or step, of each kind of work of `ld3m.pipeline.estima
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import islice
+from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
@@ -36,12 +37,16 @@ def flop(work: Callable[[], object]) -> float:
 def flop_of_stages(*, limit: int | None = None) -> Counter[str]:
     """The operations of the stages of the main table by their kind: "distill", "evaluate" and so on."""
     params = load_params({"processes": 1, "device": "cpu"})  # the count does not see into other threads
-    found: Counter[str] = Counter()
+    experiment, found = estimate.StandIns(params), Counter()
+
+    @cache
+    def counted(function: Callable[..., float], *arguments: Any) -> float:
+        return function(experiment, *arguments)
+
     with patch.object(estimate, "clock", flop), silent():  # it counts operations in place of seconds
-        for name, part, _, work in islice(estimate.stages(estimate.StandIns(params), {}), limit):
+        for name, part, _, work in islice(estimate.stages(experiment, {}), limit):
             if part == "main":
-                kind = "gradient_norms" if name == "gradient norms" else name.split()[0]
-                found[kind] += sum(count * each()[0] for count, each in work)
+                found[name.split()[0]] += sum(count * counted(*kind) for count, kind in work)
     return found
 
 

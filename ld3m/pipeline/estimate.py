@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import ceil
@@ -47,6 +47,8 @@ ITERATIONS = 3
 SLOW_S = 10.0
 IMAGES_PER_CLASS = {"train": 1170, "validation": 130, "test": 50}  # of ImageNet, where the data are missing
 Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params, objective, space)}
+Kind = tuple  # of work: a function of the experiment that returns seconds, and its other arguments
+Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Kind]]]  # name, table, keys that lower its memory, its work
 
 
 @dataclass(frozen=True)
@@ -158,55 +160,59 @@ def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, b
     return (epochs * ceil(images / batch) * step + len(dataset.test.labels) / batch * test) / params.processes
 
 
+def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Stage]:
+    """Yield every stage before the tables that takes more than seconds."""
+    params, train_set = experiment.params, experiment.dataset.train
+
+    def network(name: str, ipc: int) -> Kind:
+        recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
+        return network_seconds, name, images, recipe["epochs"], recipe["batch"]
+
+    if params.prior.source is None:
+        for part, given in (("autoencoder", params.prior.autoencoder), ("denoiser", params.prior.denoiser)):
+            yield f"prior, {part}", "prior", (f"prior.{part}.batch",), [(given.steps, (prior_seconds, part))]
+    yield "gan", "prior", ("gan.batch",), [(params.gan.steps, (prior_seconds, "gan"))]
+    given, seen = params.trajectories, params.distill.network
+    expert = network_seconds, seen, len(train_set.labels), given.epochs, given.batch
+    yield "trajectories", "main", ("trajectories.batch",), [(given.experts, expert)]
+    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
+    for cell in cells(params):
+        if cell.objective != "none":
+            runs, iterations = len(cell.runs), params.budget(*cell.row, iterations=cell.iterations).iterations
+            iteration, check = (iteration_seconds, *cell.row, cell.prior), network(seen, cell.ipc)
+            lower, work = params.lowers_memory(*cell.row[:2]), [(runs * iterations, iteration), (runs * checks, check)]
+            yield f"distill {cell.key}", cell.table, lower, work
+        count = sum(map(params.networks_a_set, cell.runs))
+        work = [(count, network(name, cell.ipc)) for name in params.architectures]
+        yield f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), work
+    for name, settings in ablations.items():
+        work = [(len(settings) * params.ablations.seeds, network(seen, 1)) for seen in params.ablations.architecture]
+        for changed, objective, space in settings.values():
+            steps = changed.spaces.ld3m.steps if space == "ld3m" else None
+            work.append((params.ablations.iterations, (iteration_seconds, objective, space, 1, None, steps)))
+        yield f"ablation {name}", "report", params.lowers_memory("dm", "ld3m"), work
+
+
 def estimate(experiment: StandIns, ablations: dict[str, Settings]) -> None:
     """Print a row for every stage as soon as it is timed, and the sums. Too little memory for a stage is a row too."""
-    params, train_set, sums = experiment.params, experiment.dataset.train, Counter()
-    print(f"{params.dataset} on {describe(params.on_device)}; memory is that of one process")
+    sums: Counter[str] = Counter()
+    print(f"{experiment.params.dataset} on {describe(experiment.params.on_device)}; memory is that of one process")
 
     @cache
     def timed(function: Callable[..., float], *arguments: Any) -> tuple[float, float]:
         forget_peak()
         return function(experiment, *arguments), peak_gib()
 
-    def row(name: str, table: str, lower: tuple[str, ...], *work: tuple[int, tuple]) -> None:
-        """Print what a stage takes. `work`: how often it does what, a function and its arguments."""
+    for name, table, lower, work in stages(experiment, ablations):
         try:
             with explain_out_of_memory(*lower):
                 found = [(count, *timed(*kind)) for count, kind in work]
         except OutOfMemory as problem:
             print(f"{name:<32} {problem.strerror}", flush=True)
-            return
+            continue
         seconds = sum(count * each for count, each, _ in found)
         sums[table] += seconds
         print(f"{name:<32} {seconds:>9,.0f} s {max(gib for *_, gib in found):>8.2f} GiB  {table}", flush=True)
-
-    def network(name: str, ipc: int) -> tuple:
-        recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
-        return network_seconds, name, images, recipe["epochs"], recipe["batch"]
-
-    if params.prior.source is None:
-        for part, given in (("autoencoder", params.prior.autoencoder), ("denoiser", params.prior.denoiser)):
-            row(f"prior, {part}", "prior", (f"prior.{part}.batch",), (given.steps, (prior_seconds, part)))
-    row("gan", "prior", ("gan.batch",), (params.gan.steps, (prior_seconds, "gan")))
-    given, seen = params.trajectories, params.distill.network
-    expert = network_seconds, seen, len(train_set.labels), given.epochs, given.batch
-    row("trajectories", "main", ("trajectories.batch",), (given.experts, expert))
-    checks = (1 + params.distill.validation_checks) * params.distill.validation_seeds
-    for cell in cells(params):
-        if cell.objective != "none":
-            runs, iterations = len(cell.runs), params.budget(*cell.row, iterations=cell.iterations).iterations
-            iteration, check = (iteration_seconds, *cell.row, cell.prior), network(seen, cell.ipc)
-            lower = params.lowers_memory(cell.objective, cell.space)
-            row(f"distill {cell.key}", cell.table, lower, (runs * iterations, iteration), (runs * checks, check))
-        count = sum(map(params.networks_a_set, cell.runs))
-        work = [(count, network(name, cell.ipc)) for name in params.architectures]
-        row(f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), *work)
-    for name, settings in ablations.items():
-        work = [(len(settings) * params.ablations.seeds, network(seen, 1)) for seen in params.ablations.architecture]
-        for changed, objective, space in settings.values():
-            steps = changed.spaces.ld3m.steps if space == "ld3m" else None
-            work.append((params.ablations.iterations, (iteration_seconds, objective, space, 1, None, steps)))
-        row(f"ablation {name}", "report", params.lowers_memory("dm", "ld3m"), *work)
     print("; ".join(f"{table}: {seconds / 60:,.0f} min" for table, seconds in sums.items()))
 
 
