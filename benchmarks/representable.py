@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ld3m.evaluation.statistics import interval
-from ld3m.pipeline.cells import UNSEEN
+from ld3m.pipeline.cells import UNSEEN, first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import load_params
 from ld3m.runtime.progress import progress
@@ -50,7 +50,8 @@ def missed_share(images: Tensor, target: Tensor) -> float:
 def measure(experiment: Experiment, objective: str, *, iterations: int) -> pd.DataFrame:
     """Columns objective, images, missed, architecture, n, mean, ci_low, ci_high, and change, change_low, change_high
     from the set as it is, paired by network."""
-    target, labels = experiment.images_of(objective, "pixel", 1)
+    cell = next(cell for cell in first_runs(experiment.params) if cell.row == (objective, "pixel", 1))
+    target, labels = experiment.images_of(cell)
     target, prior, normalization = target.detach(), experiment.prior, experiment.dataset.normalization
     with torch.no_grad():
         z = prior.encode(normalization.denormalize(target))
