@@ -203,7 +203,8 @@ def test_the_classes_of_a_prior_that_a_data_set_has(dit_folder, changes, classes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(), "dit has 1000 classes, the data set 10: list in prior.classes, for each "),
+        (dict(), "dit has 1000 classes, the data set 10: .*: list in prior.classes, for each "),
+        (dict(names=(*SORTED_WOOF[:9], "n00000001")), r"data set 10: 'n00000001' are neither wnid nor word of Image"),
         (
             dict(names=SORTED_WOOF, classes=IMAGENET["woof"]),
             r"not the order .* n02086240, .*\[155, 159, .*empty",

@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from ld3m.data import images as files
 from ld3m.data.dataset import Dataset, Normalization
+from ld3m.data.subsets import word
 from ld3m.evaluation.artefact import class_folder, read_artefact
 from ld3m.runtime.paths import ROOT
 
@@ -229,7 +230,7 @@ def _matched(names: Sequence[str], classes: Sequence[str]) -> dict[str, int] | N
     indices = {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name)}
     folders = {class_folder(label, name): label for label, name in enumerate(classes)}
     for reading in ({name: label for label, name in enumerate(classes)}, folders, indices):
-        labels = [reading.get(name, -1) for name in names]
+        labels = [reading.get(word(name), -1) for name in names]
         if sorted(labels) == list(range(len(classes))):
             return dict(zip(names, labels, strict=True))
     return None

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ld3m.data.images import some
 from ld3m.data.subsets import IMAGENET, imagenet_indices
 from ld3m.models.compvis import load_checkpoint
 from ld3m.models.diffusion_prior import DENOISERS, IncompatiblePrior, Prior, cin256_schedule, schedule_of
@@ -92,9 +93,11 @@ def fitted(
     elif classes is None:
         classes = of_imagenet or range(prior.classes)
         if len(classes) != len(names):
+            unknown = [name for name in names if imagenet_indices([name]) is None]
+            reason = f": {some(unknown)} are neither wnid nor word of ImageNet-1k" if prior.classes == 1000 else ""
             raise ValueError(
-                f"{source} has {prior.classes} classes, the data set {len(names)}: list in prior.classes, for each "
-                "class of the data set, which of the prior's it is, counted from 0"
+                f"{source} has {prior.classes} classes, the data set {len(names)}{reason}: list in prior.classes, for "
+                "each class of the data set, which of the prior's it is, counted from 0"
             )
     elif len(classes) != len(names):
         raise ValueError(f"prior.classes has {len(classes)} entries: must have one for each of {len(names)} classes")
