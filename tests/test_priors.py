@@ -66,6 +66,11 @@ def test_a_missing_folder_part_or_file_is_named(saved, tmp_path):
         with pytest.raises(ValueError, match=f"^{file} cannot be used.*a diffusers folder has unet/"):
             load_prior(folder)
         moved.rename(file)
+        whole = file.read_bytes()
+        file.write_bytes(b"{}")
+        with pytest.raises(ValueError, match=f"^{file} cannot be used: .*; replace the file, or name another prior$"):
+            load_prior(folder)
+        file.write_bytes(whole)
     (folder / "vqvae").rename(tmp_path / "vqvae")
     with pytest.raises(FileNotFoundError, match=f"no prior in .*broken: vqvae or vae missing; .*{EMBEDDER}"):
         load_prior(folder)
@@ -160,7 +165,7 @@ def test_what_no_prior_can_be_made_of(tmp_path, changes, message):
 def test_a_hub_id_without_a_network(dit_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="Without a network.*transformer/.*vae/.*scheduler_config.json"):
+    with pytest.raises(FileNotFoundError, match="did not give it .*Correct the name.*transformer/.*vae/.*scheduler_c"):
         load_prior("facebook/DiT-XL-2-256")
     kept = tmp_path / "models--facebook--DiT-XL-2-256"  # as the hub's own library keeps what it has fetched
     (kept / "refs").mkdir(parents=True)

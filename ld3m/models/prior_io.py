@@ -223,8 +223,8 @@ def _fetch(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=files)
     except Exception as error:  # offline, unknown and gated repositories raise errors of many kinds
         raise FileNotFoundError(
-            f"prior.source={hub_id} is no folder, and could not be read from the hub ({error!r}). Without a network, "
-            f"place its parts in a folder and name that: {LAYOUT}"
+            f"prior.source={hub_id} is no folder, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"Correct the name, log in to the hub, or without a network name a folder of its parts: {LAYOUT}"
         ) from error
     return folder
 
@@ -292,8 +292,8 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and safetensors raise errors of many kinds for a broken or foreign file
-        advice = "" if file.exists() else f"; {LAYOUT}"
-        raise ValueError(f"{file} cannot be used: {error}{advice}") from error
+        advice = "replace the file, or name another prior" if file.exists() else LAYOUT
+        raise ValueError(f"{file} cannot be used: {type(error).__name__}: {error}; {advice}") from error
 
 
 def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
