@@ -10,7 +10,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ld3m.data import dataset as data
-from ld3m.data import images as files
+from ld3m.data import decoding as files
 from ld3m.data import mnist5k
 from ld3m.data.coresets import herding, k_center
 from ld3m.data.subsets import IMAGENET, imagenet_classes, imagenet_indices, of_imagenet

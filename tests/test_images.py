@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from ld3m.data import dataset as data
-from ld3m.data import images
+from ld3m.data import decoding, images
 from ld3m.runtime import paths, storage
 from ld3m.runtime.hub import go_offline_if_unreachable
 
@@ -38,8 +38,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths or bytes of the images decoded so far."""
-    seen, open_image = [], images.open_image
-    monkeypatch.setattr(images, "open_image", lambda content: seen.append(content) or open_image(content))
+    seen, open_image = [], decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda content: seen.append(content) or open_image(content))
     return seen
 
 
@@ -222,7 +222,7 @@ def test_another_setting_or_version_and_changed_files_are_decoded_again(folder, 
     assert len(set(found)) == 3 and len(decoded) == 30 + 24 + 24  # train again, test not
     for changes in ({"size_px": 16}, {"channels": 1}):
         load(folder, **changes)
-    for module, name in ((images, "SQUARE_VERSION"), (images.PIL, "__version__")):
+    for module, name in ((decoding, "SQUARE_VERSION"), (decoding.PIL, "__version__")):
         monkeypatch.setattr(module, name, "another")
         load(folder)
     assert len(decoded) == 78 + 4 * 30

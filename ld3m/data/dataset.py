@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.data import images, subsets
+from ld3m.data import decoding, images, subsets
 from ld3m.runtime import seeds
 
 
@@ -70,7 +70,7 @@ class Split:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.file:
-            vars(self)["stored"] = images.open_images(self.file)
+            vars(self)["stored"] = decoding.open_images(self.file)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -229,9 +229,9 @@ def load_dataset(
     for part, each in sources.items():
         selection = each.select(kept)
         if empty := [kept[label] for label in sorted(set(range(len(kept))) - set(selection.labels.tolist()))]:
-            advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
-            raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
-        uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
+            advice = f"add some ({', '.join(decoding.FORMATS)}), or leave it out of classes"
+            raise ValueError(f"{selection.where} has no images of class {decoding.some(empty)}: {advice}")
+        uint8, file = decoding.decoded(selection, size_px=size_px, channels=channels)
         loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
     if "validation" not in loaded:
         loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
@@ -256,7 +256,7 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: st
         if name not in names and type(item) is int:
             name = numbers.get(name, name)
         if name not in names:
-            near = images.some(difflib.get_close_matches(name, names, n=5, cutoff=0))
+            near = decoding.some(difflib.get_close_matches(name, names, n=5, cutoff=0))
             raise ValueError(f"{where}: classes has {item!r}: write names, such as {near}{positions}")
         kept.append(name)
     if not kept or len(set(kept)) < len(kept):
