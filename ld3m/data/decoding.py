@@ -52,34 +52,46 @@ def some(names: Sequence[str]) -> str:
 def open_image(content: Encoded) -> Image.Image:
     """Opens an image safely; ValueError where it is none or has too many pixels."""
     if content is None:
-        raise ValueError("there are no bytes of an image, at most the name of a file")
-    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"it has {image.width} x {image.height} pixels")
+        raise ValueError("it has no bytes of an image")
+    try:
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+    except PIL.UnidentifiedImageError:  # in whose words the file has no name
+        raise ValueError(f"it is damaged, or in none of the formats {', '.join(FORMATS)}") from None
+    if image.width * image.height > (most := Image.MAX_IMAGE_PIXELS):
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {most} in all: make it smaller")
     return image
 
 
 def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tensor, Path]:
     """Images uint8 (n, channels, size_px, size_px) and their file; decodes them only if they are not in the cache.
-    OSError, before decoding, where the disk is too full."""
+
+    Prints, every time, which of them have almost one color. OSError, before decoding, where the disk is too full.
+    """
     shape = (len(selection.labels), channels, size_px, size_px)
     digest = hashlib.sha256(repr((selection.identity, shape, SQUARE_VERSION, PIL.__version__)).encode()).hexdigest()
-    file = paths.DECODED / f"{digest[:20]}.npy"
+    file, note = (paths.DECODED / f"{digest[:20]}{suffix}" for suffix in (".npy", ".txt"))
+
+    def opened() -> tuple[Tensor, Path]:
+        images = open_images(file)
+        if note.exists():
+            print(f"{selection.where}: {note.read_text()}", flush=True)
+        return images, file
+
     with suppress(Exception):  # missing or damaged
-        return open_images(file), file
+        return opened()
     with locked(file, wait=True):  # another process may decode the same images
         with suppress(Exception):
-            return open_images(file), file
+            return opened()
         require_space(file.parent, math.prod(shape))
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        write_bytes(file, chain([header.getvalue()], _decode(selection, size_px=size_px, channels=channels)))
-    return open_images(file), file
+        write_bytes(file, chain([header.getvalue()], _decode(selection, note, size_px=size_px, channels=channels)))
+    return opened()
 
 
-def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[bytes]:
+def _decode(selection: Selection, note: Path, *, size_px: int, channels: int) -> Iterator[bytes]:
     """Yields the bytes of decoded images, in order. Looks at every image before it raises the ValueError that names all
-    broken ones, or those of a class in which at least half have almost one color."""
+    broken ones, or those of a class in which at least half have almost one color; fewer of these go into the note."""
     broken, flat = [], []
 
     def decode(content: Encoded) -> np.ndarray | Exception:
@@ -103,21 +115,23 @@ def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[by
                 yield np.stack(squares).reshape(-1, size_px, size_px, channels).transpose(0, 3, 1, 2).tobytes()
     if broken:
         shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
-        raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
-    _check_range(selection, flat)
+        counted = f"{len(broken)} of {len(labels)} images cannot be read: replace or remove"
+        raise ValueError("\n".join([f"{selection.where}: {counted}", *shown]))
+    if flat:
+        write_bytes(note, _flat_images(selection, flat).encode())
 
 
-def _check_range(selection: Selection, flat: list[tuple[int, str]]) -> None:
-    """Prints which images, given by label and name, have almost one color; ValueError if half of a class has."""
+def _flat_images(selection: Selection, flat: list[tuple[int, str]]) -> str:
+    """Says which images, given by label and name, have almost one color; ValueError if half of a class has."""
     have = f"have almost one color (values within {FLAT_RANGE} of 255)"
+    advice = "remove blank and transparent images, and scale 12 bits in 16-bit files to the full range"
     for label, total in enumerate(np.bincount(selection.labels)):
         names = [name for other, name in flat if other == label]
         if 2 * len(names) >= total > 0:
             of_class = f"{len(names)} of {total} images of class {selection.classes[label]!r}"
-            advice = "scale 12 bits in 16-bit files to the full range, and remove transparent images"
             raise ValueError(f"{selection.where}: {of_class} {have}: {some(names)}: {advice}")
-    if names := [name for _, name in flat]:
-        print(f"{selection.where}: {len(names)} of {len(selection.labels)} images {have}: {some(names)}", flush=True)
+    counted = f"{len(flat)} of {len(selection.labels)} images {have} and are used as they are"
+    return f"{counted}: {some([name for _, name in flat])}: {advice}"
 
 
 def open_images(file: Path) -> Tensor:

@@ -18,7 +18,11 @@ from ld3m.data.decoding import CHUNK, Encoded, Selection, some
 from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.paths import ROOT
 
-SKIPPED = re.compile(r"[.@#$]|__|(lost\+found|System Volume Information)$")  # folders that systems and tools make
+SKIPPED = re.compile(  # folders that systems and tools make
+    r"\..*|__(MACOSX|pycache__)|@(eaDir|Recycle|Recently-Snapshot|__thumb|tmp)|#(recycle|snapshot)|\$RECYCLE\.BIN"
+    r"|lost\+found|System Volume Information",
+    re.IGNORECASE,
+)
 
 
 class Source(NamedTuple):
@@ -42,11 +46,28 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
         return open_image_folder(folder / split, where=where)
     if files := _parquet_files(folder, split):
         table = _parquet_table(files, where=where)
-    elif folder.is_dir() or not is_hub_id:
-        raise FileNotFoundError(f"{where}: source={source!r}: {folder} has no such split: {advice} there")
+    elif folder.is_dir():
+        problem = f"{folder} has no {split!r}: {_what_is_there(folder, split)}{advice} there"
+        raise FileNotFoundError(f"{where}: source={source!r}: {problem}")
+    elif not is_hub_id:
+        raise FileNotFoundError(
+            f"{where}: source={source!r}: there is no folder {folder}: name another, or {advice} there"
+        )
     else:
         table = _hub_table(source, split, advice=advice, where=where)
     return _open_table(table, image_column=image_column, label_column=label_column, where=where)
+
+
+def _what_is_there(folder: Path, split: str) -> str:
+    """Where a split is that a folder lacks, or what the folder has instead of it: the first words of an advice."""
+    names = (split, f"{split}.parquet", f"{split}-*.parquet")
+    below = sorted(found.parent for depth in ("*", "*/*") for name in names for found in folder.glob(f"{depth}/{name}"))
+    if places := [folder.parent] if folder.name == split else below:
+        return f"it is in {places[0]}: set source to that; else "
+    entries = [entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".parquet"]
+    present = {re.sub(r"(-\d+-of-\d+)?\.parquet$", "", entry.name) for entry in entries}
+    shown = some(in_order(name for name in present if not SKIPPED.fullmatch(name)))
+    return f"it has {shown}: if one of them is this split, name it in splits; else " if shown else ""
 
 
 def nfc(name: str) -> str:
@@ -72,7 +93,7 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
     """
     folders: dict[str, list[Path]] = {}  # of each class: both forms may be there
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not SKIPPED.match(entry.name):
+        if entry.is_dir() and not SKIPPED.fullmatch(entry.name):
             folders.setdefault(nfc(entry.name), []).append(entry)
     if not folders:
         raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
@@ -80,7 +101,9 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
 
     def images_in(name: str, pattern: str) -> Iterator[Path]:
         for file in chain.from_iterable(place.glob(pattern) for place in folders[name]):
-            if file.suffix.lower() in suffixes and not any(map(SKIPPED.match, file.relative_to(folder).parts[1:-1])):
+            if file.suffix.lower() in suffixes and not any(
+                map(SKIPPED.fullmatch, file.relative_to(folder).parts[1:-1])
+            ):
                 yield file
 
     for name in in_order(folders):
@@ -130,8 +153,14 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
         if column not in table.schema.names:
             raise ValueError(f"{where}: {setting}={column!r}: the columns are {table.schema.names}, name one of them")
     kind = table.schema.field(image_column).type
+    names_files = f"{where}: column {image_column!r} holds file names: store the bytes, or use a folder of images"
+    if types.is_string(kind) or types.is_large_string(kind):
+        raise ValueError(names_files)
     if not types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
-        raise ValueError(f"{where}: column {image_column!r} holds {kind}, not images")
+        needed = (
+            "store each image as {bytes, path}, as the library datasets does, or name another column in image_column"
+        )
+        raise ValueError(f"{where}: column {image_column!r} holds {kind}, not images: {needed}")
     names, labels = _labels(table, label_column, where=f"{where}, column {label_column!r}")
 
     def read(rows: np.ndarray) -> Iterator[tuple[str, Encoded]]:
@@ -141,6 +170,8 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
                 path, content = map((cell.as_py() or {}).get, ("path", "bytes"))
                 if path and table.files and Path(os.path.abspath(path)).is_relative_to(table.files):
                     content = content or path
+                if path and not content:
+                    raise ValueError(f"{names_files} (row {row}: {path!r})")
                 yield f"row {row} ({path or 'no file name'})", content
 
     def select(classes: Sequence[str]) -> Selection:
