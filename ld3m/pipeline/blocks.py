@@ -44,7 +44,7 @@ Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
 Table = Literal["main", "report"]
-Factory = Annotated[str, that(r"[\w.]+:\w+", "must be an import path, as package.module:name")]
+Factory = Annotated[str, that(r"[\w.]+:\w+", "must be an import path, package.module:name")]
 Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
     str, that(r"\w[\w-]{0,99}", "a name has letters, digits, '_' and '-' only, at most 100, and no '-' in front")
 ]
