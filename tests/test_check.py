@@ -30,6 +30,12 @@ def test_images_that_two_splits_share_are_counted(tmp_path):
         shutil.copy(paths.ROOT / f"data/mnist5k/{source}.parquet", tmp_path / f"{split}.parquet")
     lines = check({"datasets.mnist5k.source": str(tmp_path)})
     assert lines[1].startswith("data    500 images of test are in validation too") and lines[2].startswith("nets")
+    shutil.copy(tmp_path / "test.parquet", tmp_path / "train.parquet")  # of which validation is a share
+    given = {
+        f"datasets.mnist5k.{key}": value for key, value in {"source": str(tmp_path), "splits.validation": 0.1}.items()
+    }
+    lines = check(given | {"cells": {}, "controls": {}})
+    assert lines[1].startswith("data    500 images of test are in train too") and lines[2].startswith("nets")
 
 
 def test_a_gan_of_another_size_is_refused_before_it_is_trained():

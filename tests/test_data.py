@@ -10,7 +10,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ld3m.data import dataset as data
-from ld3m.data import images as files
+from ld3m.data import decoding as files
 from ld3m.data import mnist5k
 from ld3m.data.coresets import herding, k_center
 from ld3m.data.subsets import IMAGENET, imagenet_classes, imagenet_indices, of_imagenet
@@ -124,16 +124,19 @@ def test_classes_are_kept_and_relabeled_in_order(embedded):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"splits": SPLITS | {"validation": 1.5}}, r"splits\.validation=1.5 is 525 of the 350 .* of class '0'"),
-        ({"splits": SPLITS | {"validation": 0.001}}, r"splits\.validation=0\.001 is 0 of the 350 .* of class '0'"),
-        ({"splits": SPLITS | {"validation": "train"}}, "splits=.*: name three different splits"),
-        ({"classes": ["11"]}, r"classes has '11': write names, such as '1', '"),
-        ({"classes": ["0", 0]}, r"classes=\['0', 0\]: name each class to keep once"),
-        ({"classes": []}, r"classes=\[\]: name each class to keep once"),
-        ({"channels": 2}, "channels=2: give 1 or 3"),
+        ({"splits": SPLITS | {"validation": 1.5}}, r"splits\.validation=1.5 takes 525 of the 350 .* of class '0'"),
+        (
+            {"splits": SPLITS | {"validation": 0.001}},
+            r"splits\.validation=0\.001 takes 0 of .* '0': .*change the share",
+        ),
+        ({"splits": SPLITS | {"validation": "train"}}, "splits=.* names one split twice: each needs its own"),
+        ({"classes": ["11"]}, r"classes has '11', which is no class: write names, such as '1', '"),
+        ({"classes": ["0", 0]}, r"classes=\['0', 0\] has the class '0' twice: remove one"),
+        ({"classes": []}, r"classes=\[\] keeps no class: list some"),
+        ({"channels": 2}, "channels=2: must be 1 .gray. or 3"),
         (
             {"channels": 3, "normalization": data.Normalization((0.5,), (0.2,))},
-            "channels=3: .* means and stds in normalization",
+            "normalization has 1 means, but channels=3: give one mean and one std a channel",
         ),
     ],
 )
@@ -218,7 +221,9 @@ def test_every_subset_is_ten_distinct_classes_and_an_unknown_one_lists_them():
     assert all(len(set(indices)) == 10 for indices in IMAGENET.values())
     assert len({index for name in "abcde" for index in IMAGENET[name]}) == 50
     assert sum(map(sum, IMAGENET.values())) == 68011  # of the published numbers
-    with pytest.raises(ValueError, match=r"datasets\.mnist5k\.classes: .*named 'dogs'; there are a, .*\[dogs\]"):
+    with pytest.raises(
+        ValueError, match=r"datasets\.mnist5k\.classes: 'dogs' is no subset .*one of a, .*\[dogs, ...\]"
+    ):
         load_params({"datasets.mnist5k.classes": "dogs"})
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 import unicodedata
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,8 +19,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from ld3m.data import dataset as data
-from ld3m.data import images
-from ld3m.runtime import paths, storage
+from ld3m.data import decoding, images
+from ld3m.runtime import hub, paths, storage
 from ld3m.runtime.hub import go_offline_if_unreachable
 
 SPLITS = {"train": "train", "validation": 0.25, "test": "test"}
@@ -38,8 +39,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths or bytes of the images decoded so far."""
-    seen, open_image = [], images.open_image
-    monkeypatch.setattr(images, "open_image", lambda content: seen.append(content) or open_image(content))
+    seen, open_image = [], decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda content: seen.append(content) or open_image(content))
     return seen
 
 
@@ -130,7 +131,7 @@ def test_a_hub_dataset_is_known_by_its_fingerprint(folder, decoded, monkeypatch)
     tables["test"] = tables["test"].select([0, 2, 4, 5]).flatten_indices()
     assert len(load("org/toy").test) == 4 and len(decoded) == 34
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "test")  # cells may name no file elsewhere
-    refusal(r"'train': replace or remove 24 unreadable images(.|\s)*: there are no bytes", "org/toy", size_px=16)
+    refusal(r"column 'image' holds file names: store the bytes, .* \(row 0: '.*ant/0.bmp'\)", "org/toy", size_px=16)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda source, *, split: {}[source])
     for source in ("org/toy", "toy"):
@@ -145,11 +146,29 @@ def test_missing_paths_say_what_to_place(tmp_path, folder, monkeypatch):
     for source in (tmp_path / "none", "./none", "../none", "data/none", "tests/none", "a/b/c", "no such"):
         with pytest.raises(FileNotFoundError, match=r"dataset 'toy', split 'train': source=.*train\.parquet"):
             load(source)
-    shutil.rmtree(folder / "test")
-    with pytest.raises(FileNotFoundError, match=r"split 'test': .* no such split: place test\.parquet"):
+    for source, there in {
+        folder.parent: f"it is in {folder}: set source to that; else place train.parquet",
+        folder / "train": f"it is in {folder}: set source to that",
+        folder / "test": "it has 'ant', 'bee', 'cat': if one of them is this split, name it in splits; else place",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=f"split 'train': .*{source} has no 'train': {there}"):
+            load(source)
+    (folder / "train").rename(folder / "Train")
+    (folder / "test/ant").rename(folder / "data-00000-of-00001.parquet")
+    with pytest.raises(FileNotFoundError, match="has no 'train': it has 'Train', 'data', 'test': if one"):
         load(folder)
+    shutil.rmtree(folder / "test")
     (folder / "test").mkdir()
-    refusal(r"test has no class folders: place its images in <class>/", folder)
+    refusal(r"test has no class folders: place its images in <class>/", folder, splits=SPLITS | {"train": "Train"})
+
+
+def test_a_source_of_one_class_is_named_with_what_to_do(folder, parquet):
+    for split, name in itertools.product(COUNTS, ("bee", "cat")):
+        shutil.rmtree(folder / split / name)
+    refusal(f"{folder}, split 'train', has one class, 'ant'; at least two .*: make a folder for each class in", folder)
+    for split in COUNTS:
+        write_parquet(parquet / f"{split}.parquet", ["a"] * 4, feature=datasets.Value("string"))
+    refusal("split 'train', has one class, 'a'; .*, or in parquet files its own 'label'", parquet)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +196,9 @@ def test_impossible_labels_and_columns_are_refused(parquet):
         refusal(f"split 'train', column 'label': .* integers from 0, {message}", parquet)
     for setting in ("image_column", "label_column"):
         refusal(rf"{setting}='img': the columns are \['image', 'label'\]", parquet, **{setting: "img"})
-    refusal("column 'label' holds int64, not images", parquet, image_column="label")
+    refusal("column 'label' holds int64, not images: store each .*in image_column", parquet, image_column="label")
+    write_parquet(parquet / "train.parquet", ["a.png", "b.png"], feature=datasets.Value("string"))
+    refusal("column 'label' holds file names: store the bytes, or use a folder of im", parquet, image_column="label")
 
 
 def test_a_chosen_class_without_images_is_named_before_decoding(folder, decoded):
@@ -223,7 +244,7 @@ def test_another_setting_or_version_and_changed_files_are_decoded_again(folder, 
     assert len(set(found)) == 3 and len(decoded) == 30 + 24 + 24  # train again, test not
     for changes in ({"size_px": 16}, {"channels": 1}):
         load(folder, **changes)
-    for module, name in ((images, "SQUARE_VERSION"), (images.PIL, "__version__")):
+    for module, name in ((decoding, "SQUARE_VERSION"), (decoding.PIL, "__version__")):
         monkeypatch.setattr(module, name, "another")
         load(folder)
     assert len(decoded) == 78 + 4 * 30
@@ -258,20 +279,27 @@ def test_broken_images_are_named_up_to_five_and_nothing_is_kept(folder, cache, m
     for name in ("text.jpg", "unshown.jpg", "unknown.xyz", "._hidden.png"):  # the last two are left out
         (place / name).write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses only a file twice as large
-    words = refusal("split 'train': replace or remove 6 unreadable images", folder)
+    words = refusal("split 'train': 6 of 29 images cannot be read: replace or remove", folder)
     *named, more = [line.split(": ")[0] for line in words.splitlines()[1:]]
     assert named == [str(place / name) for name in ("0.bmp", "deeper/cut.png", "huge.png", "text.jpg", "unbounded.tif")]
-    assert "it has 40 x 40 pixels" in words and more == "and 1 more" and not list(cache.iterdir())
+    assert (
+        "it has 40 x 40 pixels, more than 1000" in words
+        and "formats PNG, JPEG" in words
+        and more == "and 1 more"
+        and not list(cache.iterdir())
+    )
 
 
 def test_broken_cells_and_cells_that_name_a_file_are_refused(parquet):
     whole, broken = {"bytes": png(noise(0)), "path": None}, {"bytes": b"nonsense", "path": "x.png"}
     cells = [whole, broken, None, {"bytes": None, "path": __file__}]
-    write_parquet(parquet / "test.parquet", [1, 0, 0, 0], cells=cells)
-    words = refusal("split 'test': replace or remove 3 unreadable images", parquet, classes=["cat"])
-    for named in ("1 (x.png): UnidentifiedImageError", "2 (no file name): ValueError", f"3 ({__file__}): ValueError"):
+    write_parquet(parquet / "test.parquet", [1, 0, 0], cells=cells[:3])
+    words = refusal("split 'test': 2 of 2 images cannot be read: replace or remove", parquet, classes=["cat"])
+    for named in ("1 (x.png): ValueError: it is damaged", "2 (no file name): ValueError: it has no bytes"):
         assert f"row {named}" in words
     assert len(load(parquet, classes=["dog"]).test) == 1
+    write_parquet(parquet / "test.parquet", [1, 0, 0, 0], cells=cells)
+    refusal(rf"'test': column 'image' holds file names: .* \(row 3: '{__file__}'\)", parquet, classes=["cat"])
 
 
 def test_an_image_for_which_pillow_starts_a_program_and_a_pipe_are_refused(folder, tmp_path, monkeypatch):
@@ -279,7 +307,7 @@ def test_an_image_for_which_pillow_starts_a_program_and_a_pipe_are_refused(folde
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     Image.fromarray(noise(3)).save(folder / "train/cat/2.png", "EPS")
-    refusal(r"train/cat/2\.png: UnidentifiedImageError", folder)
+    refusal(r"train/cat/2\.png: ValueError: it is damaged, or in none", folder)
     assert not (tmp_path / "started").exists()
     os.mkfifo(folder / "train/cat/pipe.png")
     refusal(r"split 'train': .*train/cat/pipe\.png is no regular file: remove it", folder)
@@ -313,6 +341,8 @@ def test_folders_too_deep_are_named(folder, where, named, write):
         (("10", "2", "1"), [10, 1], "10 1"),
         (("10", "02", "01"), [10, 2], "10 02"),
         (("ant", "bee", "cat"), [2, "ant"], "cat ant"),
+        (("__background__", "@me", "$5 note"), None, "$5 note @me __background__"),
+        (("#1", "@1", "_tmp"), None, "#1 @1 _tmp"),
     ],
 )
 def test_classes_are_in_natural_order_and_a_number_is_a_name_where_names_are_numbers(folder, names, classes, expected):
@@ -325,7 +355,7 @@ def test_classes_are_in_natural_order_and_a_number_is_a_name_where_names_are_num
     assert " ".join(test.classes) == expected
     assert all(torch.equal(test.uint8[test.of_class(k)[0]], first[name]) for k, name in enumerate(test.classes))
     if names[0] == "10":
-        refusal("classes has 0: write names, such as '", folder, classes=[0, 1])
+        refusal("classes has 0, which is no class: write names, such as '", folder, classes=[0, 1])
 
 
 def test_what_systems_and_tools_leave_is_no_class_and_no_image_of_one(folder):
@@ -355,16 +385,35 @@ def test_unicode_forms_of_a_name_are_one_class_and_names_that_differ_in_case_are
 
 def test_images_of_almost_one_color_are_named_and_refused_where_they_are_half_of_a_class(folder, capsys):
     for k in range(4):  # 12 bits in 16
-        assert load(folder).train.classes == ("ant", "bee", "cat")
+        assert load(folder).fingerprint == load(folder).fingerprint  # says it again of images that are decoded
         file = folder / f"train/bee/{k}.bmp"
         file.unlink()
         Image.fromarray(noise(k)[:, :, 0].astype(np.uint16) * 16).save(file.with_suffix(".png"))
-    printed = [line for line in capsys.readouterr().out.splitlines() if "almost" in line]
-    assert len(printed) == 3 and "3 of 24 images have almost one color" in printed[2]
-    assert str(folder / "train/bee/2.png") in printed[2]
+    found = [line for line in capsys.readouterr().out.splitlines() if "almost" in line]
+    assert len(found) == 6 and found[::2] == found[1::2]
+    assert "3 of 24 images have almost one color" in found[5] and "scale 12 bits in 16" in found[5]
+    assert str(folder / "train/bee/2.png") in found[5]
     for _ in range(2):  # nothing of it is kept
         words = refusal(r"'train': 4 of 8 images of class 'bee' have almost one color .*12 bits in 16", folder)
         assert str(folder / "train/bee/0.png") in words and "ant" not in words
+
+
+def test_the_addresses_of_a_hub_share_the_time_to_answer(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.1, raising=False)
+    released, asked = threading.Event(), []
+
+    def from_many_addresses(*_, **__):
+        asked.append(True)
+        released.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(hub, "urlopen", from_many_addresses)
+    started = time.monotonic()
+    for _ in range(2):  # offline is not asked
+        go_offline_if_unreachable()
+    assert time.monotonic() - started < 30 and constants.HF_HUB_OFFLINE and len(asked) == 1
+    released.set()
 
 
 @pytest.mark.parametrize("answers", [True, False])

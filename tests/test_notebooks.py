@@ -106,6 +106,7 @@ def papermill(folder, *arguments):
         ({"form": "bits"}, "form = 'bits': must be None or 'uint8' or 'unit'$"),
         ({"mean": [0.5, "a"]}, "mean = .*: must be None or a list of numbers$"),
         ({"mean": "[0.5]"}, "mean = .*: must be None or a list of numbers; .* -y "),
+        ({"nam": True}, "nam; this notebook has ipc, name, digit, form, mean, overrides$"),
         ({"overrides": "{seed: 1}"}, "overrides = .*: must be a dict; .* -y 'overrides: {seed: 1}'$"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ld3m.data import images, subsets
+from ld3m.data import decoding, images, subsets
 from ld3m.runtime import seeds
 
 
@@ -70,7 +70,7 @@ class Split:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.file:
-            vars(self)["stored"] = images.open_images(self.file)
+            vars(self)["stored"] = decoding.open_images(self.file)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -216,24 +216,33 @@ def load_dataset(
         Where the images are; on the CPU they stay in their files.
     """
     where = f"dataset {name!r}"
-    if channels not in (1, 3) or (normalization and len(normalization.mean) != channels):
-        raise ValueError(f"{where}: channels={channels}: give 1 or 3, and as many means and stds in normalization")
+    if channels not in (1, 3):
+        raise ValueError(f"{where}: channels={channels}: must be 1 (gray) or 3 (RGB)")
+    if normalization and len(normalization.mean) != channels:
+        given = f"normalization has {len(normalization.mean)} means, but channels={channels}"
+        raise ValueError(f"{where}: {given}: give one mean and one std a channel, or leave normalization empty")
     if len(set(splits.values())) < 3:
-        raise ValueError(f"{where}: splits={splits}: name three different splits, or a share of train as validation")
+        advice = "each needs its own; validation may be a share of train, such as 0.1"
+        raise ValueError(f"{where}: splits={dict(splits)} names one split twice: {advice}")
     sources = {}
     for part in ("train", "validation", "test"):  # classes are in the order of train's
         if isinstance(split := splits[part], str):
             columns = {"image_column": image_column, "label_column": label_column}
             sources[part] = images.open_split(str(source), split, **columns, where=f"{where}, split {split!r}")
-    kept = _kept(list(dict.fromkeys(known for each in sources.values() for known in each.classes)), classes, where)
+    names = list(dict.fromkeys(known for each in sources.values() for known in each.classes))
+    if len(names) < 2:
+        given = f"{source}, split {splits['train']!r}, has one class, {names[0]!r}; at least two are needed"
+        advice = f"a folder for each class in {splits['train']}/, or in parquet files its own {label_column!r}"
+        raise ValueError(f"{where}: {given}: make {advice}")
+    kept = _kept(names, classes, where)
     selections = {part: each.select(kept) for part, each in sources.items()}
     for selection in selections.values():
         if empty := [kept[label] for label in sorted(set(range(len(kept))) - set(selection.labels.tolist()))]:
-            advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
-            raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
+            advice = f"add some ({', '.join(decoding.FORMATS)}), or list only the other classes in classes"
+            raise ValueError(f"{selection.where} has no images of class {decoding.some(empty)}: {advice}")
     loaded, named = {}, tuple(map(subsets.word, kept))
     for part, selection in selections.items():
-        uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
+        uint8, file = decoding.decoded(selection, size_px=size_px, channels=channels)
         loaded[part] = Split(uint8, torch.from_numpy(selection.labels), named, file=file)
     if "validation" not in loaded:
         loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
@@ -260,11 +269,15 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: st
         if name not in names and type(item) is int:
             name = numbers.get(name, name)
         if name not in names:
-            near = images.some(difflib.get_close_matches(name, names, n=5, cutoff=0))
-            raise ValueError(f"{where}: classes has {item!r}: write names, such as {near}{positions}")
+            near = decoding.some(difflib.get_close_matches(name, names, n=5, cutoff=0))
+            raise ValueError(
+                f"{where}: classes has {item!r}, which is no class: write names, such as {near}{positions}"
+            )
+        if name in kept:
+            raise ValueError(f"{where}: classes={list(classes)} has the class {name!r} twice: remove one")
         kept.append(name)
-    if not kept or len(set(kept)) < len(kept):
-        raise ValueError(f"{where}: classes={list(classes)}: name each class to keep once")
+    if not kept:
+        raise ValueError(f"{where}: classes={classes} keeps no class: list some, or leave it empty for all")
     return kept
 
 
@@ -275,8 +288,9 @@ def _divide(split: Split, share: float, *, seed: int, where: str) -> dict[str, S
         members = split.of_class(label)
         count = round(share * len(members))
         if not 0 < count < len(members):
-            given = f"splits.validation={share} is {count} of the {len(members)} training images of class {name!r}"
-            raise ValueError(f"{where}: {given}: train and validation both need some")
+            given = f"splits.validation={share} takes {count} of the {len(members)} training images of class {name!r}"
+            advice = "train and validation both need at least one: change the share, or add images of this class"
+            raise ValueError(f"{where}: {given}: {advice}")
         order = torch.randperm(len(members), generator=seeds.generator(seed, "validation", name))
         held[members[order[:count]]] = True
     rows = {"train": torch.nonzero(~held).flatten(), "validation": torch.nonzero(held).flatten()}

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from ld3m.data.images import some
+from ld3m.data.decoding import some
 from ld3m.data.subsets import imagenet_classes
 from ld3m.runtime.progress import progress
 from ld3m.runtime.storage import new_folder, require_space

@@ -1,54 +1,28 @@
-"""Reading images: an image folder, parquet files or a Hugging Face dataset, decoded once into memory-mapped files.
-
-The name of a decoded file is a hash of all that its bytes depend on, so a changed source or setting gives another file.
-All processes share its pages. A missing or damaged file is decoded again.
-"""
+"""Where images are: an image folder, parquet files or a Hugging Face dataset. Nothing is decoded here."""
 
 import hashlib
-import io
 import json
-import math
 import os
 import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from ld3m.runtime import paths
+from ld3m.data.decoding import CHUNK, Encoded, Selection, some
 from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.paths import ROOT
-from ld3m.runtime.progress import progress
-from ld3m.runtime.storage import locked, require_space, write_bytes
 
-# Formats that Pillow decodes itself: for others it may start a program.
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "ICO", "JPEG2000")
-SKIPPED = re.compile(r"[.@#$]|__|(lost\+found|System Volume Information)$")  # folders that systems and tools make
-FLAT_RANGE = 16  # of 255: an image whose values span no more shows nothing
-CHUNK = 512  # images whose encoded bytes are in memory at once
-SQUARE_VERSION = 1  # raise it when `to_square` changes a pixel: images are then decoded again
-
-Encoded = bytes | str | None  # the bytes of an image file, or its path; None where there is neither
-
-
-class Selection(NamedTuple):
-    """The images of the selected classes of a split, in the order of the source, not yet decoded."""
-
-    labels: np.ndarray  # (n,) int64, indices into the selected classes
-    classes: Sequence[str]  # the selected ones
-    identity: str  # changes when the images do
-    read: Callable[[], Iterator[tuple[str, Encoded]]]  # yields the name of each image, for errors, and its content
-    where: str  # names the split in errors
+SKIPPED = re.compile(  # folders that systems and tools make
+    r"\..*|__(MACOSX|pycache__)|@(eaDir|Recycle|Recently-Snapshot|__thumb|tmp)|#(recycle|snapshot)|\$RECYCLE\.BIN"
+    r"|lost\+found|System Volume Information",
+    re.IGNORECASE,
+)
 
 
 class Source(NamedTuple):
@@ -72,21 +46,33 @@ def open_split(source: str, split: str, *, image_column: str, label_column: str,
         return open_image_folder(folder / split, where=where)
     if files := _parquet_files(folder, split):
         table = _parquet_table(files, where=where)
-    elif folder.is_dir() or not is_hub_id:
-        raise FileNotFoundError(f"{where}: source={source!r}: {folder} has no such split: {advice} there")
+    elif folder.is_dir():
+        problem = f"{folder} has no {split!r}: {_what_is_there(folder, split)}{advice} there"
+        raise FileNotFoundError(f"{where}: source={source!r}: {problem}")
+    elif not is_hub_id:
+        raise FileNotFoundError(
+            f"{where}: source={source!r}: there is no folder {folder}: name another, or {advice} there"
+        )
     else:
         table = _hub_table(source, split, advice=advice, where=where)
     return _open_table(table, image_column=image_column, label_column=label_column, where=where)
 
 
+def _what_is_there(folder: Path, split: str) -> str:
+    """Where a split is that a folder lacks, or what the folder has instead of it: the first words of an advice."""
+    names = (split, f"{split}.parquet", f"{split}-*.parquet")
+    below = sorted(found.parent for depth in ("*", "*/*") for name in names for found in folder.glob(f"{depth}/{name}"))
+    if places := [folder.parent] if folder.name == split else below:
+        return f"it is in {places[0]}: set source to that; else "
+    entries = [entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".parquet"]
+    present = {re.sub(r"(-\d+-of-\d+)?\.parquet$", "", entry.name) for entry in entries}
+    shown = some(in_order(name for name in present if not SKIPPED.fullmatch(name)))
+    return f"it has {shown}: if one of them is this split, name it in splits; else " if shown else ""
+
+
 def nfc(name: str) -> str:
     """The name in the Unicode form in which equal names are equal."""
     return unicodedata.normalize("NFC", name)
-
-
-def some(names: Sequence[str]) -> str:
-    """At most five names for an error message."""
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -107,7 +93,7 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
     """
     folders: dict[str, list[Path]] = {}  # of each class: both forms may be there
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not SKIPPED.match(entry.name):
+        if entry.is_dir() and not SKIPPED.fullmatch(entry.name):
             folders.setdefault(nfc(entry.name), []).append(entry)
     if not folders:
         raise ValueError(f"{where}: {folder} has no class folders: place its images in <class>/<image files>")
@@ -115,7 +101,9 @@ def open_image_folder(folder: Path, *, where: str) -> Source:
 
     def images_in(name: str, pattern: str) -> Iterator[Path]:
         for file in chain.from_iterable(place.glob(pattern) for place in folders[name]):
-            if file.suffix.lower() in suffixes and not any(map(SKIPPED.match, file.relative_to(folder).parts[1:-1])):
+            if file.suffix.lower() in suffixes and not any(
+                map(SKIPPED.fullmatch, file.relative_to(folder).parts[1:-1])
+            ):
                 yield file
 
     for name in in_order(folders):
@@ -165,8 +153,14 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
         if column not in table.schema.names:
             raise ValueError(f"{where}: {setting}={column!r}: the columns are {table.schema.names}, name one of them")
     kind = table.schema.field(image_column).type
+    names_files = f"{where}: column {image_column!r} holds file names: store the bytes, or use a folder of images"
+    if types.is_string(kind) or types.is_large_string(kind):
+        raise ValueError(names_files)
     if not types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
-        raise ValueError(f"{where}: column {image_column!r} holds {kind}, not images")
+        needed = (
+            "store each image as {bytes, path}, as the library datasets does, or name another column in image_column"
+        )
+        raise ValueError(f"{where}: column {image_column!r} holds {kind}, not images: {needed}")
     names, labels = _labels(table, label_column, where=f"{where}, column {label_column!r}")
 
     def read(rows: np.ndarray) -> Iterator[tuple[str, Encoded]]:
@@ -176,6 +170,8 @@ def _open_table(table: Table, *, image_column: str, label_column: str, where: st
                 path, content = map((cell.as_py() or {}).get, ("path", "bytes"))
                 if path and table.files and Path(os.path.abspath(path)).is_relative_to(table.files):
                     content = content or path
+                if path and not content:
+                    raise ValueError(f"{names_files} (row {row}: {path!r})")
                 yield f"row {row} ({path or 'no file name'})", content
 
     def select(classes: Sequence[str]) -> Selection:
@@ -250,101 +246,3 @@ def _hub_table(source: str, split: str, *, advice: str, where: str) -> Table:
         raise FileNotFoundError(f"{where}: {problem}: without a network {advice} in a folder and name it") from error
     identity, files = f"hub {source} {split} {table._fingerprint}", os.path.abspath(datasets.config.HF_CACHE_HOME)
     return Table(table.data.schema, lambda column: iter(table.data.column(column).chunks), identity, files)
-
-
-def open_image(content: Encoded) -> Image.Image:
-    """Opens an image safely; ValueError where it is none or has too many pixels."""
-    if content is None:
-        raise ValueError("there are no bytes of an image, at most the name of a file")
-    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"it has {image.width} x {image.height} pixels")
-    return image
-
-
-def decoded(selection: Selection, *, size_px: int, channels: int) -> tuple[Tensor, Path]:
-    """Images uint8 (n, channels, size_px, size_px) and their file; decodes them only if they are not in the cache.
-    OSError, before decoding, where the disk is too full."""
-    shape = (len(selection.labels), channels, size_px, size_px)
-    digest = hashlib.sha256(repr((selection.identity, shape, SQUARE_VERSION, PIL.__version__)).encode()).hexdigest()
-    file = paths.DECODED / f"{digest[:20]}.npy"
-    with suppress(Exception):  # missing or damaged
-        return open_images(file), file
-    with locked(file, wait=True):  # another process may decode the same images
-        with suppress(Exception):
-            return open_images(file), file
-        require_space(file.parent, math.prod(shape))
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        write_bytes(file, chain([header.getvalue()], _decode(selection, size_px=size_px, channels=channels)))
-    return open_images(file), file
-
-
-def _decode(selection: Selection, *, size_px: int, channels: int) -> Iterator[bytes]:
-    """Yields the bytes of decoded images, in order. Looks at every image before it raises the ValueError that names all
-    broken ones, or those of a class in which at least half have almost one color."""
-    broken, flat = [], []
-
-    def decode(content: Encoded) -> np.ndarray | Exception:
-        try:
-            with open_image(content) as image:
-                return np.array(to_square(image, size_px=size_px, channels=channels))
-        except Exception as error:  # broken files raise about anything
-            return error
-
-    images, labels = selection.read(), selection.labels.tolist()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-        for k in progress(math.ceil(len(labels) / CHUNK), label=f"{selection.where}: decoding {CHUNK} images"):
-            names, contents = zip(*islice(images, CHUNK), strict=True)
-            squares = list(pool.map(decode, contents))
-            for label, name, square in zip(labels[k * CHUNK : (k + 1) * CHUNK], names, squares, strict=True):
-                if isinstance(square, Exception):
-                    broken.append(f"{name}: {type(square).__name__}: {square}")
-                elif np.ptp(square) <= FLAT_RANGE:
-                    flat.append((label, name))
-            if not broken:
-                yield np.stack(squares).reshape(-1, size_px, size_px, channels).transpose(0, 3, 1, 2).tobytes()
-    if broken:
-        shown = [*broken[:5], *([f"and {len(broken) - 5} more"] if len(broken) > 5 else [])]
-        raise ValueError("\n".join([f"{selection.where}: replace or remove {len(broken)} unreadable images", *shown]))
-    _check_range(selection, flat)
-
-
-def _check_range(selection: Selection, flat: list[tuple[int, str]]) -> None:
-    """Prints which images, given by label and name, have almost one color; ValueError if half of a class has."""
-    have = f"have almost one color (values within {FLAT_RANGE} of 255)"
-    for label, total in enumerate(np.bincount(selection.labels)):
-        names = [name for other, name in flat if other == label]
-        if 2 * len(names) >= total > 0:
-            of_class = f"{len(names)} of {total} images of class {selection.classes[label]!r}"
-            advice = "scale 12 bits in 16-bit files to the full range, and remove transparent images"
-            raise ValueError(f"{selection.where}: {of_class} {have}: {some(names)}: {advice}")
-    if names := [name for _, name in flat]:
-        print(f"{selection.where}: {len(names)} of {len(selection.labels)} images {have}: {some(names)}", flush=True)
-
-
-def open_images(file: Path) -> Tensor:
-    """Maps the images of a decoded file, uint8 (N, C, H, W). Writing into the tensor does not change the file."""
-    return torch.from_numpy(np.load(file, mmap_mode="c"))
-
-
-def to_square(image: Image.Image, *, size_px: int, channels: int) -> Image.Image:
-    """Turns any image upright and into an RGB (3 channels) or grayscale (1) square.
-
-    Alpha is composited onto black and 16 bits are scaled to 8. The short side is resized to `size_px` (Lanczos,
-    antialiased), unless it has that size, and the center is cropped.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"images of mode {image.mode!r} have no fixed range, convert them to 8 or 16 bits")
-    elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("RGB").convert("L" if channels == 1 else "RGB")
-    if min(image.size) != size_px:
-        scale = size_px / min(image.size)
-        size = (max(size_px, round(image.width * scale)), max(size_px, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - size_px) // 2, (image.height - size_px) // 2
-    return image.crop((left, top, left + size_px, top + size_px))

@@ -34,8 +34,10 @@ def imagenet_classes() -> tuple[dict[str, str], ...]:
 def check_name(name: str) -> str:
     """Returns the name of a subset; ValueError if there is none of that name."""
     if name not in IMAGENET:
-        known = ", ".join(IMAGENET)
-        raise ValueError(f"no subset of ImageNet-1k is named {name!r}; there are {known}; write a class as [{name}]")
+        raise ValueError(
+            f"{name!r} is no subset of ImageNet-1k: name one of {', '.join(IMAGENET)}; "
+            f"or, for classes of your own, write a list of their names, [{name}, ...]"
+        )
     return name
 
 

@@ -23,6 +23,7 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ld3m.data import decoding
 from ld3m.data import images as files
 from ld3m.data.dataset import Dataset, Normalization
 from ld3m.data.subsets import word
@@ -293,10 +294,10 @@ def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[s
     return x, torch.tensor([label for label, *_ in named]), label_of
 
 
-def _rgb(name: str, content: files.Encoded, size_px: int) -> np.ndarray:
+def _rgb(name: str, content: decoding.Encoded, size_px: int) -> np.ndarray:
     """(H, W, 3) uint8; ValueError where that loses something."""
     try:
-        with files.open_image(content) as image:
+        with decoding.open_image(content) as image:
             fits = image.size == (size_px, size_px) and image.mode in MODES and getattr(image, "n_frames", 1) == 1
             rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA")) if fits else None
             if rgba is None or (rgba[..., 3] < 255).any():

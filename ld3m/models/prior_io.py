@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ld3m.data.images import some
+from ld3m.data.decoding import some
 from ld3m.data.subsets import IMAGENET, imagenet_indices
 from ld3m.models.compvis import load_checkpoint, read_pickled
 from ld3m.models.diffusion_prior import (

@@ -26,16 +26,19 @@ def that(holds: Callable[[Any], Any] | str, otherwise: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _is_outside_runs(source: str) -> bool:
-    """Tell whether a path leads past runs/, through links too."""
-    path, runs = paths.ROOT / Path(source).expanduser(), paths.ROOT / "runs"
-    return not any(Path(view(path)).is_relative_to(view(runs)) for view in (os.path.abspath, os.path.realpath))
+def _lasts(source: str) -> bool:
+    """Tell whether a path leads past runs/ and cache/, through links too."""
+    path, emptied = paths.ROOT / Path(source).expanduser(), (paths.ROOT / "runs", paths.ROOT / "cache")
+    views = (os.path.abspath, os.path.realpath)
+    return not any(Path(view(path)).is_relative_to(view(folder)) for folder in emptied for view in views)
 
 
-Source = Annotated[str, that(_is_outside_runs, "DVC empties runs/ before a stage; copy the prior elsewhere")]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Text = Annotated[str, Field(min_length=1)]
+Source = Annotated[Text, that(_lasts, "DVC empties runs/ and `make clean` removes cache/: copy it to another folder")]
 Rate = Annotated[float, Field(gt=0)]
+Guidance = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
@@ -46,11 +49,13 @@ Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
     str, that(r"\w[\w-]{0,99}", "a name has letters, digits, '_' and '-' only, at most 100, and no '-' in front")
 ]
 RecipeKey = Annotated[str, that(r"full_data|ipc_[1-9]\d*", "must be full_data, or ipc_10 and the like")]
-Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice")
+Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice: remove one")
 Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
 Strategy = Annotated[str, AfterValidator(lambda strategy: "_".join(parse_strategy(strategy)) or "none")]
-Subset = AfterValidator(lambda classes: check_name(classes) if isinstance(classes, str) else classes)
+Subset = Annotated[str, AfterValidator(check_name), Tag("subset")]
+ClassNames = Annotated[tuple[str | int, ...], Field(min_length=2), Distinct, Tag("names")]
+Classes = Annotated[Subset | ClassNames, Discriminator(lambda given: "subset" if isinstance(given, str) else "names")]
 
 
 class Model(BaseModel):
@@ -91,19 +96,19 @@ class NormalizationParams(Model):
 
 
 class Splits(Model):
-    train: str
-    validation: str | Share
-    test: str
+    train: Text
+    validation: Text | Annotated[float, Field(gt=0, lt=1)]
+    test: Text
 
 
 class DatasetParams(Model):
-    source: str
+    source: Source
     size_px: Count
     channels: Literal[1, 3]
     splits: Splits
-    image_column: str
-    label_column: str
-    classes: Annotated[tuple[str | int, ...] | str, Subset] | None
+    image_column: Text
+    label_column: Text
+    classes: Classes | None
     normalization: NormalizationParams | None
     augmentation: Strategy
 
@@ -153,17 +158,14 @@ class PriorCheck(GanCheck):
     """Samples are guided."""
 
     steps: Steps
-    guidance: float
+    guidance: Guidance
 
 
 class PriorParams(Model):
     source: Source | None
-    classes: tuple[Whole, ...] | None
+    classes: Annotated[tuple[Whole, ...], Distinct] | None
     precision: Precision
-    autoencoder: Annotated[
-        AutoencoderParams,
-        that(lambda given: given.continuous_steps < given.steps, "continuous_steps: must be below steps"),
-    ]
+    autoencoder: AutoencoderParams
     denoiser: DenoiserParams
     check: PriorCheck
 
@@ -188,10 +190,8 @@ class GanParams(Model):
         return given | {"strategy": self.augmentation}
 
 
-class Extension(BaseModel):
+class Extension(Model, extra="allow"):
     """A block that names a factory of your own; its other keys are the factory's arguments."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     factory: Factory
 
@@ -200,10 +200,9 @@ class Extension(BaseModel):
         return self.model_dump(exclude={"factory"})
 
 
-class Blocks(BaseModel):
+class Blocks(Model, extra="allow"):
     """One block for every built-in choice, and for those of your own."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, Extension]
 
     def names(self) -> tuple[str, ...]:
@@ -266,7 +265,7 @@ class LD3MParams(Model):
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
     steps: Steps
-    guidance: float
+    guidance: Guidance
     clamp: Literal["none", "hard", "soft"]
     noise: Literal["stored", "redrawn"]
     encoder_input: Literal["x", "normalized"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ld3m.data.dataset import Split, initial_indices
+from ld3m.data.dataset import Dataset, initial_indices
 from ld3m.evaluation.experts import snapshot_bytes
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.sampler import timesteps
@@ -46,7 +46,7 @@ def check(params: Params) -> Iterator[str]:
     train = dataset.train
     counts = " + ".join(str(len(split)) for split in (train, dataset.validation, dataset.test))
     yield f"data    {params.dataset}: {counts} images of {len(train.classes)} classes, {tuple(train.shape)}"
-    yield from _shared_images({"train": train, "validation": dataset.validation, "test": dataset.test})
+    yield from _shared_images(dataset, is_share=not isinstance(params.data.splits.validation, str))
     entries = (("cells", params.cells), ("controls", params.controls))
     asked = {f"{kind}.{key}.ipc": entry.ipc for kind, of in entries for key, entry in of.items() if entry.ipc}
     for key, ipc in {"gradient_norms.images_per_class": params.gradient_norms.images_per_class, **asked}.items():
@@ -82,14 +82,22 @@ def check(params: Params) -> Iterator[str]:
     yield f"disk    {needed / 2**20:.0f} MiB for the trajectories, and room to spare"
 
 
-def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
-    """Yield a line for each two splits that have images in common: accuracy on these says nothing."""
-    digests = {
-        name: {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks() for image in chunk}
-        for name, split in splits.items()
-    }
+def _shared_images(dataset: Dataset, *, is_share: bool) -> Iterator[str]:
+    """Yield a line for each two splits that have images in common: accuracy on these says nothing.
+
+    Validation that is a share of train counts as train, for so it is to whoever has the images.
+    """
+    train, validation, test = (
+        {hashlib.sha256(image.numpy()).digest() for chunk in split.chunks() for image in chunk}
+        for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    splits = {"train": train, "validation": validation, "test": test}
+    if is_share:
+        if copies := len(train & validation):
+            yield f"data    {copies} images are in train more than once, and so in validation too: remove the copies"
+        splits = {"train": train | validation, "test": test}
     for one, other in itertools.combinations(splits, 2):
-        if count := len(digests[one] & digests[other]):
+        if count := len(splits[one] & splits[other]):
             yield f"data    {count} images of {other} are in {one} too: remove them from one of the two"
 
 

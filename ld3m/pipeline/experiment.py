@@ -66,16 +66,13 @@ class Experiment:
     @shared
     def dataset(self) -> data.Dataset:
         given = self.params.data
-        dataset = data.load_dataset(
+        return data.load_dataset(
             **given.model_dump(exclude={"augmentation", "normalization"}),
             name=self.params.dataset,
             normalization=given.normalization and data.Normalization(**given.normalization.model_dump()),
             seed=self.params.seed,
             device=self.params.on_device,
         )
-        if len(dataset.train.classes) < 2:
-            raise ValueError(f"datasets.{self.params.dataset} has one class, {dataset.train.classes}: two are needed")
-        return dataset
 
     @shared
     def prior(self) -> Prior:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-PLAIN = (str, int, float, list, dict, type(None))
+PLAIN = (str, bool, int, float, list, dict, type(None))
 HINTS = {  # papermill makes values of another type of what it is given
     str: "; papermill turns what looks like a number into one, but not with -r",
     dict: "; papermill takes it as -y 'overrides: {seed: 1}'",

@@ -19,26 +19,15 @@ class Params(blocks.Model):
     seed: blocks.Whole
     device: Literal["auto", "cpu", "cuda"]
     processes: Annotated[int, Field(strict=True, ge=1, le=1024)]
-    cluster: Annotated[str, Field(min_length=1)] | None  # the address of a Ray cluster
+    cluster: blocks.Text | None  # the address of a Ray cluster
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     dataset: str
     cells: dict[blocks.Name, blocks.CellParams]
     controls: dict[blocks.Name, blocks.ControlParams]
     architectures: blocks.Architectures
     datasets: dict[blocks.Name, blocks.DatasetParams]
-    prior: Annotated[
-        blocks.PriorParams,
-        blocks.that(
-            lambda prior: prior.source or prior.classes is None, "classes: are those of source; leave both empty"
-        ),
-    ]
-    gan: Annotated[
-        blocks.GanParams,
-        blocks.that(
-            lambda gan: len(gan.widths) == 1 + len(gan.discriminator_widths),
-            "widths: one more than discriminator_widths",
-        ),
-    ]
+    prior: blocks.PriorParams
+    gan: blocks.GanParams
     networks: dict[str, blocks.Network]
     trajectories: blocks.TrajectoriesParams
     objectives: blocks.Objectives
@@ -51,15 +40,16 @@ class Params(blocks.Model):
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
         if self.dataset not in self.datasets:
-            raise ValueError(f"dataset: {self.dataset!r} is not among datasets ({', '.join(self.datasets)})")
+            raise ValueError(f"dataset = {self.dataset!r}: must be a key of datasets: {', '.join(self.datasets)}")
+        self._check_models()
         self._check_cells()
         for objective, budgets in self.distill.__pydantic_extra__.items():
             for space in budgets:
                 self.budget(objective, space)
         if all(changes for of in self.ablations.settings.values() for changes in of.values()):
-            raise ValueError("ablations.settings: one must change nothing ({}), the baseline of the others")
+            raise ValueError("ablations.settings has no baseline: add a setting that changes nothing, `name: {}`")
         if self.distill.network not in self.ablations.architecture:
-            raise ValueError(f"ablations.architecture lacks {self.distill.network}, which is distill.network")
+            raise ValueError(f"ablations.architecture lacks {self.distill.network!r}, which is distill.network: add it")
         trained = {*self.architectures, *self.ablations.architecture, self.distill.network}
         recipe, overrides = self.evaluate.recipe, self.evaluate.recipe_overrides
         given = {"networks": self.networks, "evaluate.recipe.epochs": recipe.epochs}
@@ -67,21 +57,38 @@ class Params(blocks.Model):
         given |= {f"evaluate.recipe_overrides.{key}.epochs": of.epochs for key, of in overrides.items() if of.epochs}
         for key, of in given.items():
             if missing := trained - of.keys():
-                raise ValueError(f"{key}.{min(missing)} is missing")
+                listed = "architectures, ablations.architecture or distill.network"
+                raise ValueError(f"{key}.{min(missing)} is missing: add it, for {min(missing)!r} is in {listed}")
             if unknown := of.keys() - self.networks.keys():
-                raise ValueError(f"{key}.{min(unknown)}: there is no such network in networks")
+                raise ValueError(f"{key}.{min(unknown)} is of no network: networks has {', '.join(self.networks)}")
         needed = self.objectives.mtt.max_start_epoch - 1 + self.objectives.mtt.expert_epochs
         if self.trajectories.epochs != needed:
             raise ValueError(
                 f"trajectories.epochs = {self.trajectories.epochs}: must be {needed}, the last epoch that "
                 "objectives.mtt reads (max_start_epoch - 1 + expert_epochs)"
             )
-        if self.spaces.glad.layer >= (layers := 2 * len(self.gan.widths)):
+        return self
+
+    def _check_models(self) -> None:
+        if self.prior.classes and not self.prior.source:
+            raise ValueError(
+                "prior.classes lists classes of the prior in prior.source, which is empty: leave both empty"
+            )
+        given = self.prior.autoencoder
+        if given.continuous_steps >= given.steps:
+            raise ValueError(
+                f"prior.autoencoder.continuous_steps = {given.continuous_steps}: must be below {given.steps}, which is "
+                "prior.autoencoder.steps"
+            )
+        if (count := len(self.gan.widths)) != (needed := 1 + len(self.gan.discriminator_widths)):
+            raise ValueError(
+                f"gan.widths has {count} entries: must have {needed}, one more than gan.discriminator_widths"
+            )
+        if self.spaces.glad.layer >= (layers := 2 * count):
             raise ValueError(
                 f"spaces.glad.layer = {self.spaces.glad.layer}: must be below {layers}, the number of layers of a GAN "
                 "with these gan.widths"
             )
-        return self
 
     def _check_cells(self) -> None:
         for key in self.cells.keys() & self.controls.keys():

@@ -6,10 +6,11 @@
 """
 
 import copy
+import hashlib
 import io
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,22 @@ from ld3m.runtime.storage import write_bytes
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
 ACTIVE = "# active profiles: "  # begins params.yaml
+DIGEST = "# digest of what follows, by which `profiles apply` sees changes of yours: "  # the second line, with profiles
 BASE = PROFILES / "base.yaml"  # the values of all keys, those of the committed params.yaml
 REPLACED = ("learning_rates", "settings", "cells", "controls", "recipe_overrides")  # a profile replaces these whole
 EXTENDED = ("datasets", "networks", "objectives", "spaces", "distill")  # a profile may add to these
+WORDS = {  # in place of pydantic's, where these speak of Python
+    "missing": "is missing",
+    "extra_forbidden": "unknown key, see profiles/base.yaml",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "too_short": "must have {min_length} or more entries",
+    "tuple_type": "must be a list",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a block of keys and values"),
+}
 
 
 def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS) -> Params:
@@ -94,16 +108,16 @@ def validate(values: Any, *, origin: str) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
+        found: dict[str, tuple[str, list[str]]] = {}
         for problem in error.errors(include_url=False):
             if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
                 continue  # too short without its wrong entries, which have lines of their own
-            wrong = problem["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
-            if problem["type"] == "extra_forbidden":
-                wrong = "unknown key, see profiles/base.yaml"
+            wrong = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            if words := WORDS.get(problem["type"]):
+                wrong = words.format(**problem.get("ctx", {}))
             got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-            found.setdefault(_key(problem, values), []).append(wrong + got)
-        lines = [f"{key}: {' or '.join(wrong)}".removeprefix(": ") for key, wrong in found.items()]
+            found.setdefault(_key(problem, values), (got, []))[1].append(wrong)
+        lines = [f"{key}: {' or '.join(wrong)}{got}".removeprefix(": ") for key, (got, wrong) in found.items()]
         raise ValueError("\n  ".join((f"{origin} is not valid:", *lines))) from None
     check_factories(params)
     return params
@@ -122,7 +136,8 @@ def _key(problem: Any, values: Any) -> str:
 def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
     """Write params.yaml: profiles/base.yaml with some profiles laid over it, one after another.
 
-    The first line names the profiles. DVC writes in the same style, so that `dvc exp run -S` changes its value alone.
+    The first line names the profiles, the second has the digest that tells whether a user has changed what follows. DVC
+    writes in the same style, so that `dvc exp run -S` changes its value alone.
 
     Parameters
     ----------
@@ -146,7 +161,7 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
     return kept
 
 
-def _content(profiles: Iterable[str | Path], *, name: str) -> bytes:
+def _content(profiles: Sequence[str | Path], *, name: str) -> bytes:
     yaml = YAML()
     yaml.default_flow_style = False
     values = yaml.load(BASE.read_text())
@@ -157,17 +172,18 @@ def _content(profiles: Iterable[str | Path], *, name: str) -> bytes:
     validate(values, origin=f"{name} with the profiles {names}")
     written = io.StringIO()
     yaml.dump(values, written)
-    _, _, lines = written.getvalue().partition("\n")
-    return f"{ACTIVE}{names}\n{lines}".encode()
+    _, second, lines = written.getvalue().split("\n", 2)
+    return f"{ACTIVE}{names}\n{_digest_line(lines.encode()) if profiles else second}\n{lines}".encode()
+
+
+def _digest_line(lines: bytes) -> str:
+    return f"{DIGEST}{hashlib.sha256(lines).hexdigest()[:16]}"
 
 
 def _is_written_by_profiles(path: Path) -> bool:
-    try:
-        first, _, _ = path.read_text().partition("\n")
-        names = first.removeprefix(ACTIVE).split()
-        return path.read_bytes() == _content([] if names == ["none"] else names, name=path.name)
-    except (ValueError, OSError):  # no such profiles, or broken ones
-        return False
+    content = path.read_bytes()
+    _, second, lines = (content + b"\n\n").split(b"\n", 2)
+    return content == BASE.read_bytes() or second == _digest_line(lines[:-2]).encode()
 
 
 def _layers(profile: str | Path, folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
