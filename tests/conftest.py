@@ -8,7 +8,7 @@ import torch
 
 from ld3m.data.dataset import Dataset, Normalization, Split, measure_normalization
 from ld3m.method.spaces import start_latents
-from ld3m.models.diffusion_prior import build_prior
+from ld3m.models.train_prior import build_prior
 from ld3m.runtime import paths
 
 SIZE_PX = 16
@@ -32,8 +32,8 @@ def make_prior(*, seed=0, scaling_factor=0.7, channels=1, latent_channels=2):
         latent_channels=latent_channels,
         codebook=16,
         autoencoder_widths=(8, 8, 8),
-        unet_widths=(32, 32),
-        unet_blocks=1,
+        widths=(32, 32),
+        blocks=1,
         conditioning_width=8,
         seed=seed,
     )

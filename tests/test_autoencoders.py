@@ -11,10 +11,9 @@ from tiny_priors import make, make_autoencoder, write
 from torch.nn.functional import conv2d, group_norm, interpolate
 
 from ld3m.data.dataset import Split
-from ld3m.models.diffusion_prior import build_prior
 from ld3m.models.prior_io import TAEF2_FILES, load_autoencoder, load_prior, save_prior
 from ld3m.models.tiny_autoencoder import TAEF2
-from ld3m.models.train_prior import encode_split, fit_denoiser, standardize_latents
+from ld3m.models.train_prior import build_prior, encode_split, fit_denoiser, standardize_latents
 from ld3m.runtime import paths
 
 ENCODER = "c b db db db dp dp dp".split()  # c: convolution, d: of stride 2, b: block, p: block with a branch
@@ -84,7 +83,7 @@ def test_taef2_is_the_released_model(taef2, randn):
 
 def small_prior(autoencoder, *, size_px=32, classes=2):
     unused = dict(channels=3, latent_channels=0, codebook=0, autoencoder_widths=())
-    sizes = dict(unet_widths=(32, 32), unet_blocks=1, conditioning_width=8, size_px=size_px, classes=classes, seed=0)
+    sizes = dict(widths=(32, 32), blocks=1, conditioning_width=8, size_px=size_px, classes=classes, seed=0)
     return build_prior(autoencoder=autoencoder, **unused, **sizes)
 
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from ld3m.data.subsets import imagenet_classes
 from ld3m.evaluation.prior_quality import check_prior, reconstruct, reconstruction_error, require_classes
-from ld3m.models.diffusion_prior import IncompatiblePrior, build_prior
-from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
+from ld3m.models.diffusion_prior import IncompatiblePrior
+from ld3m.models.train_prior import build_prior, fit_autoencoder, fit_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def dataset():
 
 
 def untrained():
-    widths = dict(autoencoder_widths=(8, 8, 16), unet_widths=(32, 32), unet_blocks=1, conditioning_width=16)
+    widths = dict(autoencoder_widths=(8, 8, 16), widths=(32, 32), blocks=1, conditioning_width=16)
     return build_prior(channels=1, classes=2, size_px=16, latent_channels=3, codebook=16, seed=0, **widths)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ld3m.runtime.cuda_graphs import GraphedFunction
 from ld3m.runtime.devices import usable_precision
-from ld3m.runtime.seeds import forked
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]  # of the noise, of v or of x0, as diffusers calls them
 
@@ -206,59 +205,6 @@ class Prior:
         if self.spacing != COMPVIS:
             digest.update(repr(self.spacing).encode())
         return digest.hexdigest()
-
-
-def build_prior(
-    *,
-    size_px: int,
-    channels: int,
-    classes: int,
-    autoencoder: nn.Module | None = None,
-    latent_channels: int,
-    codebook: int,
-    autoencoder_widths: tuple[int, ...],
-    unet_widths: tuple[int, ...],
-    unet_blocks: int,
-    conditioning_width: int,
-    seed: int,
-) -> Prior:
-    """Build a prior with random weights, a smaller `cin256-v2`; the global generator is untouched.
-
-    Each level of the autoencoder, a VQModel with `codebook` entries, has half the resolution of the one before; one
-    that is given takes its place. All levels of the U-Net but the first attend to the class token, of
-    `conditioning_width`; each has `unet_blocks` residual blocks.
-    """
-    from diffusers import UNet2DConditionModel, VQModel
-
-    down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
-    with forked(seed, "prior"):
-        autoencoder = autoencoder or VQModel(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * len(autoencoder_widths),
-            up_block_types=("UpDecoderBlock2D",) * len(autoencoder_widths),
-            block_out_channels=autoencoder_widths,
-            latent_channels=latent_channels,
-            sample_size=size_px,
-            num_vq_embeddings=codebook,
-            norm_num_groups=8,
-            scaling_factor=1.0,
-            mid_block_add_attention=False,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=size_px // downsampling(autoencoder),
-            in_channels=channels_of_latents(autoencoder),
-            out_channels=channels_of_latents(autoencoder),
-            down_block_types=down,
-            up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
-            block_out_channels=unet_widths,
-            layers_per_block=unet_blocks,
-            norm_num_groups=16,
-            cross_attention_dim=conditioning_width,
-            attention_head_dim=2,
-        )
-        embedding = nn.Embedding(classes + 1, conditioning_width)
-    return Prior(unet, autoencoder, embedding, cin256_alpha_bar())
 
 
 def downsampling(autoencoder: nn.Module) -> int:

@@ -30,7 +30,7 @@ from ld3m.models.diffusion_prior import (
     schedule_of,
 )
 from ld3m.models.networks import require_finite_weights
-from ld3m.models.prior_variants import take_label_table, with_classes
+from ld3m.models.prior_variants import take_label_table, with_classes, with_label_tables
 from ld3m.runtime import paths
 from ld3m.runtime.hub import go_offline_if_unreachable
 from ld3m.runtime.storage import new_folder, write_json
@@ -41,7 +41,14 @@ EMBEDDER = "class_embedder/model.safetensors"
 UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim")
 AUTOENCODERS = ("VQModel", "AutoencoderKL", "AutoencoderTiny", "TAEF2")
 TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
-OWN = {"unet", "vqvae", "scheduler", "class_embedder", LINK_FILE}  # what `save_prior` and `link_prior` write
+OWN = {
+    "unet",
+    "transformer",
+    "vqvae",
+    "scheduler",
+    "class_embedder",
+    LINK_FILE,
+}  # what `save_prior` and `link_prior` write
 LAYOUT = (
     f"a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and {WEIGHTS}.safetensors), "
     "scheduler/scheduler_config.json and, for a U-Net with classes, "
@@ -198,13 +205,16 @@ def save_prior(prior: Prior, folder: Path, *, dtype: torch.dtype = torch.float16
     alpha_bar, *sampling = schedule_of(cin256_schedule())
     if [prior.prediction, prior.spacing] != sampling or not prior.alpha_bar.equal(alpha_bar):
         raise ValueError("only priors with the noise schedule of cin256-v2 are written; link to the folders of others")
+    is_dit = type(prior.unet).__name__ == "DiTTransformer2DModel"
+    denoiser = ("transformer", with_label_tables(prior.unet, prior.embedding)) if is_dit else ("unet", prior.unet)
     with new_folder(folder) as partial:
-        for module, name in ((prior.unet, "unet"), (prior.autoencoder, "vqvae")):
+        for name, module in (denoiser, ("vqvae", prior.autoencoder)):
             stored = nn.Module.to(deepcopy(module), dtype)  # diffusers' own `to` warns without need
             stored.save_pretrained(partial / name)
         cin256_schedule().save_pretrained(partial / "scheduler")
-        (partial / "class_embedder").mkdir()
-        save_file({"weight": prior.embedding.weight.detach().to(dtype).contiguous()}, partial / EMBEDDER)
+        if not is_dit:
+            (partial / "class_embedder").mkdir()
+            save_file({"weight": prior.embedding.weight.detach().to(dtype).contiguous()}, partial / EMBEDDER)
 
 
 def _fetch(hub_id: str) -> Path:

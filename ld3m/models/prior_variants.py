@@ -18,13 +18,24 @@ def take_label_table(dit: nn.Module) -> nn.Embedding:
     table, *others = [block.norm1.emb.class_embedder.embedding_table for block in dit.transformer_blocks]
     if any(not torch.equal(other.weight, table.weight) for other in others):
         raise ValueError("the label tables of the DiT's blocks differ: only models whose blocks share one can be used")
-    _remove_label_tables(dit)
+    remove_label_tables(dit)
     return table
 
 
-def _remove_label_tables(dit: nn.Module) -> None:
+def remove_label_tables(dit: nn.Module) -> None:
+    """Let a DiT take rows (B, D) of a label table in the place of labels, in place."""
     for block in dit.transformer_blocks:
         block.norm1.emb.class_embedder = nn.Identity()
+
+
+def with_label_tables(dit: nn.Module, embedding: nn.Embedding) -> nn.Module:
+    """A copy of a DiT without label tables, with a copy of `embedding` in each block: `take_label_table` inverts it."""
+    with forked(0, "tables"):
+        whole = type(dit).from_config(dit.config)
+    table = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
+    tables = {table.format(k): embedding.weight for k in range(len(dit.transformer_blocks))}
+    whole.load_state_dict(dit.state_dict() | tables)
+    return whole
 
 
 def unconditional(prior: Prior) -> Prior:
@@ -48,5 +59,5 @@ def with_random_unet(prior: Prior, *, seed: int) -> Prior:
     with forked(seed, "random unet"):
         unet = type(prior.unet).from_config(prior.unet.config)
     if hasattr(unet, "transformer_blocks"):
-        _remove_label_tables(unet)
+        remove_label_tables(unet)
     return replace(prior, unet=unet.to(prior.embedding.weight), recordings={}).freeze_()

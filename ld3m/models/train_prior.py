@@ -2,23 +2,111 @@
 
 import hashlib
 import math
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data.dataset import Split
-from ld3m.models.diffusion_prior import Prior, prior_chunk_size
+from ld3m.models.diffusion_prior import Prior, channels_of_latents, cin256_alpha_bar, downsampling, prior_chunk_size
+from ld3m.models.prior_variants import remove_label_tables
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.cuda_graphs import GraphedFunction
 from ld3m.runtime.memory import explain_out_of_memory
 from ld3m.runtime.progress import progress
-from ld3m.runtime.seeds import generator
+from ld3m.runtime.seeds import forked, generator
 from ld3m.runtime.storage import locked, require_space, tensors_hash
 from ld3m.runtime.training_state import TrainingState
+
+HEAD_WIDTH = 64  # of the attention of a DiT
+
+
+def build_prior(
+    *,
+    size_px: int,
+    channels: int,
+    classes: int,
+    autoencoder: nn.Module | None = None,
+    latent_channels: int,
+    codebook: int,
+    autoencoder_widths: tuple[int, ...],
+    kind: Literal["unet", "dit"] = "unet",
+    widths: tuple[int, ...],
+    blocks: int,
+    conditioning_width: int,
+    seed: int,
+) -> Prior:
+    """Build a prior with random weights; the global generator is untouched.
+
+    Each level of the autoencoder, a VQModel with `codebook` entries, has half the resolution of the one before; one
+    that is given takes its place. A U-Net, a smaller one than that of `cin256-v2`, has `blocks` residual blocks at each
+    of its `widths`, and all levels but the first attend to the class token, of `conditioning_width`. A DiT has `blocks`
+    transformer blocks over 2 x 2 positions of the latents, of one width, that of the class token too.
+    """
+    from diffusers import VQModel
+
+    with forked(seed, "prior"):
+        autoencoder = autoencoder or VQModel(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(autoencoder_widths),
+            up_block_types=("UpDecoderBlock2D",) * len(autoencoder_widths),
+            block_out_channels=autoencoder_widths,
+            latent_channels=latent_channels,
+            sample_size=size_px,
+            num_vq_embeddings=codebook,
+            norm_num_groups=8,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+        latents = {"sample_size": size_px // downsampling(autoencoder), "in_channels": channels_of_latents(autoencoder)}
+        if kind == "unet":
+            denoiser = _unet(widths, blocks, conditioning_width, **latents)
+            embedding = nn.Embedding(classes + 1, conditioning_width)
+        else:
+            denoiser, embedding = _dit(*widths, blocks, classes, **latents)
+    return Prior(denoiser, autoencoder, embedding, cin256_alpha_bar())
+
+
+def _unet(widths: tuple[int, ...], blocks: int, conditioning_width: int, *, in_channels: int, **latents: int) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(widths) - 1)
+    return UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        down_block_types=down,
+        up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
+        block_out_channels=widths,
+        layers_per_block=blocks,
+        norm_num_groups=16,
+        cross_attention_dim=conditioning_width,
+        attention_head_dim=2,
+        **latents,
+    )
+
+
+def _dit(width: int, blocks: int, classes: int, *, in_channels: int, **latents: int) -> tuple[Any, nn.Embedding]:
+    from diffusers import DiTTransformer2DModel
+
+    dit = DiTTransformer2DModel(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        num_attention_heads=width // HEAD_WIDTH,
+        attention_head_dim=HEAD_WIDTH,
+        num_layers=blocks,
+        num_embeds_ada_norm=classes,
+        **latents,
+    )
+    for block in dit.transformer_blocks:  # each starts as the identity
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    remove_label_tables(dit)
+    return dit, nn.Embedding(classes + 1, width)
 
 
 @explain_out_of_memory("prior.autoencoder.batch")

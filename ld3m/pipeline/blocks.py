@@ -131,7 +131,8 @@ class AutoencoderParams(Model):
 
 
 class DenoiserParams(Model):
-    widths: Annotated[tuple[Annotated[Count, Field(multiple_of=16)], ...], Field(min_length=2)]
+    kind: Literal["unet", "dit"]
+    widths: tuple[Annotated[Count, Field(multiple_of=16)], ...]
     conditioning_width: Count
     blocks: Count
     steps: Count
@@ -142,7 +143,7 @@ class DenoiserParams(Model):
 
     def training(self) -> dict[str, Any]:
         """The arguments of `train_prior.fit_denoiser`."""
-        return self.model_dump(exclude={"widths", "conditioning_width", "blocks"})
+        return self.model_dump(exclude={"kind", "widths", "conditioning_width", "blocks"})
 
 
 class GanCheck(Model):

@@ -16,11 +16,12 @@ from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import SPACES
-from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
+from ld3m.models.diffusion_prior import IncompatiblePrior, Prior
 from ld3m.models.gan import Generator, build_generator, load_generator
 from ld3m.models.networks import build, flat_parameters
 from ld3m.models.prior_io import linked_source, load_autoencoder, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet
+from ld3m.models.train_prior import build_prior
 from ld3m.pipeline.cells import Cell, runs_path
 from ld3m.pipeline.factories import own
 from ld3m.pipeline.params import PRIORS, Params
@@ -115,8 +116,9 @@ class Experiment:
             latent_channels=autoencoder.latent_channels,
             codebook=autoencoder.codebook,
             autoencoder_widths=autoencoder.widths,
-            unet_widths=denoiser.widths,
-            unet_blocks=denoiser.blocks,
+            kind=denoiser.kind,
+            widths=denoiser.widths,
+            blocks=denoiser.blocks,
             conditioning_width=denoiser.conditioning_width,
             seed=self.params.seed,
         )

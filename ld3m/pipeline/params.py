@@ -80,6 +80,13 @@ class Params(blocks.Model):
                 f"prior.autoencoder.continuous_steps = {given.continuous_steps}: must be below {given.steps}, which is "
                 "prior.autoencoder.steps"
             )
+        denoiser = self.prior.denoiser
+        wanted = len(denoiser.widths) == 1 and not denoiser.widths[0] % HEAD_WIDTH
+        if not (wanted if denoiser.kind == "dit" else len(denoiser.widths) > 1):
+            raise ValueError(
+                f"prior.denoiser.widths = {list(denoiser.widths)}: must have at least two entries for kind: unet, and one, "
+                f"a multiple of {HEAD_WIDTH}, for kind: dit"
+            )
         if (count := len(self.gan.widths)) != (needed := 1 + len(self.gan.discriminator_widths)):
             raise ValueError(
                 f"gan.widths has {count} entries: must have {needed}, one more than gan.discriminator_widths"
