@@ -33,7 +33,7 @@ def imagenet_classes() -> tuple[dict[str, str], ...]:
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a subset; ValueError if there is none of that name."""
+    """Return the name of a subset; ValueError if there is none of that name."""
     if name not in IMAGENET:
         known = ", ".join(IMAGENET)
         raise ValueError(f"no subset of ImageNet-1k is named {name!r}; there are {known}; write a class as [{name}]")
@@ -49,13 +49,13 @@ def _known() -> dict[str, int]:
 
 
 def imagenet_indices(names: Sequence[str]) -> tuple[int, ...] | None:
-    """Returns the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
+    """Return the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
     found = [_known().get(name.split(",")[0]) for name in names]
     return None if None in found else tuple(found)
 
 
 def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> list[str]:
-    """Returns the names of a subset's classes, in the published order, out of the names `classes` of a source.
+    """Return the names of a subset's classes, in the published order, out of the names `classes` of a source.
 
     They are found by wnid ("n01440764") or word ("tench"). Of 1000 classes that are numbers, or from "tench" on as on
     the hub, the index decides. ValueError for an unknown subset, or a class that `where`, the source, does not have.

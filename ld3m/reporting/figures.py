@@ -23,7 +23,7 @@ SPACE_COLORS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
 def save(figure: Figure, name: str, folder: Path) -> Path:
-    """Writes <folder>/<name>.png and returns that file."""
+    """Write <folder>/<name>.png and return that file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
     figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Software": None})
@@ -31,7 +31,7 @@ def save(figure: Figure, name: str, folder: Path) -> Path:
 
 
 def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path) -> Path:
-    """Writes pixels (N, C, H, W), sorted by class, as one image without axes, a column a class; returns the file."""
+    """Write pixels (N, C, H, W), sorted by class, as one image without axes, one column per class; return the file."""
     rows = pixels.unflatten(0, (columns, -1)).transpose(0, 1)[:SHEET_ROWS]  # (rows, columns, C, H, W)
     size_px = min(SHEET_PX, pixels.shape[-1])
     small = torch.nn.functional.interpolate(rows.flatten(0, 1).clamp(-1, 1), size=size_px, mode="area")
