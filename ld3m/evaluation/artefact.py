@@ -39,7 +39,7 @@ def write_artefact(
     Parameters
     ----------
     tensors
-        `images`, normalized (N, C, H, W), and all that is needed to render them again.
+        `images`, normalized (N, C, H, W), and all that they are rendered from.
     record
         Plain JSON values for the metadata: `configuration`, `history`, `validation`, `cost`, and `score`: accuracies of
         the chosen iteration, which the recipe on the card reproduces.

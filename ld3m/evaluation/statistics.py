@@ -137,8 +137,8 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 def permutation(confusion: Tensor) -> list[int] | None:
     """Find the order of classes that a confusion matrix shows, if it is clearly not the given one.
 
-    In the classes that it moves, it explains more images than twice what the given order does, plus 5 for each class,
-    plus a quarter of their images times the share of all images that the best order explains.
+    Of the classes that the order returned moves, it explains more than twice as many images as the given order does,
+    plus 5 for each class, plus a quarter of their images times the share of all images that the best order explains.
 
     Parameters
     ----------

@@ -77,7 +77,7 @@ def ablation_settings(
     Raises
     ------
     ValueError
-        Where there is no such ablation, or names the setting that is not valid.
+        Where there is no such ablation, or a setting, which is named, is not valid.
     """
     values, overrides = _read(path), overrides or {}
     given = _overridden(values, overrides, origin=path.name).ablations
