@@ -18,8 +18,8 @@ NORMALIZATION = Normalization((0.4,), (0.3,))
 
 @pytest.fixture(scope="session", autouse=True)
 def decoded(tmp_path_factory):
-    """Where decoded images go while testing."""
-    paths.DECODED = tmp_path_factory.mktemp("decoded")
+    """Where decoded images, and their latents, go while testing."""
+    paths.DECODED = paths.LATENTS = tmp_path_factory.mktemp("decoded")
     return paths.DECODED
 
 
@@ -28,7 +28,7 @@ def make_prior(*, seed=0, scaling_factor=0.7, channels=1, latent_channels=2):
     prior = build_prior(
         channels=channels,
         classes=CLASSES,
-        latent_size=4,
+        size_px=SIZE_PX,
         latent_channels=latent_channels,
         codebook=16,
         autoencoder_widths=(8, 8, 8),

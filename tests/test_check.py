@@ -51,7 +51,7 @@ TOO_MANY = {"control": "random_real", "ipc": 400, "runs": [0], "table": "main", 
         ({"networks.convnet": {"width": 8, "depth": 6}}, "networks.convnet in params.yaml: depth=6: must be at most"),
         (
             {"datasets.mnist5k.size_px": 36},
-            "prior.autoencoder.widths and .* do not fit .*size_px=36: .* multiples of 8",
+            "prior.autoencoder and .* do not fit .*size_px=36: .* multiples of 8",
         ),
         ({"networks.vit": {"factory": "torch.nn:Identity"}}, "networks.vit.factory .*must be a subclass of Network"),
         ({"trajectories.experts": 10**9}, "MiB needed"),

@@ -122,7 +122,7 @@ def test_a_step_is_finished_written_and_the_run_ended(file):
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(file):
     kept = []
-    with pytest.raises(Interrupted, match="Last written: nothing"), Checkpoint(file) as checkpoint:
+    with pytest.raises(Interrupted, match="Nothing was written: the same"), Checkpoint(file) as checkpoint:
         with checkpoint.step(lambda: kept):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # as a kernel is ended, by SLURM too
                 signal.raise_signal(number)

@@ -119,7 +119,7 @@ def test_a_dc_file_is_read_with_the_numbers_it_carries(tmp_path, dataset, x, lab
     torch.save({"data": [[1 - unit, labels], [unit, labels]], "accs_all_exps": accuracies}, file)
     check(read_set(file, dataset=dataset, form="unit", experiment=1), x, labels)
     check(read_set(file, dataset=dataset, form="unit"), -x, labels)
-    refuse(file, dataset, r"experiment=2: no \[images, labels\] among the 2 in", form="unit", experiment=2)
+    refuse(file, dataset, r"experiment=2: .*\.pt holds 2, counted from 0, each .*\[images", form="unit", experiment=2)
 
 
 @pytest.mark.filterwarnings("error")
@@ -130,9 +130,10 @@ def test_a_dc_file_is_read_with_the_numbers_it_carries(tmp_path, dataset, x, lab
         (lambda x, y: (x, y), None),
         (lambda x, y: {"x": x, "y": y}, r"holds a dict of 'x', 'y': save \[images, labels\]"),
         (lambda x, y: {"data": x, "labels": y}, "holds a dict of 'data', 'labels'"),
-        (lambda x, y: {"data": [x, 1]}, r"experiment=0: no \[images, labels\] among the 2"),
+        (lambda x, y: {"data": [x, 1]}, r"experiment=0: .* holds 2, .* must be \[images, labels\]"),
         (lambda x, y: x, "holds a Tensor: save"),
-        (lambda x, y: [*x], "holds a list: save"),
+        (lambda x, y: [x, y, 0.1], "holds a list of 3: save"),
+        (lambda x, y: [x.numpy(), y], r"Nothing of it was run: save .* of a numpy array torch\.from_numpy"),
     ],
 )
 def test_a_file_is_a_pair_or_the_error_says_what_it_holds(tmp_path, dataset, x, labels, pack, reason):
@@ -212,6 +213,7 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
 @pytest.mark.parametrize(
     "form, change, reason",
     [
+        (UNIT, lambda x, y: (x.movedim(1, -1), y), r"shape \(6, 16, 16, 1\), .*last: save images\.movedim\(-1, 1\)"),
         (UNIT, lambda x, y: (x[:, :, :8, :8], y), r"shape \(6, 1, 8, 8\), toy needs \(N, 1 or 3, 16, 16\) with N"),
         (UNIT, lambda x, y: (x[:0], y[:0]), r"shape \(0, 1, 16, 16\)"),
         (UNIT, lambda x, y: (x[:1].expand(10**10, -1, -1, -1), y), r"10000000000, .* 3 \(one a class\) to 18"),
@@ -220,7 +222,7 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         (UNIT, lambda x, y: (x, y.to(torch.complex64)), "must be dense real tensors"),
         (NORMALIZED, lambda x, y: (torch.where(x > 0.99, 1e300, x.double()), y), "values that are not finite"),
         (UNIT, lambda x, y: (torch.rand(6, 3, 16, 16), y), "the images are colored, toy is not"),
-        ({}, lambda x, y: (x, y), "form=None: .* are 0 to 1, which looks like form='unit'; forms are unit, "),
+        ({}, lambda x, y: (x, y), r"form is not given: .* 0 to 1, which looks like form='unit'; forms are unit \[0, 1"),
         ({"form": "bytes"}, lambda x, y: (2 * x - 1, y), "form='bytes': .* are -1 to 1, .* like form='signed'"),
         (UNIT, lambda x, y: (255 * x, y), "form='unit': .*which looks like form='uint8'"),
         (NORMALIZED, lambda x, y: (x, y), "which looks like form='unit'"),
@@ -230,7 +232,9 @@ def test_an_export_that_is_refused_writes_nothing_and_is_one_line_of_the_command
         (UNIT | {"mean": [0.1]}, lambda x, y: (x, y), "form='unit' needs 0 numbers as mean and as std"),
         (UNIT, lambda x, y: (x, torch.tensor([0, 0, 1, 1, 2, 3])), r"the labels are 0, 1, 2, 3, not all of 0\.\.2"),
         (UNIT, lambda x, y: (x, y + 1), r"the labels are 1, 2, 3, not all of 0\.\.2; they count from 1: subtract 1"),
-        (UNIT, lambda x, y: (x, y[:5]), r"the labels must be one class an image, \(6,\), not \(5,\)"),
+        (UNIT, lambda x, y: (x, y[:5]), r"the labels must be a class an image, \(6,\), not \(5,\)"),
+        (UNIT, lambda x, y: (x, torch.eye(3)[y]), r"not \(6, 3\)\. Soft labels .* save labels\.argmax\(1\)"),
+        (UNIT | {"experiment": 3}, lambda x, y: (x, y), "experiment=3: .* holds 1, counted from 0"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, form, change, reason):
@@ -241,11 +245,11 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, form,
 @pytest.mark.parametrize(
     "names, reason",
     [
-        (("a", "b", "d"), "'d'"),
-        (("a", "1", "2"), "'a'"),
-        (("0", "00", "1"), "'1'"),
-        (("000 b", "001 a", "002 c"), "'002 c'"),
-        (("1", "2", "3"), "'3'. They count from 1, labels from 0"),
+        (("a", "b", "d"), "missing: 'c'; further: 'd'"),
+        (("a", "1", "2"), "missing: 'a'; further: 'a'"),
+        (("0", "00", "1"), "missing: 'c'; further: '0'"),
+        (("000 b", "001 a", "002 c"), "missing: 'a', 'b'; further: '000 b', '001 a'"),
+        (("1", "2", "3"), "missing: 'a'; further: '3'. They count from 1, labels from 0"),
         (("001 a", "002 b", "003 c"), "'003 c'. They count from 1, labels from 0"),
     ],
 )
@@ -253,15 +257,15 @@ def test_classes_that_do_not_fit_are_refused(tmp_path, dataset, x, labels, names
     theirs = image_folder(tmp_path / "set", x, labels, names)
     ours = artefact(tmp_path / "own", x, labels, classes=names)
     for folder in (theirs, ours):
-        refuse(folder, dataset, f"has the classes .*{reason}; needed are 'a', 'b', 'c', by name, by index .* no other")
+        refuse(folder, dataset, f"classes are not those of the data set; .*{reason}. Needed is each class once")
 
 
-@pytest.mark.parametrize("inside", ["images", "train/images", "run-0"])
+@pytest.mark.parametrize("inside", ["images", "train/images", "run-0", "test"])
 def test_the_folder_that_holds_the_classes_is_named(tmp_path, dataset, x, labels, inside):
     make = artefact if inside == "run-0" else image_folder
     make(tmp_path / "set" / inside, x, labels)
     (tmp_path / "set" / "logs").mkdir()
-    refuse(tmp_path / "set", dataset, f"set does not hold the classes of toy, but .*set/{inside} does: give that")
+    refuse(tmp_path / "set", dataset, f"not hold the classes of toy, but '{inside}' in it: .* never one of test images")
 
 
 @pytest.mark.parametrize(
@@ -303,9 +307,10 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path, dataset, x, labels, na
 
 def test_missing_folders_and_further_classes_are_refused(tmp_path, dataset, x, labels):
     folder = image_folder(tmp_path / "many", x, labels)
-    refuse(folder, dataset, r"form, mean, std and factor are for \.pt files", form="unit")
+    for given in ({"form": "unit"}, {"experiment": 3}):
+        refuse(folder, dataset, r"form, mean, std, experiment and factor are for \.pt files", **given)
     shutil.copytree(folder / "a", folder / "d")
-    refuse(folder, dataset, "and no other")
+    refuse(folder, dataset, "not those of the data set; further: 'd'. Needed")
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", dataset, "has no class folders")
     for absent in ("absent", "absent.pt"):

@@ -180,12 +180,13 @@ def test_impossible_labels_and_columns_are_refused(parquet):
     refusal("column 'label' holds int64, not images", parquet, image_column="label")
 
 
-def test_a_chosen_class_without_images_is_named(folder):
+def test_a_chosen_class_without_images_is_named_before_decoding(folder, decoded):
     for file in (folder / "test" / "cat").iterdir():
         file.rename(file.with_suffix(".heic"))
     for classes in (["bee", "cat"], None):
         refusal(r"'test' has no images of class 'cat': add some \(PNG, JPEG", folder, classes=classes)
         shutil.rmtree(folder / "test" / "cat", ignore_errors=True)
+    assert decoded == []
     assert load(folder, classes=["bee", "ant"]).test.classes == ("bee", "ant")
 
 
@@ -349,7 +350,7 @@ def test_unicode_forms_of_a_name_are_one_class_and_names_that_differ_in_case_are
     shutil.rmtree(folder / "test/bee")
     assert load(folder).train.classes == ("Bä", "cat", "strasse", "straße")
     (folder / "test/cat").rename(folder / "test/Cat")
-    refusal("classes 'cat' and 'Cat' differ in case only: rename one", folder)
+    refusal("classes 'cat' and 'Cat' are one or differ in case only: rename one", folder)
 
 
 def test_images_of_almost_one_color_are_named_and_refused_where_they_are_half_of_a_class(folder, capsys):

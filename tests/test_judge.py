@@ -77,7 +77,8 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     labels = torch.tensor([0, 1])
     assert runs.comparable(experiment, labels) == {}
     said = capsys.readouterr().out
-    assert all(f"{name}/scores.json is missing" in said for name in ("random_real-1", "full_data"))
+    for name in ("random_real-1", "full_data"):
+        assert f"{name}/scores.json is missing: evaluate {name} first (`dvc repro control@{name}`)\n" in said
     scores = score(experiment, "random_real-1")
     assert runs.comparable(experiment, labels) == {"random_real": scores[0]}
     assert "random_real" not in runs.comparable(experiment, torch.tensor([0, 0, 1]))  # as many a class, or nothing
@@ -86,7 +87,7 @@ def test_scores_that_are_missing_or_of_other_parameters_are_not_laid_beside(expe
     record["networks"]["vit"]["recipe"]["training"]["epochs"] += 1
     file.write_text(json.dumps(record))
     assert runs.comparable(experiment, labels) == {}
-    assert "was evaluated with other parameters or data" in capsys.readouterr().out
+    assert "with other parameters or data: evaluate it again (`dvc repro control@ran" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("is_exchanged", [False, True])
@@ -97,7 +98,7 @@ def test_labels_that_are_probably_wrong_are_reported(smoke, monkeypatch, capsys,
     images, labels = experiment.control("random_real", 1)
     assert runs.evaluate_foreign(experiment, images, 1 - labels if is_exchanged else labels, "theirs") == found[0]
     a, b = experiment.dataset.train.classes
-    said = f"""convnet is far below chance, 50%: the set's classes may be in another order
+    said = f"""convnet reaches 1.0%, far below chance, 50.0%: the set's classes may be in another order
 the set's labels are probably exchanged: a network trained on it sees {a} as {b}, {b} as {a}
 """
     assert capsys.readouterr().out == (said if is_exchanged else "")

@@ -23,7 +23,7 @@ def dataset():
 
 def untrained():
     widths = dict(autoencoder_widths=(8, 8, 16), unet_widths=(32, 32), unet_blocks=1, conditioning_width=16)
-    return build_prior(channels=1, classes=2, latent_size=4, latent_channels=3, codebook=16, seed=0, **widths)
+    return build_prior(channels=1, classes=2, size_px=16, latent_channels=3, codebook=16, seed=0, **widths)
 
 
 def trained(dataset):

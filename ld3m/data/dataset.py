@@ -215,7 +215,8 @@ def load_dataset(
         The columns of parquet files and hub datasets.
     classes
         The classes to keep, in this order, by name (a number is the name where classes are named by numbers, else a
-        position), or the name of a subset of ImageNet-1k (`subsets`); default: all.
+        position), or the name of a subset of ImageNet-1k (`subsets`); default: all. Classes of ImageNet-1k that the
+        source names by wnid are named by words; either chooses them.
     normalization
         Default: measured on train.
     device
@@ -232,14 +233,15 @@ def load_dataset(
             columns = {"image_column": image_column, "label_column": label_column}
             sources[part] = images.open_split(str(source), split, **columns, where=f"{where}, split {split!r}")
     kept = _kept(list(dict.fromkeys(known for each in sources.values() for known in each.classes)), classes, where)
-    loaded = {}
-    for part, each in sources.items():
-        selection = each.select(kept)
+    selections = {part: each.select(kept) for part, each in sources.items()}
+    for selection in selections.values():
         if empty := [kept[label] for label in sorted(set(range(len(kept))) - set(selection.labels.tolist()))]:
             advice = f"add some ({', '.join(images.FORMATS)}), or leave it out of classes"
             raise ValueError(f"{selection.where} has no images of class {images.some(empty)}: {advice}")
+    loaded, named = {}, tuple(map(subsets.word, kept))
+    for part, selection in selections.items():
         uint8, file = images.decoded(selection, size_px=size_px, channels=channels)
-        loaded[part] = Split(uint8, torch.from_numpy(selection.labels), tuple(kept), file=file)
+        loaded[part] = Split(uint8, torch.from_numpy(selection.labels), named, file=file)
     if "validation" not in loaded:
         loaded |= _divide(loaded["train"], splits["validation"], seed=seed, where=where)
     dataset = Dataset(name=name, normalization=normalization or measure_normalization(loaded["train"]), **loaded)
@@ -250,16 +252,18 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: st
     """The names that `classes` chooses out of all names."""
     alike: dict[str, str] = {}
     for name in names:
-        if (other := alike.setdefault(name.lower(), name)) != name:
-            raise ValueError(f"{where}: the classes {other!r} and {name!r} differ in case only: rename one")
+        if (other := alike.setdefault(subsets.word(name.lower()).lower(), name)) != name:
+            raise ValueError(f"{where}: the classes {other!r} and {name!r} are one or differ in case only: rename one")
     if isinstance(classes, str):
         classes = subsets.of_imagenet(classes, names, where=where)
     numbers = {name.lstrip("0") or "0": name for name in names if name.isdecimal()}
     positions = "" if numbers else f", or positions 0..{len(names) - 1}"
     numbers = numbers or {str(position): name for position, name in enumerate(names)}
+    by_word = {subsets.word(name): name for name in names}
     kept = []
     for item in names if classes is None else classes:
         name = images.nfc(str(item))
+        name = by_word.get(subsets.word(name), name)
         if name not in names and type(item) is int:
             name = numbers.get(name, name)
         if name not in names:

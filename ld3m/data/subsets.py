@@ -1,7 +1,6 @@
 """Subsets of ImageNet-1k that the literature distills, by name: ten class indices each, in the published order."""
 
 import csv
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ IMAGENET = {
 
 @cache
 def imagenet_classes() -> tuple[dict[str, str], ...]:
-    """The 1000 classes of ImageNet-1k in their order: `wnid`, the name of their folder, and `name`, a word for it."""
+    """The 1000 classes of ImageNet-1k in their order: `wnid`, the name of their folder, and `name`, a word."""
     with Path(__file__).with_name("imagenet_classes.csv").open(newline="") as file:
         return tuple(csv.DictReader(file))
 
@@ -42,10 +41,14 @@ def check_name(name: str) -> str:
 
 @cache
 def _known() -> dict[str, int]:
-    """The index of a class by its wnid, and by its word where no other class has that word."""
-    words = Counter(entry["name"] for entry in imagenet_classes())
-    known = {entry["name"]: k for k, entry in enumerate(imagenet_classes()) if words[entry["name"]] == 1}
-    return known | {entry["wnid"]: k for k, entry in enumerate(imagenet_classes())}
+    """The index of a class by its wnid and by its word."""
+    return {entry[key]: index for key in ("wnid", "name") for index, entry in enumerate(imagenet_classes())}
+
+
+def word(name: str) -> str:
+    """Returns the word for a class named by its wnid, and any other name as it is."""
+    index = _known().get(name)
+    return name if index is None else imagenet_classes()[index]["name"]
 
 
 def imagenet_indices(names: Sequence[str]) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from ld3m.data import images as files
 from ld3m.data.dataset import Dataset, Normalization
+from ld3m.data.subsets import word
 from ld3m.evaluation.artefact import class_folder, read_artefact
 from ld3m.runtime.paths import ROOT
 
@@ -70,8 +71,9 @@ def read_set(
     label_of = {str(label): label for label in range(len(classes))}
     if pair_file:
         images, labels = _load_pair(pair_file, experiment)
-    elif (form, mean, std, factor) != (None, None, None, 1):
-        raise ValueError(f"form, mean, std and factor are for .pt files: name one instead of {path}, or leave them out")
+    elif (form, mean, std, experiment, factor) != (None, None, None, 0, 1):
+        of_file = "form, mean, std, experiment and factor are for .pt files"
+        raise ValueError(f"{of_file}: name one instead of {path}, or leave them out")
     elif (path / "distilled.safetensors").is_file():
         tensors, metadata = read_artefact(path)
         label_of = _labels_of(path, metadata["classes"], classes)
@@ -118,22 +120,23 @@ def _load_pair(file: Path, experiment: int) -> tuple[Any, Any]:
     """The images and labels as they are stored."""
     match _load(file):
         case Tensor() as images if "images" in file.name:
-            return images, _load(file.with_name(file.name.replace("images", "labels")))
+            entries = [[images, _load(file.with_name(file.name.replace("images", "labels")))]]
         case {"images": images, "labels": labels} | [images, labels]:
-            return images, labels
+            entries = [[images, labels]]
         case {"data": [*entries]}:
-            match entries[experiment : experiment + 1]:
-                case [[images, labels]]:
-                    return images, labels
-            raise ValueError(f"experiment={experiment}: no [images, labels] among the {len(entries)} in {file}")
-        case dict() as found:
-            kind = f"a dict of {files.some(list(found))}"
+            pass
         case found:
-            kind = f"a {type(found).__name__}"
-    raise ValueError(
-        f"{file} holds {kind}: save [images, labels], {{'images': images, 'labels': labels}}, or two files images.pt "
-        "and labels.pt; read are also those of DC, {'data': [[images, labels], ...]}"
-    )
+            of = f" of {files.some(list(found))}" if isinstance(found, dict) else ""
+            of = f" of {len(found)}" if isinstance(found, list | tuple) else of
+            raise ValueError(
+                f"{file} holds a {type(found).__name__}{of}: save [images, labels], {{'images': images, 'labels': "
+                "labels}, or two files images.pt and labels.pt; DC's {'data': [[images, labels], ...]} is read too"
+            )
+    match entries[experiment : experiment + 1]:
+        case [[images, labels]]:
+            return images, labels
+    held = f"{len(entries)}, counted from 0, each of which must be [images, labels]"
+    raise ValueError(f"experiment={experiment}: {file} holds {held}")
 
 
 def _load(file: Path) -> Any:
@@ -149,7 +152,8 @@ def _load(file: Path) -> Any:
         found = re.search(r"GLOBAL \S+|<class '[^']*'>", str(error))
         raise ValueError(
             f"{file} was not read: it is broken, or holds more than tensors, lists and numbers, which could run code "
-            f"({found[0] if found else type(error).__name__}). Nothing of it was run; it must be saved as plain tensors"
+            f"({found[0] if found else type(error).__name__}). Nothing of it was run: save plain tensors, of a numpy "
+            "array torch.from_numpy(array)"
         ) from None
 
 
@@ -162,12 +166,16 @@ def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
     size_px, classes, most = dataset.train.shape[-1], len(dataset.train.classes), len(dataset.train)
     count, *shape = images.shape or (0,)
     if shape not in ([1, size_px, size_px], [3, size_px, size_px]) or not classes <= count <= most:
+        is_last = shape in ([size_px, size_px, 1], [size_px, size_px, 3])
+        advice = ". The channels are last: save images.movedim(-1, 1)" if is_last else ""
         raise ValueError(
             f"{path}: the images have the shape {tuple(images.shape)}, {dataset.name} needs (N, 1 or 3, {size_px}, "
-            f"{size_px}) with N from {classes} (one a class) to {most} (real images)"
+            f"{size_px}) with N from {classes} (one a class) to {most} (real images){advice}"
         )
     if labels.shape != (count,):
-        raise ValueError(f"{path}: the labels must be one class an image, ({count},), not {tuple(labels.shape)}")
+        is_soft = labels.shape == (count, classes)
+        advice = ". Soft labels are not used: save labels.argmax(1) to judge the images alone" if is_soft else ""
+        raise ValueError(f"{path}: the labels must be a class an image, ({count},), not {tuple(labels.shape)}{advice}")
     present = labels.unique().tolist()
     if present != list(range(classes)):
         advice = "; they count from 1: subtract 1" if present == list(range(1, classes + 1)) else ""
@@ -198,8 +206,9 @@ def _to_x(path: Path, images: Tensor, form: str | None, mean: Any, std: Any) -> 
     fitting = [name for name, (least, most) in RANGES.items() if least - 1e-3 <= low and high <= most + 1e-3]
     if form not in fitting or (fitting[0] == "unit" and form != "unit"):
         raise ValueError(
-            f"form={form!r}: the values of {path} are {low:.3g} to {high:.3g}, which looks like form={fitting[0]!r}; "
-            f"forms are {', '.join(RANGES)}"
+            f"{'form is not given' if form is None else f'form={form!r}'}: the values of {path} are {low:.3g} to "
+            f"{high:.3g}, which looks like form={fitting[0]!r}; forms are unit [0, 1], signed [-1, 1], uint8 [0, 255], "
+            "and normalized, which needs mean and std"
         )
     count = images.shape[1] if form == "normalized" else 0
     if not len(mean or ()) == len(std or ()) == count:
@@ -224,32 +233,37 @@ def _cut(x: Tensor, labels: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     return interpolate(parts, size=(size_px, size_px), mode="bilinear"), labels.repeat_interleave(factor**2)
 
 
-def _matched(names: Sequence[str], classes: Sequence[str]) -> dict[str, int] | None:
-    """The label of each class of a set, all read in one way: as names, as "<index> <name>", or as indices."""
-    indices = {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name)}
+def _matched(names: Sequence[str], classes: Sequence[str]) -> dict[int, str]:
+    """The class of a set that each label has, all read in the way that fits most of them: as names, as
+    "<index> <name>", or as indices."""
+    named = {name: label for label, name in enumerate(classes)}
     folders = {class_folder(label, name): label for label, name in enumerate(classes)}
-    for reading in ({name: label for label, name in enumerate(classes)}, folders, indices):
-        labels = [reading.get(name, -1) for name in names]
-        if sorted(labels) == list(range(len(classes))):
-            return dict(zip(names, labels, strict=True))
-    return None
+    indices = {name: int(name) for name in names if re.fullmatch(r"\d{1,9}", name) and int(name) < len(classes)}
+    readings = (named, folders, indices)
+    return max(
+        ({reading[word(name)]: name for name in names if word(name) in reading} for reading in readings), key=len
+    )
 
 
 def _labels_of(path: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
-    """`_matched`, or ValueError."""
-    if found := _matched(names, classes):
-        return found
+    """The label of each class of a set; ValueError where they are not those of the data set."""
+    found = _matched(names, classes)
+    if len(found) == len(classes) == len(names):
+        return {name: label for label, name in found.items()}
+    missing = [name for label, name in enumerate(classes) if label not in found]
+    further = [name for name in files.in_order(names) if name not in found.values()]
     numbers = sorted(int(number[0]) for name in names if (number := re.match(r"\d{1,9}", name)))
     counted = ". They count from 1, labels from 0" if numbers == list(range(1, len(classes) + 1)) else ""
+    differing = [f"; {kind}: {files.some(of)}" for kind, of in (("missing", missing), ("further", further)) if of]
     raise ValueError(
-        f"{path} has the classes {files.some(files.in_order(names))}{counted}; needed are {files.some(classes)}, by "
-        f"name, by index from 0, or by both as in {class_folder(0, classes[0])!r}, and no other"
+        f"{path}: its classes are not those of the data set{''.join(differing)}{counted}. Needed is each class once, "
+        f"by name, by index from 0, or by both as in {class_folder(0, classes[0])!r}"
     )
 
 
 def _is_set(folder: Path, classes: Sequence[str]) -> bool:
     names = [entry.name for entry in folder.glob("[!.@]*/")]
-    return (folder / "distilled.safetensors").is_file() or _matched(names, classes) is not None
+    return (folder / "distilled.safetensors").is_file() or len(_matched(names, classes)) == len(classes) == len(names)
 
 
 def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -260,7 +274,12 @@ def _read_images(folder: Path, dataset: Dataset) -> tuple[Tensor, Tensor, dict[s
     else:
         fitting = [place for place in (folder, *folder.glob("*/"), *folder.glob("*/*/")) if _is_set(place, classes)]
         if fitting and fitting[0] != folder:
-            raise ValueError(f"{folder} does not hold the classes of {dataset.name}, but {fitting[0]} does: give that")
+            outermost = [place for place in fitting if place.parent not in fitting]
+            inside = files.some(sorted(str(place.relative_to(folder)) for place in outermost))
+            raise ValueError(
+                f"{folder} does not hold the classes of {dataset.name}, but {inside} in it: give the folder of the "
+                "distilled set, never one of test images"
+            )
         source = files.open_image_folder(folder, where=where)
     selection = source.select(source.classes)
     count, most = len(selection.labels), len(dataset.train)

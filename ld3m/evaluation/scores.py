@@ -33,7 +33,7 @@ def write_scores(file: Path, scores: Scores) -> None:
 def read_scores(file: Path) -> Scores:
     """Read the scores of a cell; FileNotFoundError or ValueError names the file where it is missing or broken."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: evaluate the cell, or take it out of the table")
+        raise FileNotFoundError(f"{file} is missing: evaluate {file.parent.name} first")
     try:
         record = json.loads(file.read_text())
         networks, runs = record["networks"], {}
@@ -42,4 +42,4 @@ def read_scores(file: Path) -> Scores:
                 runs.setdefault(int(run), {})[architecture] = [float(value) for value in accuracies]
         return Scores(record["cell"], runs, {architecture: of["recipe"] for architecture, of in networks.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no file of scores ({error!r}): evaluate the cell again") from error
+        raise ValueError(f"{file} is no file of scores ({error!r}): evaluate {file.parent.name} again") from error

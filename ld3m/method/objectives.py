@@ -98,10 +98,10 @@ class ClassMatching:
     """
 
     learnables: ClassVar[dict[str, Tensor]] = {}
-    distance: Distance
-    most_classes: int  # that go through the network together, as far as memory allows
     split: Split  # the real images
     _: KW_ONLY
+    distance: Distance
+    most_classes: int  # that go through the network together, as far as memory allows
     normalization: Normalization
     new_network: Callable[..., nn.Module]  # called with seed=...
     experts: Any  # not used
@@ -262,7 +262,7 @@ def _student_gradient(
 
 
 OBJECTIVES = {
-    "dc": partial(ClassMatching, gradient_distance, 1),  # weight gradients are compared class by class
-    "dm": partial(ClassMatching, feature_distance, 5),
+    "dc": partial(ClassMatching, distance=gradient_distance, most_classes=1),  # gradients are compared class by class
+    "dm": partial(ClassMatching, distance=feature_distance, most_classes=5),
     "mtt": TrajectoryMatching,
 }

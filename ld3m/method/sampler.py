@@ -103,7 +103,7 @@ def reverse(
     end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
     guidance = guidance if prior.is_conditional else 1
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
-    # a view is a node of its own, so that `uncheckpointed_steps` changes no order of summation
+    # a node of its own in the graph: the gradients of all steps are added in one order, whatever is kept
     mixed_in = prior.quantize(z) if skip == "x0" else z_T.view_as(z_T)
     z_t = z_T
     on_state(z_t.detach())

@@ -140,25 +140,30 @@ class _Placeholder:
     __setstate__ = __init__
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's `state_dict`, without executing what is in the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: place the model.ckpt of a released latent diffusion model there")
+def read_pickled(file: Path) -> Any:
+    """What torch saved to a file, memory-mapped, without executing what is in it; ValueError where that is not
+    possible."""
     try:
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         refused = sorted(name for name in objects if not name.startswith(HARMLESS))
         if not refused:
             with torch.serialization.safe_globals([(_Placeholder, name) for name in objects]):
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken file raises errors of many kinds; torch's message proposes to run the code
         raise ValueError(
             f"{file} is broken or no checkpoint of PyTorch 1.6 or later ({type(error).__name__}): download it again"
         ) from error
-    if refused:
-        raise ValueError(
-            f"{file} holds {', '.join(refused)}, which could run code; nothing of it was run. If you trust the file, "
-            "save its weights alone: torch.save({'state_dict': weights}, 'model.ckpt')"
-        )
+    raise ValueError(
+        f"{file} holds {', '.join(refused)}, which could run code; nothing of it was run. If you trust the file, "
+        "save its weights alone: torch.save({'state_dict': weights}, 'model.ckpt')"
+    )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's `state_dict`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: place the model.ckpt of a released latent diffusion model there")
+    loaded = read_pickled(file)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} has no 'state_dict' of tensors: it is not a checkpoint of latent diffusion")

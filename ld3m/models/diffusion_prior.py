@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import pydantic
@@ -54,7 +55,7 @@ class Prior:
     """
 
     unet: nn.Module  # the denoiser, of a class in `DENOISERS`
-    autoencoder: nn.Module  # with a codebook (VQModel) or a posterior (AutoencoderKL)
+    autoencoder: nn.Module  # with a codebook (VQModel), a posterior (AutoencoderKL) or neither (AutoencoderTiny)
     embedding: nn.Embedding  # (classes + 1, D), the last row is the null class; (1, 1) for a denoiser without classes
     alpha_bar: Tensor  # (T,) float64 on the CPU, the products of 1 - beta of eq. 1
     prediction: Prediction = "epsilon"  # what the denoiser was trained for
@@ -75,19 +76,15 @@ class Prior:
     def has_quantizer(self) -> bool:
         return hasattr(self.autoencoder, "quantize")
 
-    @property
-    def latent_channels(self) -> int:
-        return self.autoencoder.config.get("vq_embed_dim") or self.autoencoder.config.latent_channels
-
     def latent_shape(self, size_px: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images; IncompatiblePrior for a size that the prior cannot take."""
         given = self.unet.config
         is_fixed = "block_out_channels" not in given  # a transformer knows the positions of one size
-        downsampling = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
-        unit = downsampling * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
+        factor = downsampling(self.autoencoder)
+        unit = factor * (given.sample_size if is_fixed else 2 ** (len(given.block_out_channels) - 1))
         if size_px < unit or size_px % unit or is_fixed and size_px != unit:
             raise IncompatiblePrior(f"size_px={size_px}: this prior takes {'' if is_fixed else 'multiples of '}{unit}")
-        return self.latent_channels, size_px // downsampling, size_px // downsampling
+        return channels_of_latents(self.autoencoder), size_px // factor, size_px // factor
 
     def check(self, *, size_px: int, channels: int, classes: int) -> None:
         """Raise IncompatiblePrior where the prior does not fit the images and the number of classes of a data set."""
@@ -99,16 +96,28 @@ class Prior:
 
     def encode(self, x: Tensor) -> Tensor:
         """Images x (B, C, H, W) to latents z (B, c, h, w), before the quantizer."""
-        encoded = self.autoencoder.encode(x)
-        z = encoded.latents if self.has_quantizer else encoded.latent_dist.mode()
-        return (z - self._shift) * self.autoencoder.config.scaling_factor
+        return self.standardize(self.encode_raw(x))
+
+    def encode_raw(self, x: Tensor) -> Tensor:
+        """Images x (B, C, H, W) to the autoencoder's own latents (B, c, h, w), of any mean and variance."""
+        with self._autocast(x):
+            encoded = self.autoencoder.encode(x)
+        return (encoded.latents if "latents" in encoded else encoded.latent_dist.mode()).to(x.dtype)
+
+    def standardize(self, raw: Tensor) -> Tensor:
+        """The autoencoder's own latents (B, c, h, w) to z."""
+        shift, scale = self._statistics(raw.device)
+        return (raw - shift) * scale
+
+    def _destandardize(self, z: Tensor) -> Tensor:
+        shift, scale = self._statistics(z.device)
+        return z / scale + shift
 
     def quantize(self, z: Tensor) -> Tensor:
         """The nearest codebook entries, with the straight-through gradient (identity); without a codebook, `z`."""
         if not self.has_quantizer:
             return z
-        scale = self.autoencoder.config.scaling_factor
-        return self.autoencoder.quantize(z / scale)[0] * scale
+        return self.standardize(self.autoencoder.quantize(self._destandardize(z))[0])
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents z to images x, through the quantizer if there is one; not clamped."""
@@ -116,8 +125,7 @@ class Prior:
 
     def _decode(self, z: Tensor) -> Tensor:
         with self._autocast(z):
-            unscaled = z / self.autoencoder.config.scaling_factor + self._shift
-            return self.autoencoder.decode(unscaled).sample.to(z.dtype)
+            return self.autoencoder.decode(self._destandardize(z)).sample.to(z.dtype)
 
     def embed(self, labels: Tensor) -> Tensor:
         """Labels (B,) to the conditioning c (B, 1, D)."""
@@ -145,9 +153,13 @@ class Prior:
             predicted = DENOISERS[type(self.unet).__name__](self.unet, z_t, t, c)
         return predicted[:, : z_t.shape[1]].to(z_t.dtype)  # further channels are a learned sigma
 
-    @property
-    def _shift(self) -> float:
-        return self.autoencoder.config.get("shift_factor") or 0.0
+    def _statistics(self, device: torch.device) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """Shift and scale of the autoencoder's own latents: numbers, or (c, 1, 1) where each channel has its own."""
+        given = self.autoencoder.config
+        shift, scale = given.get("shift_factor") or 0.0, given.scaling_factor
+        if given.get("latents_mean") is None:
+            return shift, scale
+        return _channels(tuple(given.latents_mean), device), scale / _channels(tuple(given.latents_std), device)
 
     def _autocast(self, z: Tensor) -> torch.autocast:
         return torch.autocast(z.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
@@ -198,9 +210,10 @@ class Prior:
 
 def build_prior(
     *,
+    size_px: int,
     channels: int,
     classes: int,
-    latent_size: int,
+    autoencoder: nn.Module | None = None,
     latent_channels: int,
     codebook: int,
     autoencoder_widths: tuple[int, ...],
@@ -211,31 +224,31 @@ def build_prior(
 ) -> Prior:
     """Build a prior with random weights, a smaller `cin256-v2`; the global generator is untouched.
 
-    Latents have `latent_size` positions a side; each level of the autoencoder has half the resolution of the one
-    before, and `codebook` is the number of its entries. All levels of the U-Net but the first attend to the class
-    token, of `conditioning_width`; each has `unet_blocks` residual blocks.
+    Each level of the autoencoder, a VQModel with `codebook` entries, has half the resolution of the one before; one
+    that is given takes its place. All levels of the U-Net but the first attend to the class token, of
+    `conditioning_width`; each has `unet_blocks` residual blocks.
     """
     from diffusers import UNet2DConditionModel, VQModel
 
     down = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(unet_widths) - 1)
     with forked(seed, "prior"):
-        autoencoder = VQModel(
+        autoencoder = autoencoder or VQModel(
             in_channels=channels,
             out_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * len(autoencoder_widths),
             up_block_types=("UpDecoderBlock2D",) * len(autoencoder_widths),
             block_out_channels=autoencoder_widths,
             latent_channels=latent_channels,
-            sample_size=latent_size * 2 ** (len(autoencoder_widths) - 1),
+            sample_size=size_px,
             num_vq_embeddings=codebook,
             norm_num_groups=8,
             scaling_factor=1.0,
             mid_block_add_attention=False,
         )
         unet = UNet2DConditionModel(
-            sample_size=latent_size,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
+            sample_size=size_px // downsampling(autoencoder),
+            in_channels=channels_of_latents(autoencoder),
+            out_channels=channels_of_latents(autoencoder),
             down_block_types=down,
             up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
             block_out_channels=unet_widths,
@@ -246,6 +259,21 @@ def build_prior(
         )
         embedding = nn.Embedding(classes + 1, conditioning_width)
     return Prior(unet, autoencoder, embedding, cin256_alpha_bar())
+
+
+def downsampling(autoencoder: nn.Module) -> int:
+    """How many pixels of a side one position of the latents stands for."""
+    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
+def channels_of_latents(autoencoder: nn.Module) -> int:
+    return autoencoder.config.get("vq_embed_dim") or autoencoder.config.latent_channels
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values (c, 1, 1) on a device, copied once: a CUDA graph cannot record the copy."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def prior_chunk_size(size_px: int, *, count: int = 250) -> int:

@@ -18,9 +18,17 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ld3m.data.images import some
 from ld3m.data.subsets import IMAGENET, imagenet_indices
-from ld3m.models.compvis import load_checkpoint
-from ld3m.models.diffusion_prior import DENOISERS, IncompatiblePrior, Prior, cin256_schedule, schedule_of
+from ld3m.models.compvis import load_checkpoint, read_pickled
+from ld3m.models.diffusion_prior import (
+    DENOISERS,
+    IncompatiblePrior,
+    Prior,
+    channels_of_latents,
+    cin256_schedule,
+    schedule_of,
+)
 from ld3m.models.networks import require_finite_weights
 from ld3m.models.prior_variants import take_label_table, with_classes
 from ld3m.runtime import paths
@@ -30,7 +38,9 @@ from ld3m.runtime.storage import new_folder, write_json
 LINK_FILE = "source.json"
 WEIGHTS = "diffusion_pytorch_model"
 EMBEDDER = "class_embedder/model.safetensors"
-UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim", "latents_mean")
+UNSUPPORTED = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim")
+AUTOENCODERS = ("VQModel", "AutoencoderKL", "AutoencoderTiny", "TAEF2")
+TAEF2_FILES = ("taef2_encoder.pth", "taef2_decoder.pth")
 OWN = {"unet", "vqvae", "scheduler", "class_embedder", LINK_FILE}  # what `save_prior` and `link_prior` write
 LAYOUT = (
     f"a diffusers folder has unet/ or transformer/, vqvae/ or vae/ (each with config.json and {WEIGHTS}.safetensors), "
@@ -60,9 +70,31 @@ def load_prior(source: str | Path) -> Prior:
         return load_checkpoint(path)
     if (path / LINK_FILE).is_file():
         return _load_linked(path)
-    # A missing folder below one that exists must not be asked from the hub, where anyone could own the name.
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.parent.is_dir()
-    return _read_folder(_fetch(str(source)) if is_hub_id else path)
+    return _read_folder(_fetch(source) if _is_hub_id(source) else path)
+
+
+def load_autoencoder(source: str) -> nn.Module:
+    """Load an autoencoder for a prior that is trained here, in float32 on the CPU.
+
+    `source` is a diffusers folder or hub id of one of `AUTOENCODERS`, or of a prior with such a part, or a folder with
+    the two files of TAEF2 as released. Raises the errors of `load_prior`.
+    """
+    folder = _fetch(source) if _is_hub_id(source) else paths.ROOT / Path(source).expanduser()
+    if any((folder / name).exists() for name in TAEF2_FILES):
+        return _read_taef2(folder)
+    for place in (folder, folder / "vqvae", folder / "vae"):
+        if (place / "config.json").is_file():
+            return _read_autoencoder(place)
+    raise FileNotFoundError(
+        f"no autoencoder in {folder}: it must have config.json and {WEIGHTS}.safetensors of a "
+        f"{', '.join(AUTOENCODERS)}, alone or in vqvae/ or vae/, or {' and '.join(TAEF2_FILES)}"
+    )
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    """Tell hub ids from folders: below one that exists, where anyone could own the name on the hub, all are folders."""
+    is_folder = (paths.ROOT / Path(source).expanduser()).parent.is_dir()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source))) and not is_folder
 
 
 def fitted(
@@ -92,9 +124,11 @@ def fitted(
     elif classes is None:
         classes = of_imagenet or range(prior.classes)
         if len(classes) != len(names):
+            unknown = [name for name in names if imagenet_indices([name]) is None]
+            reason = f": {some(unknown)} are neither wnid nor word of ImageNet-1k" if prior.classes == 1000 else ""
             raise ValueError(
-                f"{source} has {prior.classes} classes, the data set {len(names)}: list in prior.classes, for each "
-                "class of the data set, which of the prior's it is, counted from 0"
+                f"{source} has {prior.classes} classes, the data set {len(names)}{reason}: list in prior.classes, for "
+                "each class of the data set, which of the prior's it is, counted from 0"
             )
     elif len(classes) != len(names):
         raise ValueError(f"prior.classes has {len(classes)} entries: must have one for each of {len(names)} classes")
@@ -179,16 +213,18 @@ def _fetch(hub_id: str) -> Path:
 
     go_offline_if_unreachable()
     files = ("config.json", f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*.safetensors")
-    patterns = [f"{model}/{file}" for model in ("unet", "transformer", "vqvae", "vae") for file in files]
+    patterns = [f"{model}{file}" for model in ("unet/", "transformer/", "vqvae/", "vae/", "") for file in files]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=["scheduler/*.json", EMBEDDER, *patterns]))
-        pickled = [file.parent for file in folder.glob("*/config.json") if not [*file.parent.glob("*.safetensors*")]]
+        configs = [*folder.glob("config.json"), *folder.glob("*/config.json")]
+        pickled = [file.parent for file in configs if not [*file.parent.glob("*.safetensors*")]]
         if pickled:
-            snapshot_download(hub_id, allow_patterns=[f"{model.name}/{WEIGHTS}.bin" for model in pickled])
+            files = [(model / f"{WEIGHTS}.bin").relative_to(folder).as_posix() for model in pickled]
+            snapshot_download(hub_id, allow_patterns=files)
     except Exception as error:  # offline, unknown and gated repositories raise errors of many kinds
         raise FileNotFoundError(
-            f"prior.source={hub_id} is no folder, and could not be read from the hub ({error!r}). Without a network, "
-            f"place its parts in a folder and name that: {LAYOUT}"
+            f"prior.source={hub_id} is no folder, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"Correct the name, log in to the hub, or without a network name a folder of its parts: {LAYOUT}"
         ) from error
     return folder
 
@@ -200,21 +236,46 @@ def _read_folder(folder: Path) -> Prior:
         raise FileNotFoundError(f"no prior in {folder}: there is no such folder")
     unet, vae = _part(folder, "unet", "transformer"), _part(folder, "vqvae", "vae")
     file = _part(folder, "scheduler") / "scheduler_config.json"
-    denoiser, autoencoder = _read_model(unet, DENOISERS), _read_model(vae, ("VQModel", "AutoencoderKL"))
+    denoiser, autoencoder = _read_model(unet, DENOISERS), _read_autoencoder(vae)
     embedding = _read_embedding(denoiser, unet)
     with _named(file):
         config = json.loads(file.read_text())
         if "beta_start" not in config:
             raise ValueError(f"{config['_class_name']} has no beta_start: must be a schedule of betas")
         prior = Prior(denoiser, autoencoder, embedding, *schedule_of(DDIMScheduler.from_config(config)))
-    inputs, outputs, latent = denoiser.config.in_channels, denoiser.config.out_channels, prior.latent_channels
+    inputs, outputs, latent = (
+        denoiser.config.in_channels,
+        denoiser.config.out_channels,
+        channels_of_latents(autoencoder),
+    )
     if inputs != latent or (outputs or latent) not in (latent, 2 * latent):
         raise ValueError(f"{unet} takes {inputs} channels and gives {outputs}, but latents of {vae} have {latent}")
-    with _named(vae / "config.json"):
-        scale, shift = autoencoder.config.scaling_factor, autoencoder.config.get("shift_factor") or 0.0
+    return prior.freeze_()
+
+
+def _read_autoencoder(folder: Path) -> nn.Module:
+    model = _read_model(folder, AUTOENCODERS)
+    with _named(folder / "config.json"):
+        given, channels = model.config, channels_of_latents(model)
+        scale, shift = given.scaling_factor, given.get("shift_factor") or 0.0
         if not 0 < scale < math.inf or not math.isfinite(shift):
             raise ValueError(f"scaling_factor={scale} and shift_factor={shift} must be finite, the first above 0")
-    return prior.freeze_()
+        mean, std = given.get("latents_mean"), given.get("latents_std")
+        are_numbers = mean and std and len(mean) == len(std) == channels and all(map(math.isfinite, mean + std))
+        if not (mean is std is None) and not (are_numbers and min(std) > 0):
+            raise ValueError(f"latents_mean and latents_std must have {channels} finite values, those of std above 0")
+    return model
+
+
+def _read_taef2(folder: Path) -> nn.Module:
+    """TAEF2 from the two files that its authors release, read without executing what is in them."""
+    from ld3m.models.tiny_autoencoder import TAEF2, of_released
+
+    with _named(folder):
+        model = TAEF2()
+        model.load_state_dict(of_released(*[read_pickled(folder / name) for name in TAEF2_FILES]))
+        require_finite_weights(model.state_dict())
+    return model.eval().requires_grad_(False)
 
 
 def _part(folder: Path, *names: str) -> Path:
@@ -231,14 +292,17 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and safetensors raise errors of many kinds for a broken or foreign file
-        advice = "" if file.exists() else f"; {LAYOUT}"
-        raise ValueError(f"{file} cannot be used: {error}{advice}") from error
+        advice = "replace the file, or name another prior" if file.exists() else LAYOUT
+        raise ValueError(f"{file} cannot be used: {type(error).__name__}: {error}; {advice}") from error
 
 
 def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
     """A model of diffusers with every tensor of its file and no other; pickles are read without executing them."""
     import diffusers
 
+    from ld3m.models.tiny_autoencoder import TAEF2
+
+    diffusers.logging.get_logger("diffusers.configuration_utils").setLevel("ERROR")  # it knows no latents_mean
     with _named(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
         name = config["_class_name"]
@@ -250,11 +314,12 @@ def _read_model(folder: Path, allowed: Sequence[str]) -> nn.Module:
                 f"{', '.join(further)} is not supported: a U-Net has no classes, or attends to one vector of it, "
                 "and latents are scaled by one factor"
             )
+    kind = TAEF2 if name == "TAEF2" else getattr(diffusers, name)
     is_safe = any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
     options = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": is_safe, "output_loading_info": True}
     with _named(folder / f"{WEIGHTS}.{'safetensors' if is_safe else 'bin'}"):
-        model, read = getattr(diffusers, name).from_pretrained(folder, **options)
+        model, read = kind.from_pretrained(folder, **options)
         missing, unknown = sorted(read["missing_keys"]), sorted(read["unexpected_keys"])
         if missing or unknown:
             raise ValueError(f"not the {name} of config.json: missing {missing[:5]}, unknown {unknown[:5]}")

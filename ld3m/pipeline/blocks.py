@@ -26,12 +26,13 @@ def that(holds: Callable[[Any], Any] | str, otherwise: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _is_outside_runs(source: str | None) -> bool:
+def _is_outside_runs(source: str) -> bool:
     """Tell whether a path leads past runs/, through links too."""
-    path, runs = paths.ROOT / Path(source or "").expanduser(), paths.ROOT / "runs"
+    path, runs = paths.ROOT / Path(source).expanduser(), paths.ROOT / "runs"
     return not any(Path(view(path)).is_relative_to(view(runs)) for view in (os.path.abspath, os.path.realpath))
 
 
+Source = Annotated[str, that(_is_outside_runs, "DVC empties runs/ before a stage; copy the prior elsewhere")]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0)]
@@ -108,6 +109,9 @@ class DatasetParams(Model):
 
 
 class AutoencoderParams(Model):
+    """With a `source`, an autoencoder from elsewhere, the other keys have no effect."""
+
+    source: Source | None
     widths: Annotated[tuple[Annotated[Count, Field(multiple_of=8)], ...], Field(min_length=2)]
     latent_channels: Count
     codebook: Count
@@ -118,7 +122,7 @@ class AutoencoderParams(Model):
 
     def training(self) -> dict[str, Any]:
         """The arguments of `train_prior.fit_autoencoder`."""
-        return self.model_dump(exclude={"widths", "latent_channels", "codebook"})
+        return self.model_dump(exclude={"source", "widths", "latent_channels", "codebook"})
 
 
 class DenoiserParams(Model):
@@ -153,7 +157,7 @@ class PriorCheck(GanCheck):
 
 
 class PriorParams(Model):
-    source: Annotated[str | None, that(_is_outside_runs, "DVC empties runs/ before a stage; copy the prior elsewhere")]
+    source: Source | None
     classes: tuple[Whole, ...] | None
     precision: Precision
     autoencoder: Annotated[

@@ -1,11 +1,11 @@
-"""Estimates how long every stage of params.yaml takes on this machine, from three real iterations of each kind of work.
+"""Estimates how long the stages of params.yaml take on this machine, from three real iterations of each kind of work.
 
     python -m ld3m.pipeline.estimate                  # params.yaml as it is
     python -m ld3m.pipeline.estimate imagenet128      # with profiles applied: names in profiles/, or files
 
-Weights are random, and so are data that are missing; nothing is downloaded. What takes more than ten seconds is timed
-once. Not counted are seconds each: decoding, checks of the priors, images of controls, gradient norms, tables, and the
-start of a stage.
+Weights are random, and so are data that are missing; nothing is downloaded. An ablation's setting counts as the
+baseline does. Not counted are seconds each: decoding, checks of the priors, images of controls, gradient norms, tables,
+and the start of a stage.
 """
 
 import os
@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cache, partial
 from math import ceil
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -36,38 +36,31 @@ from ld3m.models.train_gan import fit_gan
 from ld3m.models.train_prior import fit_autoencoder, fit_denoiser
 from ld3m.pipeline.cells import cells
 from ld3m.pipeline.experiment import Experiment, shared
-from ld3m.pipeline.params import Params
-from ld3m.pipeline.profiles import PARAMS, ablation_settings, apply_profiles, load_params
+from ld3m.pipeline.profiles import PARAMS, apply_profiles, load_params
 from ld3m.runtime.devices import describe
 from ld3m.runtime.memory import OutOfMemory, explain_out_of_memory, forget_peak, peak_gib
 from ld3m.runtime.progress import silent
 from ld3m.runtime.seeds import generator
 
 ITERATIONS = 3
-SLOW_S = 10.0
-IMAGES_PER_CLASS = {"train": 1170, "validation": 130, "test": 50}  # of ImageNet, where the data are missing
-Settings = dict[str, tuple[Params, str, str]]  # of an ablation: {name: (params, objective, space)}
 Kind = tuple  # of work: a function of the experiment that returns seconds, and its other arguments
 Stage = tuple[str, str, tuple[str, ...], list[tuple[int, Kind]]]  # name, table, keys that lower its memory, its work
 
 
-@dataclass(frozen=True)
 class StandIns(Experiment):
     """The experiment with random weights, and random data where they are missing."""
 
     @shared
     def dataset(self) -> Dataset:
-        try:
+        with suppress(FileNotFoundError):
             return super().dataset
-        except FileNotFoundError:
-            given = self.params.data
-            names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
-            shape, rng = (64, given.channels, given.size_px, given.size_px), generator(0, "estimate")
-            stored = torch.randint(256, shape, dtype=torch.uint8, generator=rng).to(self.params.on_device)
-            every = {split: torch.arange(count * len(names)) for split, count in IMAGES_PER_CLASS.items()}
-            splits = {split: Split(stored, k % len(names), names, rows=k % 64) for split, k in every.items()}
-            plain = Normalization((0.5,) * given.channels, (0.25,) * given.channels)
-            return Dataset(self.params.dataset, normalization=plain, **splits)
+        given, rng = self.params.data, generator(0, "estimate")
+        names = given.classes if isinstance(given.classes, tuple) else tuple(map(str, range(10)))
+        shape = (64, given.channels, given.size_px, given.size_px)
+        stored = torch.randint(256, shape, dtype=torch.uint8, generator=rng).to(self.params.on_device)
+        indices = (torch.arange(count * len(names)) for count in (1170, 130, 50))  # images a class of ImageNet
+        splits = (Split(stored, k % len(names), names, rows=k % 64) for k in indices)
+        return Dataset(self.params.dataset, *splits, Normalization((0.5,) * given.channels, (0.25,) * given.channels))
 
     @shared
     def prior(self) -> Prior:
@@ -84,18 +77,14 @@ class StandIns(Experiment):
         return self.new_gan().freeze_()
 
     def experts(self, *, last_epoch: int) -> "RandomExperts":
-        return RandomExperts(len(flat_parameters(self.new_network(self.params.distill.network)(seed=0))))
+        return RandomExperts([flat_parameters(self.new_network(self.params.distill.network)(seed=0))])
 
 
-@dataclass(frozen=True)
-class RandomExperts:
-    parameters: int
-
-    def __len__(self) -> int:
-        return 1
+class RandomExperts(list):
+    """The flat weights (P,) of untrained networks in place of experts."""
 
     def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
-        return torch.randn((len(epochs), self.parameters), generator=generator(0, "estimate")) / 100
+        return torch.stack([(1 + epoch) * self[expert] for epoch in epochs])
 
 
 def clock(function: Callable[[], object]) -> float:
@@ -117,36 +106,30 @@ def step_seconds(training: Callable[[int], Callable[[], object]], *, steps: int 
 
 
 def prior_seconds(experiment: StandIns, part: str) -> float:
-    """Time a step of training the autoencoder, the denoiser or the GAN, on all threads as dvc.yaml has it."""
-    params, train_set = experiment.params, experiment.dataset.train
-    fit, given, changes, steps, new = {
-        "autoencoder": (fit_autoencoder, params.prior.autoencoder, {"continuous_steps": 0}, 3, experiment.new_prior),
-        "denoiser": (fit_denoiser, params.prior.denoiser, {}, 3, experiment.new_prior),
-        "gan": (fit_gan, params.gan, {}, params.gan.r1_every, experiment.new_gan),  # one penalty in so many steps
+    """Time a step of training "prior.autoencoder", "prior.denoiser" or "gan", on all threads as dvc.yaml has it."""
+    fit, new, changes = {
+        "prior.autoencoder": (fit_autoencoder, experiment.new_prior, {"continuous_steps": 0}),
+        "prior.denoiser": (fit_denoiser, experiment.new_prior, {}),
+        "gan": (fit_gan, experiment.new_gan, {}),
     }[part]
+    given, split = attrgetter(part)(experiment.params), experiment.dataset.train
+    options, steps = given.training() | changes | {"seed": 0}, getattr(given, "r1_every", ITERATIONS)  # with a penalty
     torch.set_num_threads(os.cpu_count() or 1)
     try:
-        options = given.training() | changes | {"seed": 0}
-        return step_seconds(lambda count: partial(fit, new(), train_set, **options | {"steps": count}), steps=steps)
+        return step_seconds(lambda count: partial(fit, new(), split, **options | {"steps": count}), steps=steps)
     finally:
         torch.set_num_threads(1)
 
 
-def iteration_seconds(
-    experiment: StandIns, objective: str, space: str, ipc: int, prior: str | None = None, steps: int | None = None
-) -> float:
+def iteration_seconds(experiment: StandIns, objective: str, space: str, ipc: int, prior: str) -> float:
     """Time an iteration of distillation: render, match, backward."""
-    changes = {} if steps is None else {"steps": steps}
-    synthetic, times = experiment.synthetic(space, ipc, prior=prior, **changes), []
-    matching = experiment.objective(objective)
+    synthetic, matching = experiment.synthetic(space, ipc, prior=prior), experiment.objective(objective)
 
     def iterate() -> None:
         images = synthetic.render(step=0)
         images.backward(matching(images.detach(), synthetic.labels, step=0)[1])
 
-    while len(times) < ITERATIONS and sum(times) < SLOW_S:
-        times.append(clock(iterate))
-    return min(times)  # the first is slower
+    return min(clock(iterate) for _ in range(ITERATIONS))  # the first is slower
 
 
 def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, batch: int) -> float:
@@ -160,7 +143,7 @@ def network_seconds(experiment: StandIns, name: str, images: int, epochs: int, b
     return (epochs * ceil(images / batch) * step + len(dataset.test.labels) / batch * test) / params.processes
 
 
-def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Stage]:
+def stages(experiment: StandIns) -> Iterator[Stage]:
     """Yield every stage before the tables that takes more than seconds."""
     params, train_set = experiment.params, experiment.dataset.train
 
@@ -168,10 +151,8 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
         return network_seconds, name, images, recipe["epochs"], recipe["batch"]
 
-    if params.prior.source is None:
-        for part, given in (("autoencoder", params.prior.autoencoder), ("denoiser", params.prior.denoiser)):
-            yield f"prior, {part}", "prior", (f"prior.{part}.batch",), [(given.steps, (prior_seconds, part))]
-    yield "gan", "prior", ("gan.batch",), [(params.gan.steps, (prior_seconds, "gan"))]
+    for part in ("gan",) if params.prior.source else ("prior.autoencoder", "prior.denoiser", "gan"):
+        yield part, "prior", (f"{part}.batch",), [(attrgetter(part)(params).steps, (prior_seconds, part))]
     given, seen = params.trajectories, params.distill.network
     expert = network_seconds, seen, len(train_set.labels), given.epochs, given.batch
     yield "trajectories", "main", ("trajectories.batch",), [(given.experts, expert)]
@@ -185,25 +166,24 @@ def stages(experiment: StandIns, ablations: dict[str, Settings]) -> Iterator[Sta
         count = sum(map(params.networks_a_set, cell.runs))
         work = [(count, network(name, cell.ipc)) for name in params.architectures]
         yield f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), work
-    for name, settings in ablations.items():
-        work = [(len(settings) * params.ablations.seeds, network(seen, 1)) for seen in params.ablations.architecture]
-        for changed, objective, space in settings.values():
-            steps = changed.spaces.ld3m.steps if space == "ld3m" else None
-            work.append((params.ablations.iterations, (iteration_seconds, objective, space, 1, None, steps)))
-        yield f"ablation {name}", "report", params.lowers_memory("dm", "ld3m"), work
+    given = params.ablations
+    settings = 1 + sum(changes != {} for of in given.settings.values() for changes in of.values())  # one baseline
+    work = [(settings * given.iterations, (iteration_seconds, "dm", "ld3m", 1, "prior"))]
+    work += [(settings * given.seeds, network(name, 1)) for name in given.architecture]
+    yield "ablations", "report", params.lowers_memory("dm", "ld3m"), work
 
 
-def estimate(experiment: StandIns, ablations: dict[str, Settings]) -> None:
+def estimate(experiment: StandIns) -> None:
     """Print a row for every stage as soon as it is timed, and the sums. Too little memory for a stage is a row too."""
     sums: Counter[str] = Counter()
     print(f"{experiment.params.dataset} on {describe(experiment.params.on_device)}; memory is that of one process")
 
     @cache
-    def timed(function: Callable[..., float], *arguments: Any) -> tuple[float, float]:
+    def timed(function: Callable[..., float], *arguments: object) -> tuple[float, float]:
         forget_peak()
         return function(experiment, *arguments), peak_gib()
 
-    for name, table, lower, work in stages(experiment, ablations):
+    for name, table, lower, work in stages(experiment):
         try:
             with explain_out_of_memory(*lower):
                 found = [(count, *timed(*kind)) for count, kind in work]
@@ -220,13 +200,11 @@ def main(profiles: list[str]) -> None:
     torch.set_num_threads(1)
     constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as folder:
-        file = PARAMS
+        file = Path(folder) / PARAMS.name if profiles else PARAMS
         if profiles:
-            file = Path(folder) / PARAMS.name
             apply_profiles(*profiles, path=file)
         params = load_params(path=file)
-        ablations = {name: ablation_settings(name, path=file) for name in params.ablations.settings}
-    estimate(StandIns(params), ablations)
+    estimate(StandIns(params))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ld3m.method.spaces import SPACES
 from ld3m.models.diffusion_prior import IncompatiblePrior, Prior, build_prior
 from ld3m.models.gan import Generator, build_generator, load_generator
 from ld3m.models.networks import build, flat_parameters
-from ld3m.models.prior_io import linked_source, load_prior
+from ld3m.models.prior_io import linked_source, load_autoencoder, load_prior
 from ld3m.models.prior_variants import unconditional, with_random_unet
 from ld3m.pipeline.cells import Cell, runs_path
 from ld3m.pipeline.factories import own
@@ -107,12 +107,14 @@ class Experiment:
         model.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
 
     def new_prior(self) -> Prior:
-        """Return an untrained prior of the sizes in params.yaml; ValueError if they do not fit the images."""
+        """Return a prior of the sizes in params.yaml, untrained but for an autoencoder from elsewhere; ValueError if
+        they do not fit the images."""
         autoencoder, denoiser = self.params.prior.autoencoder, self.params.prior.denoiser
         prior = build_prior(
-            classes=len(self.dataset.train.classes),
+            size_px=self.params.data.size_px,
             channels=self.params.data.channels,
-            latent_size=self.params.data.size_px // 2 ** (len(autoencoder.widths) - 1),
+            classes=len(self.dataset.train.classes),
+            autoencoder=autoencoder.source and load_autoencoder(autoencoder.source),
             latent_channels=autoencoder.latent_channels,
             codebook=autoencoder.codebook,
             autoencoder_widths=autoencoder.widths,
@@ -121,7 +123,7 @@ class Experiment:
             conditioning_width=denoiser.conditioning_width,
             seed=self.params.seed,
         )
-        return self._new(prior, "prior.autoencoder.widths and prior.denoiser.widths")
+        return self._new(prior, "prior.autoencoder and prior.denoiser.widths")
 
     def _new(self, model: Any, keys: str) -> Any:
         try:

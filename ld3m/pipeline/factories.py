@@ -20,8 +20,8 @@ SPACE = ("normalization", "prior", "seed", "threads")
 NETWORK = ("channels", "size_px", "classes")
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """Return the object of an import path; modules in the repository's folder are found too.
+def imported(key: str, path: str) -> Callable[..., Any]:
+    """Return the object of an import path, that of `key`; modules in the repository's folder are found too.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def imported(path: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"{path!r} cannot be imported ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{key} = {path!r}: cannot be imported ({type(error).__name__}: {error})") from error
 
 
 def check_factories(params: Params) -> None:
@@ -57,8 +57,9 @@ def check_factories(params: Params) -> None:
 
 
 def _check(key: str, path: str, positional: int, names: Iterable[str]) -> None:
+    factory = imported(key, path)
     try:
-        inspect.signature(imported(path)).bind(*[None] * positional, **dict.fromkeys(names))
+        inspect.signature(factory).bind(*[None] * positional, **dict.fromkeys(names))
     except (TypeError, ValueError) as error:
         called = ", ".join((*["..."] * positional, *(f"{name}=..." for name in names)))
         raise ValueError(f"{key} = {path!r}: {error}; it is called as factory({called})") from error
@@ -72,7 +73,7 @@ def own(kind: str, key: str, path: str) -> Callable[..., Any]:
     ValueError
         when it is called (an objective also in every step), which names the key, the import path and what is missing.
     """
-    factory = imported(path)
+    factory = imported(key, path)
 
     def require(holds: bool, otherwise: str) -> None:
         if not holds:

@@ -55,8 +55,9 @@ def evaluate_foreign(experiment: Experiment, images: Tensor, labels: Tensor, nam
     accuracies = _evaluate(experiment, name, f"evaluated-{name}", found, folder=folder, images=images)[0]
     chance = 1 / len(classes)
     for architecture, values in accuracies.items():
-        if sum(values) / len(values) < chance / 2:
-            print(f"{architecture} is far below chance, {chance:.0%}: the set's classes may be in another order")
+        if (mean := sum(values) / len(values)) < chance / 2:
+            below = f"{architecture} reaches {mean:.1%}, far below chance, {chance:.1%}"
+            print(f"{below}: the set's classes may be in another order")
     job = experiment.evaluation_job(images, labels)
     if order := exchanged_classes(job, experiment.dataset, experiment.new_network(next(iter(job.recipes)))):
         seen = [f"{name} as {classes[k]}" for name, k in zip(classes, order, strict=True) if name != classes[k]]
@@ -120,7 +121,7 @@ def comparable(experiment: Experiment, labels: Tensor) -> dict[str, Accuracies]:
     for control, ipc in wanted.items():
         try:
             found[control] = _read(experiment, control, ipc)
-        except (FileNotFoundError, ValueError) as problem:
+        except ValueError as problem:
             print(problem)
     return found
 
@@ -131,7 +132,10 @@ def _read(experiment: Experiment, control: str, ipc: int) -> Accuracies:
     if ("none", control, ipc) not in rows:
         raise ValueError(f"params.yaml has no control {control} of {ipc} images a class: add it to `controls`")
     cell = rows["none", control, ipc]
-    scores = read_scores(cell.scores / "scores.json")
-    if scores.recipes != _recipes(experiment, experiment.recipes(ipc)):
-        raise ValueError(f"{cell.scores} was evaluated with other parameters or data: dvc repro control@{cell.key}")
+    try:
+        scores = read_scores(cell.scores / "scores.json")
+        if scores.recipes != _recipes(experiment, experiment.recipes(ipc)):
+            raise ValueError(f"{cell.scores} was evaluated with other parameters or data: evaluate it again")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error} (`dvc repro control@{cell.key}`)") from error
     return scores.runs[0]

@@ -147,7 +147,7 @@ class Checkpoint:
     def status(self) -> str:
         """Return what is on disk and how to go on."""
         if self.file is None or not self.file.exists():
-            return "Last written: nothing"
+            return "Nothing was written: the same command starts over"
         file = os.path.relpath(self.file)  # outputs of notebooks name no machine's folders
         return f"Last written: {file}; the same command resumes from it, or starts over if you delete it"
 
