@@ -15,9 +15,17 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> "tuple[Tensor, Tensor]":
-    """Images (N, C, H, W), normalized as the card says, and labels (N,) of a distilled set's folder.
+    """Load a distilled set from its folder.
 
-    FileNotFoundError where there is none, ValueError where it is broken or is not what it was written as.
+    Returns
+    -------
+    tuple of Tensor
+        Images (N, C, H, W), normalized as the card says, and labels (N,).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Where there is no set, or where it is broken or is not what was written.
     """
     from ld3m.evaluation.artefact import read_artefact  # here, so that `import ld3m` takes no time
 

@@ -72,22 +72,25 @@ def objective(name, dataset, device, folder):
 @needs_cuda
 @pytest.mark.parametrize("name", ["dc", "dm", "mtt"])
 @pytest.mark.parametrize("space_name", ["pixel", "glad", "x0", "mean", "none"])
-def test_distilling_on_cuda_also_when_it_is_resumed_is_that_on_the_cpu(dataset, tmp_path, name, space_name):
-    def run(device, callback):
+def test_distilling_on_cuda_also_when_it_is_resumed_is_that_on_the_cpu(
+    dataset, tmp_path, monkeypatch, name, space_name
+):
+    def run(device):
         placed, checkpoint = dataset.to(device), Checkpoint(tmp_path / f"{device}.safetensors")
         made, matched = space(space_name, placed, device), objective(name, placed, device, tmp_path)
         rates = dict.fromkeys(made.learnables, 1e-3) | dict.fromkeys(matched.learnables, 1e-5)
         given = dict(iterations=3, momentum=0.5, validate=lambda images: [0.5], validation_checks=0)
-        return distill(made, matched, learning_rates=rates, checkpoint=checkpoint, callback=callback, **given)
+        return distill(made, matched, learning_rates=rates, checkpoint=checkpoint, **given)
 
-    def stop(step):
-        if step == 1:
-            raise KeyboardInterrupt
+    def stopped(total, **_):
+        yield from range(2)
+        raise KeyboardInterrupt
 
-    expected = run("cpu", lambda step: None)
-    with pytest.raises(KeyboardInterrupt):
-        run("cuda", stop)
-    resumed = run("cuda", lambda step: None)
+    expected = run("cpu")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ld3m.method.distill.progress", stopped)
+        run("cuda")
+    resumed = run("cuda")
     assert resumed.best["images"].is_cuda
     for key, tensor in expected.best.items():
         assert relative_difference(resumed.best[key].cpu().double(), tensor.double()) < 1e-3, key

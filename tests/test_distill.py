@@ -106,12 +106,16 @@ class Killed(Exception):
     pass
 
 
-def kill_at(step):
-    def callback(now):
-        if now == step:
-            raise Killed
+def killed_after(step):
+    """A `progress` that raises when a step is done."""
 
-    return callback
+    def progress(total, *, start, **_):
+        for now in range(start, total):
+            yield now
+            if now == step:
+                raise Killed
+
+    return progress
 
 
 def assert_same(one, other):
@@ -172,15 +176,16 @@ def test_the_iteration_with_the_best_mean_is_kept_and_the_first_of_equals(run, m
 
 
 @pytest.mark.parametrize("steps", [(0,), (ITERATIONS - 1,), (3, 4)])
-def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, steps):
+def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, monkeypatch, steps):
     undisturbed = run()
     for step in steps:
-        with pytest.raises(Killed):
-            run(callback=kill_at(step))
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(ld3m.method.distill, "progress", killed_after(step))
+            run()
         assert checkpoint.exists()
-    steps_run = []
-    assert_same(run(callback=steps_run.append), undisturbed)
-    assert steps_run == list(range(steps[-1] + 1, ITERATIONS))
+    codes = Codes()
+    assert_same(run(codes), undisturbed)
+    assert [step for step in codes.asked if step is not None] == list(range(steps[-1] + 1, ITERATIONS))
     assert not list(checkpoint.parent.iterdir())
 
 
@@ -207,8 +212,9 @@ def test_seconds_are_those_of_the_iterations_also_over_a_restart(run, monkeypatc
         now[0] += 100.0
         return accuracy_of(images)
 
-    with pytest.raises(Killed):
-        run(objective=Slow(), validate=validate, callback=kill_at(4))
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(ld3m.method.distill, "progress", killed_after(4))
+        run(objective=Slow(), validate=validate)
     assert run(objective=Slow(), validate=validate).seconds == 3.0 * ITERATIONS
 
 

@@ -1,5 +1,6 @@
-"""One list of dependencies, exact pins, and a store that a clone can carry."""
+"""One list of dependencies, exact pins, a store that a clone can carry, and docstrings that fit their functions."""
 
+import ast
 import re
 import tomllib
 
@@ -37,3 +38,20 @@ def test_conda_takes_the_same_lock():
 
 def test_the_store_is_small():
     assert sum(file.stat().st_size for file in (ROOT / "store").rglob("*") if file.is_file()) <= 15e6
+
+
+def test_every_parameter_that_a_docstring_explains_is_in_the_signature():
+    explained = 0
+    for file in (ROOT / "ld3m").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                _, *parts = re.split(r"^(\w+)\n-+\n", ast.get_docstring(node) or "", flags=re.M)
+                text = dict(zip(parts[::2], parts[1::2], strict=True)).get("Parameters", "")
+                names = {name.lstrip("*") for line in re.findall(r"^\S.*", text, re.M) for name in line.split(", ")}
+                function = node
+                if names and isinstance(node, ast.ClassDef):
+                    (function,) = [part for part in node.body if getattr(part, "name", "") == "__init__"]
+                given = {part.arg for part in ast.walk(function) if isinstance(part, ast.arg)}
+                assert names <= given, f"{file.name}, {node.name}: no parameter {', '.join(names - given)}"
+                explained += len(names)
+    assert explained

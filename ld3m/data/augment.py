@@ -36,9 +36,16 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
 
 
 def draw(strategy: str, *, count: int, generator: Generator) -> Augmentation:
-    """One operation drawn uniformly from the strategy, with parameters for `count` images, from a CPU generator.
+    """Draw one operation uniformly from the strategy, and its random parameters.
 
-    count=1 is one draw shared by every image of any batch. ValueError for a strategy that `parse_strategy` refuses.
+    Parameters
+    ----------
+    strategy
+        "none", or operations joined by "_" (`parse_strategy`).
+    count
+        Draw parameters for so many images; those of one are shared by every image of any batch.
+    generator
+        On the CPU.
     """
     operations = parse_strategy(strategy)
     if not operations:

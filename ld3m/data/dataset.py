@@ -17,7 +17,7 @@ from ld3m.runtime import seeds
 
 @dataclass(frozen=True)
 class Normalization:
-    """Converts between `x`, in [-1, 1], and normalized images; nothing else does.
+    """Convert between `x`, in [-1, 1], and normalized images; nothing else does.
 
     ValueError unless there is one mean and one positive std, of images in [0, 1], for each channel.
     """
@@ -35,18 +35,18 @@ class Normalization:
         return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]  # (C,1,1)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Normalizes images (..., C, H, W) in [-1, 1]."""
+        """Normalize images (..., C, H, W) in [-1, 1]."""
         mean, std = self._statistics(x)
         return ((x + 1) / 2 - mean) / std
 
     def normalize_uint8(self, uint8: Tensor) -> Tensor:
-        """Normalizes uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, but faster."""
+        """Normalize uint8 images (..., C, H, W) to float32: `normalize` of their `x` up to rounding, but faster."""
         normalized = uint8.float()
         mean, std = self._statistics(normalized)
         return normalized.sub_(255 * mean).div_(255 * std)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
-        """Inverts `normalize`; does not clamp."""
+        """Invert `normalize`; does not clamp."""
         mean, std = self._statistics(normalized)
         return (normalized * std + mean) * 2 - 1
 
@@ -91,25 +91,25 @@ class Split:
         return self.stored[index if self.rows is None else self.rows[index]]
 
     def chunks(self) -> Iterator[Tensor]:
-        """Yields all images in order, uint8 (n, C, H, W) on the CPU, some at once."""
+        """Yield all images in order, uint8 (n, C, H, W) on the CPU, some at once."""
         return (self._at(index).cpu() for index in torch.arange(len(self)).split(256))
 
     def x(self, index: Tensor | None = None) -> Tensor:
-        """Returns float32 images (n, C, H, W) in [-1, 1]: those at `index` (n,), default all, on the split's device."""
+        """Return float32 images (n, C, H, W) in [-1, 1]: those at `index` (n,), default all, on the split's device."""
         return (self.uint8 if index is None else self._at(index)).float() / 127.5 - 1
 
     def normalized(self, normalization: Normalization, index: Tensor) -> Tensor:
-        """Returns the normalized float32 images (n, C, H, W) at `index` (n,), on the split's device."""
+        """Return the normalized float32 images (n, C, H, W) at `index` (n,), on the split's device."""
         return normalization.normalize_uint8(self._at(index))
 
     def to(self, device: torch.device | str) -> "Split":
-        """Returns the split with its images on a device; itself if `device` is equal to its device."""
+        """Return the split with its images on a device; itself if `device` is equal to its device."""
         if self.device == torch.device(device):
             return self
         return replace(self, stored=self.uint8.to(device), rows=None, file=None)
 
     def of_class(self, label: int) -> Tensor:
-        """Returns the ascending indices (n,) of the images of one class."""
+        """Return the ascending indices (n,) of the images of one class."""
         return torch.nonzero(self.labels == label).flatten()
 
 
@@ -124,7 +124,7 @@ class Dataset:
     normalization: Normalization
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """Returns the dataset with its images on a device."""
+        """Return the dataset with its images on a device."""
         return replace(self, **{part: getattr(self, part).to(device) for part in ("train", "validation", "test")})
 
     @cached_property
@@ -140,7 +140,7 @@ class Dataset:
 
 
 def measure_normalization(split: Split) -> Normalization:
-    """Measures the mean and population std of each channel on [0, 1], exactly, from the counts of the 256 values."""
+    """Measure the mean and population std of each channel on [0, 1], exactly, from the counts of the 256 values."""
     counts = sum(
         torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in chunk.unbind(1)])
         for chunk in split.chunks()
@@ -153,10 +153,17 @@ def measure_normalization(split: Split) -> Normalization:
 
 
 def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
-    """Draws the distinct real images from which a run and its controls start.
+    """Draw the distinct real images from which a run and its controls start.
 
-    Returns indices (classes * ipc,), class by class; those of a smaller `ipc` begin, in each class, those of a larger
-    one. ValueError if a class has fewer than `ipc` images.
+    Returns
+    -------
+    Tensor
+        Indices (classes * ipc,), class by class; in each class, those of a smaller `ipc` begin those of a larger one.
+
+    Raises
+    ------
+    ValueError
+        If a class has fewer than `ipc` images, or `ipc` is below 1.
     """
     chosen = []
     for label, name in enumerate(split.classes):
@@ -169,7 +176,7 @@ def initial_indices(split: Split, *, ipc: int, seed: int) -> Tensor:
 
 
 def class_batch(split: Split, label: int, *, count: int, generator: torch.Generator) -> Tensor:
-    """Draws indices (min(count, n),) of images of one class without replacement."""
+    """Draw indices (min(count, n),) of images of one class without replacement."""
     members = split.of_class(label)
     return members[torch.randperm(len(members), generator=generator)[:count]]
 
@@ -188,31 +195,31 @@ def load_dataset(
     seed: int = 0,
     device: str = "cpu",
 ) -> Dataset:
-    """Reads a dataset as uint8 images; decodes them once and then maps them from files (see `images`).
+    """Read a dataset as uint8 images; decode them once and then map them from files (see `images`).
 
     Raises FileNotFoundError if data are missing, ValueError if they are broken or an argument does not fit them.
 
     Parameters
     ----------
-    source : str or Path
+    source
         A folder (relative: to the repository root) of `<split>.parquet` or `<split>-*.parquet`, there or one folder
         down, or of `<split>/<class>/<image files>`; else the id of a dataset on the Hugging Face hub.
-    name : str
+    name
         Names the dataset in errors and results; nothing else depends on it.
-    size_px, channels : int
+    size_px, channels
         Images become squares of this side, with 1 (gray) or 3 (RGB) channels: see `images.to_square`.
-    splits : mapping
+    splits
         The source's split for train, validation and test. Validation may be a share of train, in (0, 1), drawn by
         `seed` from each class.
-    image_column, label_column : str
+    image_column, label_column
         The columns of parquet files and hub datasets.
-    classes : str or sequence, optional
+    classes
         The classes to keep, in this order, by name (a number is the name where classes are named by numbers, else a
         position), or the name of a subset of ImageNet-1k (`subsets`); default: all. Classes of ImageNet-1k that the
         source names by wnid are named by words; either chooses them.
-    normalization : Normalization, optional
+    normalization
         Default: measured on train.
-    device : str
+    device
         Where the images are; on the CPU they stay in their files.
     """
     where = f"dataset {name!r}"
@@ -282,7 +289,7 @@ def _kept(names: list[str], classes: str | Sequence[str | int] | None, where: st
 
 
 def _divide(split: Split, share: float, *, seed: int, where: str) -> dict[str, Split]:
-    """Draws the share of each class that is held for validation."""
+    """Draw the share of each class that is held for validation."""
     held = torch.zeros(len(split), dtype=torch.bool)
     for label, name in enumerate(split.classes):
         members = split.of_class(label)

@@ -27,7 +27,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(folder: Path = FOLDER) -> None:
-    """Writes train, validation and test.parquet into `folder`: disjoint, stratified and shuffled."""
+    """Write train, validation and test.parquet into `folder`: disjoint, stratified and shuffled."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     images, labels = digits()

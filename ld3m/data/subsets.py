@@ -32,7 +32,7 @@ def imagenet_classes() -> tuple[dict[str, str], ...]:
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a subset; ValueError if there is none of that name."""
+    """Return the name of a subset; ValueError if there is none of that name."""
     if name not in IMAGENET:
         raise ValueError(
             f"{name!r} is no subset of ImageNet-1k: name one of {', '.join(IMAGENET)}; "
@@ -54,13 +54,13 @@ def word(name: str) -> str:
 
 
 def imagenet_indices(names: Sequence[str]) -> tuple[int, ...] | None:
-    """Returns the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
+    """Return the index in ImageNet-1k of every class by its wnid or word; None where one is unknown."""
     found = [_known().get(name.split(",")[0]) for name in names]
     return None if None in found else tuple(found)
 
 
 def of_imagenet(name: str, classes: Sequence[str], *, where: str) -> list[str]:
-    """Returns the names of a subset's classes, in the published order, out of the names `classes` of a source.
+    """Return the names of a subset's classes, in the published order, out of the names `classes` of a source.
 
     They are found by wnid ("n01440764") or word ("tench"). Of 1000 classes that are numbers, or from "tench" on as on
     the hub, the index decides. ValueError for an unknown subset, or a class that `where`, the source, does not have.

@@ -36,9 +36,13 @@ def write_artefact(
 ) -> None:
     """Write the folder whole or not at all.
 
-    `tensors["images"]` are normalized images (N, C, H, W). `record` is kept in the metadata (plain JSON values):
-    `configuration`, `history`, `validation`, `cost`, and `score`: the accuracies of the chosen iteration, which the
-    recipe on the card reproduces.
+    Parameters
+    ----------
+    tensors
+        `images`, normalized (N, C, H, W), and all that they are rendered from.
+    record
+        Plain JSON values for the metadata: `configuration`, `history`, `validation`, `cost`, and `score`: accuracies of
+        the chosen iteration, which the recipe on the card reproduces.
     """
     tensors = tensors | {"labels": labels}
     metadata = record | {
@@ -55,7 +59,18 @@ def write_artefact(
 
 
 def read_artefact(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the metadata of a distilled set; an error names a missing or broken file."""
+    """Read a distilled set from its folder.
+
+    Returns
+    -------
+    tuple of dict
+        The tensors, among them `images`, normalized (N, C, H, W), and `labels` (N,); and the metadata.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Where the file is missing; where it is broken, or its tensors are not those that were written.
+    """
     file = Path(folder) / "distilled.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: distill it first, or give the folder of a distilled set")

@@ -19,13 +19,13 @@ Control = Callable[[Any, int], tuple[Tensor, Tensor]]
 
 
 def random_real(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
-    """Takes the random real images that distillation starts from."""
+    """Take the random real images that distillation starts from."""
     x, labels = run.initial(ipc)
     return run.dataset.normalization.normalize(x), labels
 
 
 def coreset(choose: Callable[[Tensor, int], Tensor]) -> Control:
-    """Makes the control that chooses real images of every class by their latents in the prior's autoencoder."""
+    """Make the control that chooses real images of every class by their latents in the prior's autoencoder."""
 
     @torch.no_grad()
     def control(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
@@ -42,13 +42,13 @@ def coreset(choose: Callable[[Tensor, int], Tensor]) -> Control:
 
 
 def iteration0(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
-    """Renders the set that LD3M starts from, real images after the reverse process."""
+    """Render the set that LD3M starts from, real images after the reverse process."""
     synthetic = run.synthetic("ld3m", ipc, start="real")
     return synthetic.render().detach(), synthetic.labels
 
 
 def prior_samples(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
-    """Draws guided samples of the diffusion prior."""
+    """Draw guided samples of the diffusion prior."""
     x, labels = run.initial(ipc)
     given = run.params.spaces.ld3m
     options = {"steps": given.steps, "guidance": given.guidance, "render_batch": given.render_batch}

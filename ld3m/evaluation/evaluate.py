@@ -19,14 +19,13 @@ from ld3m.runtime.seeds import derive
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A set, whose images `fetch(index)` gives, and its evaluation networks: of every architecture in `recipes`, which
-    hold the keyword arguments of `training.train` but the seed, networks `seeds` of the stream `seed`."""
+    """A set of images, and the networks to train on it."""
 
-    fetch: Callable[[Tensor], Tensor]
-    labels: Tensor
-    recipes: dict[str, dict[str, Any]]
-    seeds: range
-    seed: int
+    fetch: Callable[[Tensor], Tensor]  # gives the normalized images (n, C, H, W) at some indices (n,)
+    labels: Tensor  # (N,)
+    recipes: dict[str, dict[str, Any]]  # {architecture: the keyword arguments of `training.train` but the seed}
+    seeds: range  # one network k of each architecture for each of these
+    seed: int  # network k has the seed derive(seed, "judge", architecture, k)
 
 
 def evaluate_sets(
@@ -39,12 +38,25 @@ def evaluate_sets(
     cluster: str | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, list[float]]]:
-    """Compute for every set the accuracies, in [0, 1], of its networks on `real`: {architecture: [accuracy, ...]}.
+    """Train the networks of every job and test them on `real`.
 
     The k-th network of an architecture has the same initialization and augmentation whatever the images are, so that
-    sets of the same `seed` can be compared network by network (on CUDA, where several are trained together, all but the
-    first have dropout that depends on how many). Those that an interrupted call left in `checkpoint` are not trained
-    again.
+    sets of the same `seed` can be compared network by network. (On CUDA several are trained together, and the dropout
+    of all but the first depends on how many.)
+
+    Parameters
+    ----------
+    networks
+        {architecture: function that is called with `seed=...` and gives a network}
+    processes, cluster
+        Of `fan_out`.
+    checkpoint
+        Networks that an interrupted call left in it are not trained again.
+
+    Returns
+    -------
+    list of dict
+        For every job {architecture: [accuracy, ...]}, in [0, 1], one for each network.
     """
     keys, tasks = [], []
     for n, job in enumerate(jobs):
@@ -79,10 +91,10 @@ def _train_and_test(
 
 
 def exchanged_classes(job: EvaluationJob, dataset: Dataset, new_network: Callable[..., nn.Module]) -> list[int] | None:
-    """Train one network, of the first architecture of `job`, on a set, and compare the classes it sees in real
-    validation images with theirs.
+    """Tell whether the labels of a set are exchanged, by one network of the first architecture of `job` trained on it.
 
-    Returns the class seen for each class, or None where none are clearly exchanged: see `statistics.permutation`.
+    Returns the class that it sees in the real validation images of each class, or None where none are clearly
+    exchanged: see `statistics.permutation`.
     """
     architecture, recipe = next(iter(job.recipes.items()))
     real, seed = dataset.validation, derive(job.seed, "judge", architecture, job.seeds[0])

@@ -62,11 +62,24 @@ def train_experts(
     cluster: str | None = None,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
-    """Train experts 0 .. count-1 into `folder` with plain SGD and return a record of each.
+    """Train experts 0 .. count-1 into `folder` with plain SGD. Expert k does not depend on `count`.
 
-    A record holds `expert`, `validation_accuracy` in [0, 1] of the last snapshot, and the `sha256` of the snapshots.
-    Expert k does not depend on `count`. Finished experts wait in the folder of `checkpoint`, so that an interrupted
-    call goes on with the others.
+    Parameters
+    ----------
+    new_network
+        Called with `seed=...`, gives a network.
+    strategy
+        Of the augmentation, see `augment.draw`.
+    processes, cluster
+        Of `fan_out`.
+    checkpoint
+        Finished experts wait in its folder, so that an interrupted call goes on with the others.
+
+    Returns
+    -------
+    list of dict
+        Of every expert `expert`, its number; `validation_accuracy` of the last snapshot, in [0, 1]; and the `sha256` of
+        the snapshots.
     """
     require_space(folder, snapshot_bytes(new_network(seed=0), count=count, epochs=epochs))
     together = network_chunk_size(dataset.train.device, batch=batch, size_px=dataset.train.shape[-1])
@@ -128,8 +141,18 @@ def _name(expert: int) -> str:
 
 
 def open_experts(folder: Path, *, count: int, last_epoch: int, parameters: int) -> Experts:
-    """Open experts 0 .. count-1 of a folder. ValueError names a file that is missing, broken, or without the epochs
-    0 .. last_epoch of a network of so many parameters."""
+    """Open experts 0 .. count-1 of a folder.
+
+    Parameters
+    ----------
+    last_epoch, parameters
+        Every file must hold the epochs 0 .. last_epoch of a network of so many parameters.
+
+    Raises
+    ------
+    ValueError
+        Names a file that is missing, broken, or does not hold them.
+    """
     files = tuple(Path(folder) / _name(k) for k in range(count))
     for file in files:
         try:

@@ -50,15 +50,15 @@ def read_set(
 
     Parameters
     ----------
-    path : str or Path
+    path
         The set, relative to the repository root.
-    form, mean, std : optional
+    form, mean, std
         The values of a `.pt` file, which does not say them: "unit" for [0, 1], "signed" for [-1, 1], "uint8" for
         [0, 255], or "normalized" for (unit - mean) / std with one number a channel. Left out, they are those of
         `normalization.json` beside the file, where there is one.
-    experiment : int
+    experiment
         The pair to take from a DC file.
-    factor : int
+    factor
         Cut every image of a `.pt` file into `factor` x `factor` images of its class, enlarged bilinearly (IDC).
 
     Returns
@@ -159,7 +159,7 @@ def _load(file: Path) -> Any:
 
 
 def _check(path: Path, images: Any, labels: Any, dataset: Dataset) -> None:
-    """Checks shapes and labels before anything is computed: a small file can claim a tensor that no memory holds."""
+    """Check shapes and labels before anything is computed: a small file can claim a tensor that no memory holds."""
     for tensor in (images, labels):
         is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not is_dense or tensor.is_quantized or tensor.is_complex():
@@ -201,7 +201,7 @@ def _read_normalization(file: Path, channels: int) -> list[list[float]]:
 
 
 def _to_x(path: Path, images: Tensor, form: str | None, mean: Any, std: Any) -> Tensor:
-    """Converts images of a stated form to [-1, 1]; ValueError where their values cannot have that form."""
+    """Convert images of a stated form to [-1, 1]; ValueError where their values cannot have that form."""
     images = images.detach().float()
     low, high = images.min().item(), images.max().item()
     fitting = [name for name, (least, most) in RANGES.items() if least - 1e-3 <= low and high <= most + 1e-3]

@@ -33,15 +33,29 @@ def check_prior(
     seed: int,
     **classifier: Any,
 ) -> Check:
-    """Draw guided samples of a diffusion prior in `steps` steps and measure how often a ConvNet, trained on the real
-    training images, sees the class asked for in them.
+    """Draw guided samples of a diffusion prior and measure how often a ConvNet sees the class asked for in them.
 
-    `classes` are the prior's classes that a prior from elsewhere gives to the data set; None for one trained here.
-    `classifier` holds the ConvNet's `width` and the `epochs`, `learning_rate` and `strategy` of its training.
+    The ConvNet is trained on the real training images.
 
-    Returns the samples (samples_per_class * classes, C, H, W) in [-1, 1] with the classes in turn; their labels; and a
-    record: the number of samples, the accuracy on them, and that on real validation images, which is the ceiling; both
-    in [0, 1]. IncompatiblePrior where the samples show other classes, see `require_classes`.
+    Parameters
+    ----------
+    classes
+        Of a prior from elsewhere, its class for each class of the data set; None for a prior that was trained here.
+    steps, guidance
+        Of `sampler.reverse`.
+    **classifier
+        The ConvNet's `width`, and `epochs`, `learning_rate` and `strategy` of its training.
+
+    Returns
+    -------
+    tuple
+        The samples (samples_per_class * classes, C, H, W) in [-1, 1], with the classes in turn; their labels; and a
+        record: the number of samples, the accuracy on them, and on real validation images (the ceiling), in [0, 1].
+
+    Raises
+    ------
+    IncompatiblePrior
+        Where the samples show other classes, see `require_classes`.
     """
     labels = torch.arange(len(dataset.train.classes)).repeat(samples_per_class)
     size_px = dataset.train.shape[-1]
@@ -87,9 +101,17 @@ def require_classes(
 ) -> None:
     """Raise IncompatiblePrior where the samples of a prior show other classes than those asked for.
 
-    `counts` (K, K) says how many samples of each class (row) show each class (column) to a classifier that recognizes
-    the share `known` of real images. Classes may be exchanged (`statistics.permutation`). A prior is at chance if 20
-    samples or more show the class asked for hardly more often than 1 in K, while real images are recognized.
+    Classes may be exchanged (`statistics.permutation`). A prior is at chance if 20 samples or more show the class asked
+    for hardly more often than 1 in K, while real images are recognized.
+
+    Parameters
+    ----------
+    counts
+        (K, K): how many samples of each class (row) show each class (column) to a classifier.
+    known
+        The share of real images that this classifier recognizes, in [0, 1].
+    classes
+        Of `check_prior`.
     """
     chance, counts = 1 / len(names), counts.double()
     if shown := permutation(counts):

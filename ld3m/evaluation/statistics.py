@@ -19,8 +19,18 @@ Accuracies = dict[str, list[float]]  # {architecture: one accuracy a network}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the mean of at least two independent values and the ends of its 95 % Student t interval,
-    mean -+ t(0.975, n - 1) s / sqrt(n). Paired differences give the interval of the paired t test."""
+    """Compute a mean and its 95 % Student t interval, mean -+ t(0.975, n - 1) s / sqrt(n).
+
+    Parameters
+    ----------
+    values
+        At least two, independent. Paired differences give the interval of the paired t test.
+
+    Returns
+    -------
+    tuple of float
+        The mean, the lower end and the upper end.
+    """
     from scipy.special import stdtrit  # quantile of Student's t
 
     mean, error, degrees = _mean_and_error(values)
@@ -72,11 +82,21 @@ def compare(
 ) -> "pd.DataFrame":
     """Compute accuracy and every statistic of `STATISTICS` whose arguments are given.
 
-    The accuracies are those of the set, of as many random real images, and of all real data. A row is an architecture,
-    and one their mean where there are several. A statistic is that of the mean accuracies; `_low` and `_high` are its
-    95 % interval over networks, paired by network.
+    Parameters
+    ----------
+    accuracies, random_real, full_data
+        Of the set, of as many random real images, and of all real data.
 
-    ValueError where an accuracy is outside [0, 1], or where the numbers of networks differ.
+    Returns
+    -------
+    DataFrame
+        A row for each architecture, and one for their mean where there are several. A statistic is that of the mean
+        accuracies; `_low` and `_high` are its 95 % interval over networks, paired by network.
+
+    Raises
+    ------
+    ValueError
+        Where an accuracy is outside [0, 1], or where the numbers of networks differ.
     """
     import pandas as pd
 
@@ -115,11 +135,20 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def permutation(confusion: Tensor) -> list[int] | None:
-    """Find the order of classes that a confusion matrix (K, K) of counts shows, if it is clearly not the given one.
+    """Find the order of classes that a confusion matrix shows, if it is clearly not the given one.
 
-    Rows are the classes of the images, columns those that a network sees. Returns the column of each row, or None. The
-    order returned explains more than twice as many images of the classes that it moves as the given order does, plus 5
-    for each class and a quarter of the share of all images that any order explains.
+    Of the classes that the order returned moves, it explains more than twice as many images as the given order does,
+    plus 5 for each class, plus a quarter of their images times the share of all images that the best order explains.
+
+    Parameters
+    ----------
+    confusion
+        Counts (K, K): rows are the classes of the images, columns those that a network sees.
+
+    Returns
+    -------
+    list of int or None
+        The column of each row; None if the given order holds.
     """
     from scipy.optimize import linear_sum_assignment  # takes 0.4 s
 

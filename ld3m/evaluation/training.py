@@ -20,7 +20,7 @@ from ld3m.runtime.training_state import require_finite
 def train(
     network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, seed: int, **recipe: Any
 ) -> nn.Module:
-    """Do `train_together` with one network."""
+    """Train one network in place as `train_together` does, and return the one to evaluate."""
     return train_together([network], fetch, labels, seeds=[seed], **recipe)[0]
 
 
@@ -43,15 +43,30 @@ def train_together(
 ) -> list[nn.Module]:
     """Train networks of one architecture in place with SGD on hard labels and return those to evaluate.
 
-    Several networks are computed as one with stacked weights, each what it would be alone up to rounding. Everything
-    random of a network follows from its seed, but dropout from the first one's. ValueError, after the epoch, where a
-    loss is not finite.
+    Several networks are computed as one with stacked weights, each what it would be alone up to rounding.
 
-    `fetch(index)` gives the images (n, C, H, W) of some indices, where the networks are; labels and indices are on the
-    CPU. `warm_up`: the rate rises linearly over the first half of the epochs and then falls as a cosine (else it is
-    constant). `ema_decay`: what is returned are moving averages, updated once an epoch (None: the trained networks
-    themselves). The decay rises as k / (k + 1) with the epoch k = 0, 1, ... up to that value, so that the first epochs
-    do not linger. `clip_norm`: a network's gradient of a larger norm is scaled down to it.
+    Parameters
+    ----------
+    fetch
+        Gives the normalized images (n, C, H, W) at some indices (n,), where the networks are.
+    labels
+        (N,), on the CPU, as the indices are.
+    warm_up
+        Let the rate rise linearly over the first half of the epochs and then fall as a cosine; else it is constant.
+    ema_decay
+        Return moving averages, updated once an epoch. The decay rises as k / (k + 1) with the epoch k = 0, 1, ... up to
+        this value, so that the first epochs do not linger. None returns the trained networks themselves.
+    strategy
+        Of the augmentation, see `augment.draw`.
+    seeds
+        One for each network, from which all that is random in it follows, except dropout: that follows from the first.
+    clip_norm
+        A network's gradient of a larger norm is scaled down to it.
+
+    Raises
+    ------
+    ValueError
+        After the epoch, where a loss is not finite.
     """
     count = len(networks)
     parameters, logits = _as_one(networks)
@@ -142,5 +157,5 @@ def predicted(network: nn.Module, fetch: Callable[[Tensor], Tensor], count: int,
 
 
 def accuracy(network: nn.Module, fetch: Callable[[Tensor], Tensor], labels: Tensor, *, batch: int = 50) -> float:
-    """Compute the share of images, in [0, 1], whose class the network names."""
+    """Compute the share of images, in [0, 1], whose class the network names; `fetch` is that of `train_together`."""
     return int((predicted(network, fetch, len(labels), batch=batch) == labels).sum()) / len(labels)

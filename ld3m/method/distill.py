@@ -51,7 +51,6 @@ def distill(
     validate: Callable[[Tensor], list[float]],
     validation_checks: int,
     checkpoint: Checkpoint,
-    callback: Callable[[int], None] = lambda step: None,
 ) -> Distilled:
     """Learn a synthetic set with SGD; the iteration with the best validation accuracy is kept.
 
@@ -66,8 +65,6 @@ def distill(
         there is one call, at the end.
     checkpoint
         An interrupted run is resumed from it, with the same bits. The caller removes it once the result is safe.
-    callback
-        Called with the iteration when it is done.
     """
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
@@ -122,7 +119,6 @@ def distill(
                         raise ValueError(f"step {step}: {name}={tensor.item():.2g}; lower learning_rates[{name!r}]")
                 run.history.append(record)
                 run.seconds += time.perf_counter() - began
-            callback(step)
         check(iterations)
     return run
 

@@ -37,7 +37,17 @@ def gradient_distance(
 ) -> Tensor:
     """DC: 1 - cos(gradient on real images, gradient on synthetic ones), summed over the output channels of all layers.
 
-    Gradients are those of the cross-entropy for the weights, without biases and norms. Differentiable in `synthetic`.
+    Gradients are those of the cross-entropy for the weights, without biases and norms.
+
+    Parameters
+    ----------
+    real, synthetic
+        Normalized images (n, C, H, W) and (m, C, H, W), of the classes `real_labels` (n,) and `labels` (m,).
+
+    Returns
+    -------
+    Tensor
+        The distance (), differentiable in `synthetic`.
     """
     weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
     parts = []
@@ -60,7 +70,7 @@ def feature_distance(
 ) -> Tensor:
     """DM: |mean feature of real images - mean feature of synthetic ones|^2, summed over the classes.
 
-    Both sides have the same classes. Differentiable in `synthetic`.
+    Both sides have the same classes. Arguments and result are those of `gradient_distance`.
     """
     with torch.no_grad():
         parts = [network.features(images) for images in real.split(real_chunk_size(real.shape))]
@@ -200,13 +210,27 @@ def match_trajectory(
 ) -> tuple[float, Tensor, Tensor]:
     """Loss |theta_S - theta*|^2 / |theta_0 - theta*|^2 with its gradients for the images and the student's rate.
 
-    `plan` holds the image indices and the augmentation of every student step. The forward pass keeps the flat
-    parameter vectors (P,) alone; the backward pass recomputes one step at a time, with v = dL/dtheta_{s+1}:
+    The forward pass keeps the flat parameter vectors (P,) alone; the backward pass recomputes one step at a time, with
+    v = dL/dtheta_{s+1}:
 
         theta_{s+1} = theta_s - lr g(theta_s, x)
         dL/dx  -= lr d(v g)/dx,    dL/dlr -= v g,    v -= lr d(v g)/dtheta_s
 
-    `first_order` leaves v as it is (TESLA's approximation: later steps do not see earlier images).
+    Parameters
+    ----------
+    images, lr
+        Normalized synthetic images (N, C, H, W), and the learning rate () of the student.
+    theta_start, theta_target
+        Snapshots theta_0 and theta* of an expert, flat (P,).
+    plan
+        For every student step the indices (n,) of its images, and their augmentation.
+    first_order
+        Leave v as it is (TESLA's approximation: later steps do not see earlier images).
+
+    Returns
+    -------
+    tuple
+        The loss, dL/dx (N, C, H, W) and dL/dlr ().
     """
     thetas, labels = [theta_start], labels.to(images.device)
     for index, augmentation in plan:

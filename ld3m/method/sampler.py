@@ -36,6 +36,11 @@ def timesteps(steps: int, *, total: int, spacing: Spacing = COMPVIS) -> list[int
     """Choose the DDIM timesteps among the `total` of training, ascending: 1, 101, ..., 901 for ten, as CompVis does.
 
     Where `steps` does not divide `total`, CompVis's code takes more than asked (31 for 30); this takes `steps`.
+
+    Raises
+    ------
+    ValueError
+        Where `steps` is below 1, or so many do not fit into `total`.
     """
     found = {
         "leading": [i * (total // steps) + spacing.offset for i in range(steps)],

@@ -232,9 +232,19 @@ def build(
 ) -> Network:
     """Build a network with random weights, the same on every device; the global generator is untouched.
 
-    `name` is a key of `ARCHITECTURES`, or that of your own `factory`, called with channels, size_px, classes and the
-    options. Those of `ARCHITECTURES` are `width`, `depth` (convnet and vit) and `norms` (vit); None takes the published
-    value. ValueError for an unknown name or option, or a value that the architecture cannot have.
+    Parameters
+    ----------
+    name
+        A key of `ARCHITECTURES`, or a name for your own `factory`.
+    factory
+        Called with `channels`, `size_px`, `classes` and the options.
+    **options
+        Those of `ARCHITECTURES` are `width`, `depth` (convnet, vit) and `norms` (vit); None takes the published value.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or option, or a value that the architecture cannot have.
     """
     if factory is None and name not in ARCHITECTURES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(ARCHITECTURES)}")

@@ -65,10 +65,29 @@ def fit_gan(
 ) -> list[dict[str, float]]:
     """Train the generator in place with the non-saturating loss; it ends as the moving average (EMA) of its weights.
 
-    Both networks have Adam with `learning_rate`. The R1 penalty, `r1` / 2 times the squared gradient of the logit at
-    real images, is taken every `r1_every` steps and as many times as large. `batch` is a multiple of 4; `strategy` is
-    the DSA of real and generated images alike. An interrupted run goes on from `checkpoint`, to the same bits. Returns
-    the losses of each step, {"generator": ..., "discriminator": ...}; ValueError if one is not finite.
+    Both networks have Adam with `learning_rate`. An interrupted run goes on from `checkpoint`, to the same bits.
+
+    Parameters
+    ----------
+    batch
+        Images in a step, a multiple of 4.
+    r1, r1_every
+        The R1 penalty, `r1` / 2 times the squared gradient of the logit at real images, is taken every `r1_every` steps
+        and as many times as large.
+    ema_decay
+        Of the moving average, in [0, 1).
+    strategy
+        Of the augmentation (`augment.draw`) of real and generated images alike.
+
+    Returns
+    -------
+    list of dict
+        The losses of each step, {"generator": ..., "discriminator": ...}.
+
+    Raises
+    ------
+    ValueError
+        Where a loss or a weight is not finite.
     """
     device = split.device
     with forked(seed, "discriminator"):

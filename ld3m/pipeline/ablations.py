@@ -48,7 +48,7 @@ def ablate(
 
 
 def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) -> None:
-    """Writes what `ablate` gives but the images; seconds and memory, which never repeat, to a file of their own."""
+    """Write what `ablate` gives but the images; seconds and memory, which never repeat, to a file of their own."""
     measured = [{"setting": record["setting"]} | {key: record[key] for key in MEASURED} for record in records]
     write_json(costs_path(dataset, "ablations", f"{ablation}.json"), measured)
     left_out = (*MEASURED, "images")
@@ -57,12 +57,17 @@ def write_records(dataset: str, ablation: str, records: list[dict[str, Any]]) ->
 
 
 def measure(params: Params, objective: str, space: str) -> dict[str, Any]:
-    """Distills one image per class and evaluates it: `images` (N, C, H, W) in [-1, 1], `accuracy` (architecture to one
-    number a seed, on test images, in [0, 1]), `grad_norm_<learnable>` (mean over iterations), `seconds_per_iteration`,
-    and `peak_mib` of the process (None where the system cannot tell a setting from those before it).
+    """Distill one image per class and evaluate the set of the last iteration.
 
-    The set of the last iteration is evaluated. `ablations.select_on_test` of the parameters, the released code's
-    selection, evaluates the set at every check instead and keeps each architecture's best mean on the test images.
+    `ablations.select_on_test` of the parameters, the released code's selection, evaluates the set at every check and
+    keeps each architecture's best mean on the test images.
+
+    Returns
+    -------
+    dict
+        `images` (N, C, H, W) in [-1, 1]; `accuracy`, {architecture: [one for each network]} on test images, in [0, 1];
+        `grad_norm_<learnable>`, the mean over iterations; `seconds_per_iteration`; and `peak_mib` of the process, None
+        where the system cannot tell a setting from those before it.
     """
     experiment = Experiment(params)
     synthetic = experiment.synthetic(space, ipc=1)

@@ -30,7 +30,7 @@ REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item
 
 
 def stages(targets: list[str]) -> dict[str, set[str]]:
-    """Reads {stage: the stages that it depends on} from dvc.yaml, in its order: of the targets, or of all stages."""
+    """Read {stage: the stages that it depends on} from dvc.yaml, in its order: of the targets, or of all stages."""
     with Repo() as repo:
         graph = repo.index.graph
         chosen = [stage for target in targets for stage in repo.stage.collect(target)] or list(graph)

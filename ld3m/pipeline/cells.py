@@ -29,31 +29,18 @@ NAMES = Names({
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of `cells` or `controls` in params.yaml: the sets of some runs of one row of a table.
-
-    Attributes
-    ----------
-    dataset : name of the data set
-    key : the entry's key in params.yaml
-    table : "main" or "report", the table that the entry first appears in
-    objective : "none" for a control
-    space : the space, or the name of the control
-    ipc : images per class; 0 for all real images
-    runs : run numbers; everything random is drawn anew in each run
-    prior, experts : folders under runs/<dataset> that the cell reads: "data" where it needs none
-    iterations : replaces those of `distill` unless None
-    """
+    """One entry of `cells` or `controls` in params.yaml: the sets of some runs of one row of a table."""
 
     dataset: str
-    key: str
-    table: str
-    objective: str
-    space: str
-    ipc: int
-    runs: tuple[int, ...] = (0,)
-    prior: str = "data"
-    experts: str = "data"
-    iterations: int | None = None
+    key: str  # the entry's, in params.yaml
+    table: str  # "main" or "report": the table that the entry first appears in
+    objective: str  # "none" for a control
+    space: str  # or the name of the control
+    ipc: int  # images per class; 0 for all real images
+    runs: tuple[int, ...] = (0,)  # everything random is drawn anew in each run
+    prior: str = "data"  # the folder under runs/<dataset> that the cell reads: "data" where it needs none
+    experts: str = "data"  # likewise
+    iterations: int | None = None  # replaces that of `distill`
 
     @property
     def row(self) -> tuple[str, str, int]:

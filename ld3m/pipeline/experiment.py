@@ -256,7 +256,7 @@ class Experiment:
         return (CONTROLS[name] if name in CONTROLS else own("control", "control", name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
-        """Distills one cell, from its checkpoint where an interrupted run left one; returns the artefact's folder.
+        """Distill one cell, from its checkpoint where an interrupted run left one; return the artefact's folder.
 
         The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
         """

@@ -16,9 +16,11 @@ def check_parameters(scope: dict[str, Any], **allowed: Any) -> None:
 
     Parameters
     ----------
-    scope : the notebook's `globals()`
-    allowed : the parameters by name, and what each may be: a type, a `range`, a value, or a tuple of these. `float`
-        stands for every finite number, `list` for a list of these.
+    scope
+        The notebook's `globals()`.
+    **allowed
+        What each parameter may be: a type, a `range`, a value, or a tuple of these. `float` stands for every finite
+        number, `list` for a list of these.
 
     Raises
     ------

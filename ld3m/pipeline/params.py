@@ -140,7 +140,7 @@ class Params(blocks.Model):
 
     @property
     def threads(self) -> int:
-        """In how many a single run does what can be done side by side: a GPU needs none."""
+        """How many threads a single run uses for what can be done side by side; 1 on a GPU."""
         return self.processes if self.on_device == "cpu" else 1
 
     def networks_a_set(self, run: int) -> int:
@@ -153,8 +153,7 @@ class Params(blocks.Model):
         return {"name": architecture} | size | self.networks[architecture].model_dump()
 
     def recipe(self, architecture: str, ipc: int) -> dict[str, Any]:
-        """The arguments of `training.train`, but the data and the seed, that train an architecture on sets of
-        `ipc` images a class; 0 stands for all real images."""
+        """The arguments of `training.train`, except data and seed, for `ipc` images per class (0: all images)."""
         recipe = self.evaluate.recipe.model_dump()
         changes = self.evaluate.recipe_overrides.get(f"ipc_{ipc}" if ipc else "full_data")
         if changes:
@@ -169,7 +168,7 @@ class Params(blocks.Model):
         return Checkpoint(file, minutes=self.checkpoint_minutes, configuration=given)
 
     def training_checkpoint(self, part: str, data_sha256: str) -> Checkpoint:
-        """That of autoencoder, denoiser, gan or trajectories, trained on the data with that fingerprint."""
+        """The checkpoint of training autoencoder, denoiser, gan or trajectories on the data with that fingerprint."""
         keys = {
             "autoencoder": {"prior": {"autoencoder"}},
             "denoiser": {"prior": {"autoencoder", "denoiser", "precision"}},
@@ -188,10 +187,10 @@ class Params(blocks.Model):
         return given | {"classes": self.prior.classes, "subset": subset}
 
     def budget(self, objective: str, space: str, ipc: int = 1, *, iterations: int | None = None) -> blocks.Budget:
-        """The budget of a cell, with the rates of what is learned in it alone; `iterations` replaces those given.
+        """The budget of a cell: its iterations (`iterations` replaces those given) and the rates of what it learns.
 
-        What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc: the rates
-        in params.yaml are those of one image a class, and are `ipc` times as large for more.
+        What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc. The rates
+        in params.yaml are those for one image per class; for more they are `ipc` times as large.
         """
         given: blocks.Budget = self.distill.__pydantic_extra__[objective][space]
         ld3m, learned = self.spaces.ld3m, set(given.learning_rates)
@@ -210,7 +209,7 @@ class Params(blocks.Model):
         return given.model_copy(update={"learning_rates": rates, "iterations": iterations or given.iterations})
 
     def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:
-        """The settings that a cell needs less memory with, the lower they are."""
+        """The keys of params.yaml to lower where a cell runs out of memory."""
         matched = "objectives.mtt.student_batch" if objective == "mtt" else f"objectives.{objective}.real_batch"
         rendered = () if space == "pixel" else (f"spaces.{space}.render_batch",)
         keeps_graphs = space == "ld3m" and self.spaces.ld3m.uncheckpointed_steps

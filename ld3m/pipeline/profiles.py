@@ -49,12 +49,13 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
 
     Parameters
     ----------
-    overrides : values of dotted keys, e.g. {"distill.momentum": 0.9}, which replace those of the file
+    overrides
+        Values of dotted keys, such as {"distill.momentum": 0.9}, which replace those of the file.
 
     Raises
     ------
     ValueError
-        with one line for every wrong key.
+        With one line for every wrong key.
     """
     return _overridden(_read(path), overrides or {}, origin=path.name)
 
@@ -75,8 +76,23 @@ def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: st
 def ablation_settings(
     ablation: str, overrides: dict[str, Any] | None = None, *, path: Path = PARAMS
 ) -> dict[str, tuple[Params, str, str]]:
-    """Return {setting: (its parameters, objective, space)} of the settings that an ablation measures: those that
-    change something, and the baseline if it is the first of all."""
+    """Read the settings that an ablation measures: those that change something, and the baseline if it comes first.
+
+    Parameters
+    ----------
+    overrides
+        Of `load_params`.
+
+    Returns
+    -------
+    dict
+        {setting: (its parameters, objective, space)}
+
+    Raises
+    ------
+    ValueError
+        Where there is no such ablation, or a setting, which is named, is not valid.
+    """
     values, overrides = _read(path), overrides or {}
     given = _overridden(values, overrides, origin=path.name).ablations
     if ablation not in given.settings:
@@ -141,11 +157,13 @@ def apply_profiles(*profiles: str | Path, path: Path = PARAMS) -> Path | None:
 
     Parameters
     ----------
-    profiles : files, or names of files in profiles/. A profile's key `over` names one to lay below it.
+    *profiles
+        Files, or names of files in profiles/. A profile's key `over` names one to lay below it.
 
     Returns
     -------
-    Where the former params.yaml is kept, if it held changes of the user's own: params.yaml.before-<number>.
+    Path or None
+        Where the former params.yaml is kept, if it held changes of the user's own: params.yaml.before-<number>.
 
     Raises
     ------

@@ -114,8 +114,7 @@ def _recipes(experiment: Experiment, recipes: dict[str, dict[str, Any]]) -> dict
 
 
 def comparable(experiment: Experiment, labels: Tensor) -> dict[str, Accuracies]:
-    """The keyword arguments of `statistics.compare` for a set with `labels` (N,) whose scores are there; prints those
-    that are missing."""
+    """Read the scores with which `statistics.compare` compares a set of `labels` (N,); print which are missing."""
     counts = set(torch.bincount(labels).tolist())
     wanted = {"full_data": 0} | ({"random_real": counts.pop()} if len(counts) == 1 else {})
     found = {}

@@ -28,7 +28,7 @@ from ld3m.runtime.storage import new_folder, write_json
 
 
 def export(folder: Path, form: str, target: Path) -> None:
-    """Writes the distilled set in `folder` as `target`, a new folder, whole or not at all."""
+    """Write the distilled set in `folder` as `target`, a new folder, whole or not at all."""
     if form not in FORMATS:
         raise ValueError(f"format is {form!r}; there are {', '.join(FORMATS)}")
     if target.exists():

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 from torch import Tensor
 
+from ld3m.evaluation.artefact import to_pil
 from ld3m.evaluation.statistics import interval
 from ld3m.pipeline.cells import NAMES, UNSEEN
 from ld3m.reporting.tables import name_of
@@ -23,7 +23,7 @@ SPACE_COLORS = {"Pixel": "#d95f02", "GLaD": "#7570b3", "LD3M": "#1b9e77"}
 
 
 def save(figure: Figure, name: str, folder: Path) -> Path:
-    """Writes <folder>/<name>.png and returns that file."""
+    """Write <folder>/<name>.png and return that file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
     figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Software": None})
@@ -31,16 +31,15 @@ def save(figure: Figure, name: str, folder: Path) -> Path:
 
 
 def save_sheet(pixels: Tensor, name: str, *, columns: int, folder: Path) -> Path:
-    """Writes pixels (N, C, H, W), sorted by class, as one image without axes, a column a class; returns the file."""
+    """Write pixels (N, C, H, W), sorted by class, as one image without axes, one column per class; return the file."""
     rows = pixels.unflatten(0, (columns, -1)).transpose(0, 1)[:SHEET_ROWS]  # (rows, columns, C, H, W)
     size_px = min(SHEET_PX, pixels.shape[-1])
     small = torch.nn.functional.interpolate(rows.flatten(0, 1).clamp(-1, 1), size=size_px, mode="area")
     framed = torch.nn.functional.pad(small, (0, 1, 0, 1), value=1.0).unflatten(0, rows.shape[:2])
-    sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows h, columns w, C)
-    uint8 = ((sheet + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    sheet = framed.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (C, rows h, columns w)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
-    Image.fromarray(uint8.squeeze(-1) if uint8.shape[-1] == 1 else uint8).save(file, optimize=True)
+    to_pil(sheet[None])[0].save(file, optimize=True)
     return file
 
 

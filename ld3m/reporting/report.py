@@ -29,15 +29,15 @@ def write_tables(params: Params, *, table: str) -> dict[str, pd.DataFrame]:
 
     Parameters
     ----------
-    params : Params
+    params
         Its cells are the rows. A cell whose scores are missing is an error.
-    table : {"main", "report"}
-        The report has the cells of the main table too, and further runs, ablations and statistics. Tables with seconds
-        and memory, which vary, go to a folder of their own.
+    table
+        "main" or "report", which has the cells of the main table too, and further runs, ablations and statistics.
+        Tables with seconds and memory, which vary, go to a folder of their own.
 
     Returns
     -------
-    dict of pandas.DataFrame
+    dict of DataFrame
         The tables by name, rounded as their files are.
     """
     seen, found = params.distill.network, first_runs(params, table)

@@ -141,10 +141,13 @@ def _read(file: Path) -> Any:
 
 
 def read_ablations(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Of every setting of every ablation: accuracy with its interval over networks; the change of it, paired by
-    network, against the baseline, or the ablation's first setting of another objective or space; and cost.
+    """Read every setting of every ablation. One that changes nothing has the numbers of the baseline, measured once.
 
-    A setting that changes nothing has the numbers of the baseline, which is measured once.
+    Returns
+    -------
+    tuple of DataFrame
+        Accuracy with its interval over networks; its change, paired by network, against the baseline, or against the
+        ablation's first setting of the same objective and space where these are not the baseline's; and the cost.
     """
     records, measured = (
         {

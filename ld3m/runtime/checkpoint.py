@@ -35,14 +35,24 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Checkpoint:
-    """Keep the state of a run in a file; without a `file` keep nothing and leave signals alone.
+    """Keep the state of a run in a file.
 
     The state is written after a step when `minutes` have passed since the last time, when a signal came, and at the
     end of the block. The file is replaced in one step (atomic write): a kill at any moment leaves a whole state.
     Inside the block SIGINT and SIGTERM finish the current step, write the state and raise `Interrupted`; a second
-    SIGINT does not wait for the step. BlockingIOError if another process is in a block of the same file.
+    SIGINT does not wait for the step.
 
-    A resumed run must find `configuration` (JSON values) unchanged.
+    Parameters
+    ----------
+    file
+        Without one, nothing is kept and signals are left alone.
+    configuration
+        JSON values, which a resumed run must find unchanged.
+
+    Raises
+    ------
+    BlockingIOError
+        At the start of the block, if another process is in a block of the same file.
     """
 
     def __init__(

@@ -13,10 +13,19 @@ from torch import Tensor
 def in_chunks(
     function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor], *, size: int, threads: int
 ) -> Tensor:
-    """Return `function(tensors)`, (N, ...), of tensors (N, ...), computed for `size` of the N at a time.
+    """Compute `function(tensors)`, (N, ...), for some of the N at a time, differentiably.
 
-    Each of several `threads` uses one core; a single one is the caller's, and uses the cores that torch is set to.
-    Neither the result nor its gradient depends on their number.
+    Parameters
+    ----------
+    function
+        Computes each of the N independently of the others.
+    tensors
+        By name, (N, ...) each.
+    size
+        How many of the N make a chunk.
+    threads
+        Each of several uses one core; a single one is the caller's, and uses the cores that torch is set to. Neither
+        the result nor its gradient depends on their number.
     """
     if not torch.is_grad_enabled():  # which a Function cannot see
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}

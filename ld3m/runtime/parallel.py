@@ -41,14 +41,24 @@ def fan_out(
 ) -> list[Any]:
     """Compute `[function(**task) for task in tasks]` side by side; all of it must be picklable.
 
-    The tasks run in `processes` worker processes of one thread each (1: in this process), where prints are dropped, or
-    on the processors of a Ray `cluster`: its address, or "auto" for the one this machine belongs to. It must find this
-    package, and the files that tasks name, under the same paths. `label` names the work in the progress bar.
-
-    `checkpoint` stores the results (JSON values or tensors), and tasks whose result it holds are not run again.
-
     A signal or an error ends the running tasks: one with a `Checkpoint` finishes its step, others end at once.
-    TerminatedWorkerError if a worker process died, most often because memory ran out; Ray runs lost tasks again.
+
+    Parameters
+    ----------
+    processes
+        Worker processes of one thread each, where prints are dropped; 1 runs the tasks in this process.
+    cluster
+        A Ray cluster to run on instead: its address, or "auto" for the one this machine belongs to. It must find this
+        package, and the files that tasks name, under the same paths.
+    label
+        Names the work in the progress bar.
+    checkpoint
+        Stores the results (JSON values or tensors); tasks whose result it holds are not run again.
+
+    Raises
+    ------
+    TerminatedWorkerError
+        If a worker process died, most often because memory ran out; Ray runs lost tasks again.
     """
     results: dict[int, Any] = {}
     try:
