@@ -34,6 +34,8 @@ class Spacing:
 
 COMPVIS = Spacing()
 
+HEAD_WIDTH = 64  # of the attention of a DiT that is trained here
+
 # How each kind of denoiser is called: (denoiser, z_t, t, c) -> its prediction, (B, c, h, w) or with more channels.
 DENOISERS = {
     "UNet2DConditionModel": lambda unet, z_t, t, c: unet(z_t, t, encoder_hidden_states=c, return_dict=False)[0],

@@ -11,7 +11,14 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ld3m.data.dataset import Split
-from ld3m.models.diffusion_prior import Prior, channels_of_latents, cin256_alpha_bar, downsampling, prior_chunk_size
+from ld3m.models.diffusion_prior import (
+    HEAD_WIDTH,
+    Prior,
+    channels_of_latents,
+    cin256_alpha_bar,
+    downsampling,
+    prior_chunk_size,
+)
 from ld3m.models.prior_variants import remove_label_tables
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
@@ -21,8 +28,6 @@ from ld3m.runtime.progress import progress
 from ld3m.runtime.seeds import forked, generator
 from ld3m.runtime.storage import locked, require_space, tensors_hash
 from ld3m.runtime.training_state import TrainingState
-
-HEAD_WIDTH = 64  # of the attention of a DiT
 
 
 def build_prior(

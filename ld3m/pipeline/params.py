@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ld3m.evaluation.controls import CONTROLS
 from ld3m.method.objectives import OBJECTIVES
 from ld3m.method.spaces import DEFAULT_LEARNED
+from ld3m.models.diffusion_prior import HEAD_WIDTH
 from ld3m.pipeline import blocks
 from ld3m.runtime import paths
 from ld3m.runtime.checkpoint import Checkpoint
@@ -84,8 +85,8 @@ class Params(blocks.Model):
         wanted = len(denoiser.widths) == 1 and not denoiser.widths[0] % HEAD_WIDTH
         if not (wanted if denoiser.kind == "dit" else len(denoiser.widths) > 1):
             raise ValueError(
-                f"prior.denoiser.widths = {list(denoiser.widths)}: must have at least two entries for kind: unet, and one, "
-                f"a multiple of {HEAD_WIDTH}, for kind: dit"
+                f"prior.denoiser.widths = {list(denoiser.widths)}: must have at least two entries for kind: unet, and "
+                f"one, a multiple of {HEAD_WIDTH}, for kind: dit"
             )
         if (count := len(self.gan.widths)) != (needed := 1 + len(self.gan.discriminator_widths)):
             raise ValueError(
