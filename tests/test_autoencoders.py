@@ -11,7 +11,8 @@ from tiny_priors import make, make_autoencoder, write
 from torch.nn.functional import conv2d, group_norm, interpolate
 
 from ld3m.data.dataset import Split
-from ld3m.models.prior_io import TAEF2_FILES, load_autoencoder, load_prior, save_prior
+from ld3m.models.diffusers_folder import TAEF2_FILES
+from ld3m.models.prior_io import load_autoencoder, load_prior, save_prior
 from ld3m.models.tiny_autoencoder import TAEF2
 from ld3m.models.train_prior import build_prior, encode_split, fit_denoiser, standardize_latents
 from ld3m.runtime import paths
@@ -81,10 +82,12 @@ def test_taef2_is_the_released_model(taef2, randn):
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def small_prior(autoencoder, *, size_px=32, classes=2):
+def small_prior(autoencoder, *, kind="unet"):
     unused = dict(channels=3, latent_channels=0, codebook=0, autoencoder_widths=())
-    sizes = dict(widths=(32, 32), blocks=1, conditioning_width=8, size_px=size_px, classes=classes, seed=0)
-    return build_prior(autoencoder=autoencoder, **unused, **sizes)
+    sizes = dict(blocks=2, conditioning_width=8, size_px=32, classes=2, seed=0)
+    return build_prior(
+        autoencoder=autoencoder, kind=kind, widths=(64,) if kind == "dit" else (32, 32), **unused, **sizes
+    )
 
 
 def colored(count=12, *, seed=0):
@@ -112,8 +115,10 @@ def test_every_channel_of_the_latents_has_mean_0_and_variance_1_and_the_gradient
     assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["taef2", "tiny", "kl", "vq"])
-def test_a_prior_with_an_autoencoder_from_elsewhere_is_trained_written_and_read(kind, taef2, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "denoiser"), [("taef2", "unet"), ("taef2", "dit"), ("tiny", "unet"), ("kl", "dit"), ("vq", "unet")]
+)
+def test_a_prior_with_an_autoencoder_from_elsewhere_is_trained_written_and_read(kind, denoiser, taef2, tmp_path):
     if kind == "taef2":
         autoencoder = load_autoencoder(str(taef2))
     elif kind == "vq":  # of a whole prior
@@ -124,7 +129,7 @@ def test_a_prior_with_an_autoencoder_from_elsewhere_is_trained_written_and_read(
         made.save_pretrained(tmp_path / "alone")
         autoencoder = load_autoencoder(str(tmp_path / "alone"))
     before = [parameter.clone() for parameter in autoencoder.parameters()]
-    prior, split = small_prior(autoencoder), colored()
+    prior, split = small_prior(autoencoder, kind=denoiser), colored()
     standardize_latents(prior, split)
     losses = fit_denoiser(prior, split, steps=3, batch=4, learning_rate=1e-3, null_share=0.1, ema_decay=0.9, seed=0)
     assert all(map(torch.equal, autoencoder.parameters(), before)) and len(losses) == 3
@@ -132,6 +137,9 @@ def test_a_prior_with_an_autoencoder_from_elsewhere_is_trained_written_and_read(
     again = load_prior(tmp_path / "prior")
     x = split.x(torch.arange(2))
     assert torch.equal(again.encode(x), prior.encode(x)) and again.fingerprint() == prior.fingerprint()
+    z, c = again.encode(x), again.embed(torch.tensor([1, 0]))
+    assert torch.equal(again.denoise(z, 500, c), prior.denoise(z, 500, c)) and again.latent_shape(32) == z[0].shape
+    assert not torch.equal(again.denoise(z, 500, c), again.denoise(z, 500, again.null(2)))
 
 
 def test_latents_are_encoded_once_for_every_autoencoder_and_split(taef2, tmp_path, monkeypatch):

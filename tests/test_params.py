@@ -76,6 +76,11 @@ def entry(**changes):
         ({"spaces.glad.layer": 8}, "spaces.glad.layer = 8: must be below 8"),
         ({"gan.widths": [8, 8, 8]}, "gan.widths has 3 entries: must have 4, one more than gan.discriminator_widths"),
         ({"prior.denoiser.widths": [48, 90]}, "prior.denoiser.widths.1: .*multiple of 16 .got 90"),
+        (
+            {"prior.denoiser.kind": "dit"},
+            r"prior.denoiser.widths = \[48, 96\]: .* one, a multiple of 64, for kind: dit",
+        ),
+        ({"prior.denoiser.widths": [48]}, "must have at least two entries for kind: unet"),
         ({"prior.autoencoder.continuous_steps": 600}, "continuous_steps = 600: must be below 600, which is .*steps"),
         ({"prior.classes": [0, 1]}, "prior.classes lists classes of the prior in prior.source, which is empty"),
         (

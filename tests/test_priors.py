@@ -21,8 +21,9 @@ from tiny_priors import SIZE_PX, embeddings, make_autoencoder, make_dit, make_un
 from ld3m.data.subsets import IMAGENET, imagenet_classes
 from ld3m.evaluation.artefact import read_artefact
 from ld3m.models import compvis
+from ld3m.models.diffusers_folder import EMBEDDER
 from ld3m.models.diffusion_prior import COMPVIS, Spacing
-from ld3m.models.prior_io import EMBEDDER, fitted, link_prior, linked_source, load_prior, save_prior
+from ld3m.models.prior_io import fitted, link_prior, linked_source, load_prior, save_prior
 from ld3m.models.prior_variants import with_classes
 from ld3m.pipeline.cells import cell_of, runs_path
 from ld3m.pipeline.experiment import Experiment

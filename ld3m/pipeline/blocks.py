@@ -41,14 +41,11 @@ Rate = Annotated[float, Field(gt=0)]
 Guidance = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16"]
-Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Steps = Annotated[int, Field(ge=1, le=999)]
-Table = Literal["main", "report"]
-Factory = Annotated[str, that(r"[\w.]+:\w+", "must be an import path, package.module:name")]
+RecipeKey = Annotated[str, that(r"full_data|ipc_[1-9]\d*", "must be full_data, or ipc_10 and the like")]
 Name = Annotated[  # of files, and of stages of DVC, whose templates read a dot
     str, that(r"\w[\w-]{0,99}", "a name has letters, digits, '_' and '-' only, at most 100, and no '-' in front")
 ]
-RecipeKey = Annotated[str, that(r"full_data|ipc_[1-9]\d*", "must be full_data, or ipc_10 and the like")]
 Distinct = that(lambda values: len(set(values)) == len(values), "has an entry twice: remove one")
 Architectures = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 Runs = Annotated[tuple[Whole, ...], Field(min_length=1), Distinct]
@@ -74,7 +71,7 @@ class CellParams(Model):
     space: str
     ipc: Count
     runs: Runs
-    table: Table
+    table: Literal["main", "report"]
     prior: Literal["data", "prior", "gan"]
     experts: Literal["data", "trajectories"]
     iterations: Count | None = None  # replaces that of `distill`
@@ -86,7 +83,7 @@ class ControlParams(Model):
     control: str
     ipc: Whole
     runs: Runs
-    table: Table
+    table: Literal["main", "report"]
     prior: Literal["data", "prior"]
 
 
@@ -114,7 +111,7 @@ class DatasetParams(Model):
 
 
 class AutoencoderParams(Model):
-    """With a `source`, an autoencoder from elsewhere, the other keys have no effect."""
+    """With a `source`, an autoencoder from elsewhere, only that has an effect."""
 
     source: Source | None
     widths: Annotated[tuple[Annotated[Count, Field(multiple_of=8)], ...], Field(min_length=2)]
@@ -174,7 +171,7 @@ class PriorParams(Model):
 class GanParams(Model):
     noise_width: Count
     w_width: Count
-    widths: Widths
+    widths: Annotated[tuple[Count, ...], Field(min_length=2)]
     discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=1)]
     steps: Count
     batch: Annotated[int, Field(ge=4, multiple_of=4)]
@@ -194,7 +191,7 @@ class GanParams(Model):
 class Extension(Model, extra="allow"):
     """A block that names a factory of your own; its other keys are the factory's arguments."""
 
-    factory: Factory
+    factory: Annotated[str, that(r"[\w.]+:\w+", "must be an import path, package.module:name")]
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments for the factory."""
@@ -324,7 +321,7 @@ class RecipeOverrides(Model):
 
 
 class EvaluateParams(Model):
-    """`recipe_overrides` has the keys full_data, for training on all real images, and ipc_10 and the like."""
+    """`recipe_overrides` are for training on all real images, and on sets of so many images a class."""
 
     seeds: Annotated[int, Field(ge=2)]  # networks of each architecture on the set of run 0
     seeds_further_runs: Count  # on the set of every other run

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from math import ceil
 from operator import attrgetter
@@ -112,7 +113,8 @@ def prior_seconds(experiment: StandIns, part: str) -> float:
         "prior.denoiser": (fit_denoiser, experiment.new_prior, {}),
         "gan": (fit_gan, experiment.new_gan, {}),
     }[part]
-    given, split = attrgetter(part)(experiment.params), experiment.dataset.train
+    given, train = attrgetter(part)(experiment.params), experiment.dataset.train
+    split = replace(train, labels=train.labels[:64], rows=torch.arange(64) if train.rows is None else train.rows[:64])
     options, steps = given.training() | changes | {"seed": 0}, getattr(given, "r1_every", ITERATIONS)  # with a penalty
     torch.set_num_threads(os.cpu_count() or 1)
     try:
@@ -151,7 +153,8 @@ def stages(experiment: StandIns) -> Iterator[Stage]:
         recipe, images = params.recipe(name, ipc), ipc * len(train_set.classes) or len(train_set.labels)
         return network_seconds, name, images, recipe["epochs"], recipe["batch"]
 
-    for part in ("gan",) if params.prior.source else ("prior.autoencoder", "prior.denoiser", "gan"):
+    parts = ["prior.autoencoder", "prior.denoiser", "gan"]
+    for part in parts[2 if params.prior.source else 1 if params.prior.autoencoder.source else 0 :]:
         yield part, "prior", (f"{part}.batch",), [(attrgetter(part)(params).steps, (prior_seconds, part))]
     given, seen = params.trajectories, params.distill.network
     expert = network_seconds, seen, len(train_set.labels), given.epochs, given.batch
