@@ -1,8 +1,10 @@
 """The stages of dvc.yaml, several at a time: the result of `dvc repro`, failures, time limit and signals."""
 
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -88,7 +90,10 @@ stages:
 def test_time_that_is_up_and_a_signal_stop_what_runs(repository, arguments):
     folder = repository(SLOW)
     code = f"from ld3m.pipeline import batch; batch.paths.ROOT = batch.Path({str(folder)!r}); batch.main({arguments})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    in_background = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # as a shell starts it with &
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, preexec_fn=in_background
+    )
     wait_until((folder / "begun").exists, seconds=300)
     if not arguments:
         process.terminate()

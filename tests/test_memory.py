@@ -63,7 +63,7 @@ def test_evaluating_a_control_an_ablation_and_training_a_prior_name_theirs(monke
     experiment = Experiment(load_params({"processes": 1}))
     params, data = experiment.params, experiment.dataset
     of_pipeline = ("experiment.evaluate_sets", "experiment.Experiment.control", "ablations.distill")
-    for exhausted in (*(f"pipeline.{name}" for name in of_pipeline), "models.train_prior._encode_all"):
+    for exhausted in (*(f"pipeline.{name}" for name in of_pipeline), "models.train_prior.encode_split"):
         monkeypatch.setattr(f"ld3m.{exhausted}", exhaust)
     with pytest.raises(OutOfMemory, match=r"lower evaluate\.recipe\.batch or that of evaluate\.recipe_overrides"):
         experiment.evaluate([], data.test)

@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time (2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many (never)")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background, and its children, would ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     os.chdir(paths.ROOT)  # where DVC looks for targets
     try:
         needs = stages(given.targets)
