@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import ld3m
-from ld3m.pipeline.profiles import load_params
+from ld3m.pipeline.profiles import apply_profiles, load_params
 from ld3m.reporting.docs import render
 from ld3m.runtime.paths import ROOT
 
@@ -108,6 +108,13 @@ def test_every_stage_and_parameter_in_a_command_exists():
             assert stage in stages and (not key or "*" in key or key in keys or key in extensions), line
         for key in re.findall(r"-S ([\w.]+)=", line):
             reduce(getitem, key.split("."), params)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "own-data"])
+def test_a_dataset_is_described_with_every_key_it_needs(name, tmp_path):
+    for block in re.findall(r"```yaml\n(.*?)```", TEXT[f"docs/{name}.md"], re.DOTALL):
+        (tmp_path / "mine.yaml").write_text(block)
+        apply_profiles(tmp_path / "mine.yaml", path=tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("name", ["02_distill", "judge"])
