@@ -1,4 +1,4 @@
-"""Writes the tables and figures of what the stages wrote, and the report: the executed notebook as one offline file.
+"""Write tables and figures of what the stages have computed; export the executed report notebook as one offline page.
 
 python -m ld3m.reporting.report reports/mnist5k/notebooks/report.ipynb reports/mnist5k/index.html
 """
@@ -169,7 +169,7 @@ def _check(folder: Path) -> pd.DataFrame:
 
 
 def _distilled(found: list[Cell], ipc: int) -> Figure:
-    """One row a cell or control: the first image of every class."""
+    """Draw a row for each cell and control: the first image of every class."""
     rows, classes = {}, None
     for cell in found:
         if cell.ipc == ipc:
@@ -188,7 +188,7 @@ def _images(cell: Cell) -> tuple[Tensor, list[str]]:
 
 
 def _records(found: list[Cell], key: str) -> pd.DataFrame:
-    """`history` or `validation` of every distilled cell, with columns objective, space and ipc."""
+    """`history` or `validation` of every distilled cell, with columns cell, objective, space and ipc."""
     frames = [
         pd.DataFrame(read_artefact(cell.artefact(0))[1][key]).assign(
             cell=cell.name, objective=cell.objective, space=cell.space, ipc=cell.ipc
