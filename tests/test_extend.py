@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from ruamel.yaml import YAML
 from ld3m.models.networks import Network
 from ld3m.pipeline import runs
 from ld3m.pipeline.blocks import Extension
-from ld3m.pipeline.cells import first_runs
+from ld3m.pipeline.cells import cell_of, first_runs
 from ld3m.pipeline.experiment import Experiment
 from ld3m.pipeline.profiles import apply_profiles, load_params
 from ld3m.reporting.tables import paper_style, scores_of, summarize
@@ -111,10 +112,8 @@ class Plain(Network):
 
 
 class Returns:
-    learnables = {}
-
-    def __init__(self, *returned):
-        self.returned = returned
+    def __init__(self, *returned, **learnables):
+        self.returned, self.learnables = returned, learnables
 
     def __call__(self, images, labels, *, step):
         return self.returned
@@ -128,6 +127,8 @@ ONES = torch.ones(10, 3, 32, 32)
     [
         *((kind, lambda *_, **__: None, "returned None, ") for kind in ("objective", "space", "network", "control")),
         ("objective", lambda split, **_: print, "lacks the dict `learnables`"),
+        ("objective", lambda split, **_: Returns(rate=torch.ones(2)), "its learnable rate is .* one positive number"),
+        ("objective", lambda split, **_: Returns(rate=torch.zeros(()).requires_grad_()), "rate is .* one positive num"),
         ("objective", lambda split, **_: Returns(1.0, None), "objective is None, not a tensor .10, 3, 32, 32."),
         ("objective", lambda split, **_: Returns(1.0, ONES[0]), r"is a tensor \(3, 32, 32\), not a tensor \(10, 3"),
         ("objective", lambda split, **_: Returns(ONES, ONES), "returned a tuple, not .number, gradient."),
@@ -169,3 +170,7 @@ def test_all_runs_share_what_is_loaded(monkeypatch):
     experiment = Experiment(load_params())
     assert experiment.of_run(2).dataset is experiment.dataset is experiment.of_run(1).dataset and len(loads) == 1
     assert experiment.of_run(2).seed != experiment.seed
+    monkeypatch.setattr(Experiment, "distill", lambda self, cell: self.dataset)
+    cell = replace(cell_of(experiment.params, "dm-ld3m-1"), runs=(0, 1, 2))
+    alone = replace(experiment, params=load_params({"processes": 1}))
+    assert runs.distill_runs(alone, cell) == 3 * [experiment.dataset] and len(loads) == 1

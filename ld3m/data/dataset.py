@@ -207,7 +207,7 @@ def load_dataset(
     name
         Names the dataset in errors and results; nothing else depends on it.
     size_px, channels
-        Images become squares of this side, with 1 (gray) or 3 (RGB) channels: see `images.to_square`.
+        Images become squares of this side, with 1 (gray) or 3 (RGB) channels: see `decoding.to_square`.
     splits
         The source's split for train, validation and test. Validation may be a share of train, in (0, 1), drawn by
         `seed` from each class.

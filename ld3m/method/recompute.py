@@ -33,7 +33,7 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         graph, ctx.graph = ctx.graph, None
-        inputs, output = graph or _with_graph(ctx.function, ctx.saved_tensors)  # here the gradient is recomputed
+        inputs, output = graph or _with_graph(ctx.function, ctx.saved_tensors)  # the forward pass again, with a graph
         return None, None, *torch.autograd.grad(output, inputs, grad, allow_unused=True)
 
 

@@ -1,6 +1,7 @@
 """LD3M's reverse process: DDIM with classifier-free guidance, and a skip from the initial state into every step.
 
-Equations are those of arXiv 2403.03881. One step, from noise level a = alpha_bar(t) to a' = alpha_bar(t'), t' < t:
+Equations are those of arXiv 2403.03881. T steps, i = T-1 .. 0, go from z_T to z_0; the paper's t is i + 1. Step i,
+from noise level a = alpha_bar(t) to a' = alpha_bar(t'), t' < t:
 
     eps_hat = eps_theta(z_t, null) + guidance (eps_theta(z_t, c) - eps_theta(z_t, null))
     x0_hat  = (z_t - sqrt(1 - a) eps_hat) / sqrt(a)
@@ -14,7 +15,7 @@ Equations are those of arXiv 2403.03881. One step, from noise level a = alpha_ba
 | `Z` | `z` | (B, c, h, w) | clean latent of the synthetic image |
 | `z_T` | `z_T` | (B, c, h, w) | noised latent that the reverse process starts from (eq. 1) |
 | `c` | `c` | (B, 1, D) | class conditioning |
-| `T` | `steps` | | number of reverse steps, i = T-1 .. 0; the paper's t is i + 1 |
+| `T` | `steps` | | number of reverse steps |
 | `eps` | `eps` | (B, c, h, w) | Gaussian noise, drawn once for every synthetic image |
 """
 
@@ -103,7 +104,7 @@ def reverse(
     end = 1.0 if prior.spacing.ends_clean else alpha_bar[0]
     guidance = guidance if prior.is_conditional else 1
     conditioning = torch.cat([prior.null(len(c)).to(c), c]) if guidance != 1 else c
-    # a node of its own in the graph: the gradients of all steps are added in one order, whatever is kept
+    # view_as: an autograd node of its own, in which the steps' gradients are added in the same order, whatever is kept
     mixed_in = prior.quantize(z) if skip == "x0" else z_T.view_as(z_T)
     z_t = z_T
     on_state(z_t.detach())

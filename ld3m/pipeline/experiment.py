@@ -1,4 +1,4 @@
-"""From parameters to the objects of one cell: the only module that knows params.yaml and the others' arguments."""
+"""From the parameters of params.yaml to the objects of one cell: data, prior, networks, objective, synthetic set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

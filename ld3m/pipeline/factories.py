@@ -90,6 +90,9 @@ def own(kind: str, key: str, path: str) -> Callable[..., Any]:
 def _objective(require: Callable, made: Any, *_: Any, **__: Any) -> Callable[..., tuple[float, Tensor]]:
     require(callable(made), f"returned {_kind(made)}, must return objective(images, labels, *, step)")
     require(isinstance(getattr(made, "learnables", None), dict), "its objective lacks the dict `learnables`")
+    for name, value in made.learnables.items():
+        is_rate = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad and value.item() > 0
+        require(is_rate, f"its learnable {name} is {_kind(value)}: must be one positive number that requires_grad")
 
     def objective(images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         returned = made(images, labels, step=step)

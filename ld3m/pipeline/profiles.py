@@ -2,7 +2,7 @@
 
     python -m ld3m.pipeline.profiles apply imagenet128 paper    # write params.yaml: the base and these profiles over it
 
-`pipeline` and `reporting` are given a `Params`; the functions of every other package take explicit values.
+`pipeline` and `reporting` are given a `Params`; the functions of other packages take explicit values.
 """
 
 import copy

@@ -22,8 +22,8 @@ def distill_runs(experiment: Experiment, cell: Cell) -> list[Path]:
     One run uses all `processes`; several run side by side with one process each.
     """
     params = experiment.params
-    if len(cell.runs) == 1:
-        folders = [experiment.of_run(cell.runs[0]).distill(cell)]
+    if len(cell.runs) == 1 or params.processes == 1 and params.cluster is None:
+        folders = [experiment.of_run(run).distill(cell) for run in cell.runs]
     else:
         alone = params.model_copy(update={"processes": 1, "cluster": None})
         tasks = [{"params": alone, "cell": cell, "run": run} for run in cell.runs]
