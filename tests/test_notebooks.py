@@ -1,4 +1,4 @@
-"""What can be said of the notebooks without running them; test_pipeline.py runs them."""
+"""What can be said of the notebooks without running them, and the two no stage runs; test_pipeline.py runs the rest."""
 
 import ast
 import importlib
@@ -9,6 +9,7 @@ import sys
 
 import nbformat
 import pytest
+from executing import run_notebook
 from ruamel.yaml import YAML
 
 from ld3m.pipeline.notebook_parameters import check_parameters
@@ -153,3 +154,8 @@ def test_the_demo_runs(tmp_path):
             table.write_bytes(former)
     outputs = [output for cell in nbformat.read(tmp_path / "demo.ipynb", 4).cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+@pytest.mark.parametrize("name, parameters", [("01_method", {"T": 3}), ("01_objectives", {"real_batch": 4})])
+def test_what_a_notebook_writes_out_equals_the_library(name, parameters):
+    run_notebook(ROOT / f"notebooks/{name}.ipynb", parameters)  # asserts it
