@@ -8,7 +8,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # The stages of dvc.yaml call `python`: this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo reproduce report bench test test-all lab lint strip clean install embedded
+.PHONY: help demo reproduce plus report bench test test-all lab lint strip clean install embedded
 
 help:
 	@echo 'Usage: make TARGET [PYTHON=python3.12]'
@@ -48,6 +48,11 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 	@echo 'tables    reports/$(DATASET)/tables/main/'
 	@echo 'figures   reports/$(DATASET)/figures/main/'
 	@echo 'notebooks reports/$(DATASET)/notebooks/ (executed)'
+
+plus: embedded ## compare LD3M+ with LD3M, pixels, GLaD and selection over five sets each (after reproduce)
+	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/07_plus.ipynb reports/$(DATASET)/notebooks/plus.ipynb
+	@echo && cat reports/$(DATASET)/plus/table.md reports/$(DATASET)/plus/differences.md && echo
+	@echo 'figure    reports/$(DATASET)/plus/accuracy-seconds.png'
 
 report: embedded ## run the whole pipeline: more spaces, controls and runs, ablations, an HTML report
 	@$(PY) -m ld3m.pipeline.check

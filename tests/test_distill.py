@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,23 @@ def assert_same(one, other):
         torch.testing.assert_close(other.best[name], tensor, rtol=0, atol=0)
 
 
+def test_adam_has_rates_that_fall_as_a_cosine(run):
+    synthetic, objective = Codes(), Squares()
+    run(synthetic, objective, optimizer="adam")
+    values = [start(), torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)]
+    moments = [(0.0, 0.0)] * 3
+    for step, target in enumerate(TARGETS):
+        z, c, lr = values
+        residual = lr * z * c - target
+        grads = [2 * residual * lr * c, (2 * residual * lr * z).sum(), (2 * residual * z * c).sum()]
+        moments = [(0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2) for (m, v), g in zip(moments, grads, strict=True)]
+        decay = (1 + math.cos(math.pi * step / ITERATIONS)) / 2
+        for k, (m, v) in enumerate(moments):
+            m, v = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            values[k] = values[k] - decay * list(RATES.values())[k] * m / (v**0.5 + 1e-8)
+    torch.testing.assert_close((synthetic.z, synthetic.c, objective.student_lr), tuple(values), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_the_loop_is_sgd_with_momentum(run, momentum):
     synthetic, objective = Codes(), Squares()
@@ -175,8 +193,10 @@ def test_the_iteration_with_the_best_mean_is_kept_and_the_first_of_equals(run, m
         assert not result.best[name].requires_grad
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("steps", [(0,), (ITERATIONS - 1,), (3, 4)])
-def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, monkeypatch, steps):
+def test_killed_and_resumed_gives_the_same_bits(run, checkpoint, monkeypatch, steps, optimizer):
+    run = partial(run, optimizer=optimizer)
     undisturbed = run()
     for step in steps:
         with monkeypatch.context() as patched, pytest.raises(Killed):

@@ -70,7 +70,7 @@ def test_evaluating_a_control_an_ablation_and_training_a_prior_name_theirs(monke
     with pytest.raises(OutOfMemory, match=r"lower spaces\.ld3m\.render_batch"):
         experiment.images_of(cell_of(params, "iteration0-1"))
     with pytest.raises(OutOfMemory, match=r"spaces\.ld3m\.render_batch or objectives\.dm\.real_batch or processes"):
-        ablations.measure(params, "dm", "ld3m")
+        ablations.measure(params, "dm", "ld3m", 1)
     with pytest.raises(OutOfMemory, match=r"lower prior\.denoiser\.batch"):
         fit_denoiser(experiment.prior, data.train, **params.prior.denoiser.training(), seed=0)
 

@@ -284,10 +284,10 @@ def test_imagenet_has_the_published_numbers_and_paper_the_released_defects(file,
 
 def test_the_settings_of_an_ablation():
     settings = ablation_settings("steps", {"seed": 3})
-    steps = {name: params.spaces.ld3m.steps for name, (params, _, _) in settings.items()}
+    steps = {name: params.spaces.ld3m.steps for name, (params, *_) in settings.items()}
     assert steps == {"T = 2": 2, "T = 5": 5, "T = 10": 10, "T = 20": 20}
     assert PARAMS.ablations.baseline == ("steps", "T = 5") and "x0, Z" not in ablation_settings("skip_learn")
-    assert all(params.seed == 3 and cell == ["dm", "ld3m"] for params, *cell in settings.values())
+    assert all(params.seed == 3 and cell == ["dm", "ld3m", 1] for params, *cell in settings.values())
     assert ablation_settings("defects")["first-order MTT"][1] == "mtt"
 
 

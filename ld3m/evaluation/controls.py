@@ -6,6 +6,7 @@ and labels that distillation starts from) and `synthetic(space, ipc, **changes)`
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,26 +25,28 @@ def random_real(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
     return run.dataset.normalization.normalize(x), labels
 
 
-def coreset(choose: Callable[[Tensor, int], Tensor]) -> Control:
-    """Make the control that chooses real images of every class by their latents in the prior's autoencoder."""
-
-    @torch.no_grad()
-    def control(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
-        train, chosen = run.dataset.train, []
-        for label in range(len(train.classes)):
-            members = train.of_class(label)
-            parts = members.split(prior_chunk_size(train.shape[-1]))
-            z = torch.cat([run.prior.encode(train.x(part)) for part in parts])
-            chosen.append(members[choose(z.flatten(1).cpu(), ipc)])
-        index = torch.cat(chosen)
-        return run.dataset.normalization.normalize(train.x(index)), train.labels[index]
-
-    return control
+@torch.no_grad()
+def chosen(run: Any, ipc: int, choose: Callable[[Tensor, int], Tensor] = herding) -> tuple[Tensor, Tensor]:
+    """Choose real images (N, C, H, W), in [-1, 1], of every class by their latents in the prior's autoencoder."""
+    train, indices = run.dataset.train, []
+    for label in range(len(train.classes)):
+        members = train.of_class(label)
+        parts = members.split(prior_chunk_size(train.shape[-1]))
+        z = torch.cat([run.prior.encode(train.x(part)) for part in parts])
+        indices.append(members[choose(z.flatten(1).cpu(), ipc)])
+    index = torch.cat(indices)
+    return train.x(index), train.labels[index]
 
 
-def iteration0(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
+def coreset(run: Any, ipc: int, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Take the real images that `choose` chooses."""
+    x, labels = chosen(run, ipc, choose)
+    return run.dataset.normalization.normalize(x), labels
+
+
+def iteration0(run: Any, ipc: int, start: str = "real") -> tuple[Tensor, Tensor]:
     """Render the set that LD3M starts from, real images after the reverse process."""
-    synthetic = run.synthetic("ld3m", ipc, start="real")
+    synthetic = run.synthetic("ld3m", ipc, start=start)
     return synthetic.render().detach(), synthetic.labels
 
 
@@ -58,8 +61,9 @@ def prior_samples(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
 
 CONTROLS: dict[str, Control] = {
     "random_real": random_real,
-    "herding": coreset(herding),
-    "k_center": coreset(k_center),
+    "herding": partial(coreset, choose=herding),
+    "k_center": partial(coreset, choose=k_center),
     "iteration0": iteration0,
+    "iteration0_herding": partial(iteration0, start="herding"),
     "prior_samples": prior_samples,
 }

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,13 +51,16 @@ def distill(
     validate: Callable[[Tensor], list[float]],
     validation_checks: int,
     checkpoint: Checkpoint,
+    optimizer: Literal["sgd", "adam"] = "sgd",
 ) -> Distilled:
-    """Learn a synthetic set with SGD; the iteration with the best validation accuracy is kept.
+    """Learn a synthetic set; the iteration with the best validation accuracy is kept.
 
     Parameters
     ----------
-    learning_rates, momentum
-        One rate for every learnable of `synthetic` and of `objective`.
+    learning_rates
+        One for every learnable of `synthetic` and of `objective`.
+    momentum, optimizer
+        SGD with constant rates and this momentum; or Adam, without it, whose rates fall to 0 as a cosine.
     validate
         Called with normalized images (N, C, H, W), gives accuracies in [0, 1], whose mean decides.
     validation_checks
@@ -69,12 +72,13 @@ def distill(
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
         raise ValueError(f"learning_rates has {sorted(learning_rates)}; needed are {sorted(learnables)}")
-    groups = [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()]
-    optimizer = torch.optim.SGD(groups, momentum=momentum)
+    rates = {name: {"lr": learning_rates[name], "initial_lr": learning_rates[name]} for name in learnables}
+    groups = [{"params": [tensor], **rates[name]} for name, tensor in learnables.items()]
+    stepper = torch.optim.Adam(groups) if optimizer == "adam" else torch.optim.SGD(groups, momentum=momentum)
     run = Distilled()
 
     def state() -> State:
-        return {"run": vars(run), "learnables": learnables, "optimizer": optimizer.state_dict()}
+        return {"run": vars(run), "learnables": learnables, "optimizer": stepper.state_dict()}
 
     def restore(former: State) -> None:
         vars(run).update(former["run"])
@@ -82,7 +86,7 @@ def distill(
             for name, tensor in learnables.items():
                 tensor.copy_(former["learnables"][name])
         run.best = {name: tensor.to(next(iter(learnables.values())).device) for name, tensor in run.best.items()}
-        optimizer.load_state_dict(former["optimizer"])
+        stepper.load_state_dict(former["optimizer"])
 
     checks = {iterations * check // validation_checks for check in range(validation_checks)} | {iterations}
 
@@ -104,7 +108,7 @@ def distill(
             check(step)
             with checkpoint.step(state):
                 began = time.perf_counter()
-                optimizer.zero_grad(set_to_none=True)
+                stepper.zero_grad(set_to_none=True)
                 images = synthetic.render(step=step)
                 loss, grad_images = objective(images.detach(), synthetic.labels, step=step)
                 images.backward(grad_images)
@@ -113,7 +117,10 @@ def distill(
                 }
                 if not all(map(math.isfinite, record.values())):
                     raise ValueError(f"step {step}: {record} not finite; lower learning_rates. {checkpoint.status()}")
-                optimizer.step()
+                if optimizer == "adam":
+                    for group in stepper.param_groups:
+                        group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / iterations))
+                stepper.step()
                 for name, tensor in objective.learnables.items():
                     if tensor.item() <= 0:
                         raise ValueError(f"step {step}: {name}={tensor.item():.2g}; lower learning_rates[{name!r}]")

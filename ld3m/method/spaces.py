@@ -133,13 +133,13 @@ def start_pixels(
     labels: Tensor,
     *,
     normalization: Normalization,
-    prior: None,
+    prior: Prior | None,
     seed: int,
     threads: int,
-    start: Literal["real", "noise"],
+    start: Literal["real", "herding", "noise"],
 ) -> Pixels:
-    """Start from the real images `x` (N, C, H, W) in [-1, 1], or from standard normal ones of that shape."""
-    images = normalization.normalize(x) if start == "real" else _randn(x.shape, seed, "pixels").to(x)
+    """Start from the real images `x` (N, C, H, W) in [-1, 1], or from standard normal ones of that shape ("noise")."""
+    images = _randn(x.shape, seed, "pixels").to(x) if start == "noise" else normalization.normalize(x)
     return Pixels(labels, {"images": images.requires_grad_()})
 
 
@@ -152,7 +152,7 @@ def start_latents(
     prior: Prior,
     seed: int,
     threads: int,
-    start: Literal["real", "prior", "noise"],
+    start: Literal["real", "herding", "prior", "noise"],
     learn: Literal["auto", "z", "z_T"],
     steps: int,
     guidance: float,
@@ -169,9 +169,9 @@ def start_latents(
     Parameters
     ----------
     x, labels
-        Real images (N, C, H, W) in [-1, 1] and their classes (N,).
+        Real images (N, C, H, W) in [-1, 1] and their classes (N,): with "herding" chosen ones.
     start
-        Encode `x`, or samples of the prior, or draw standard normal latents ("noise"); `c` starts from the classes.
+        Encode `x`, or samples of the prior ("prior"), or draw standard normal latents ("noise"); `c` starts from the classes.
     learn
         `z` or `z_T`, beside `c`; "auto" learns `z` with the skip "x0" and `z_T` with the others.
     clamp

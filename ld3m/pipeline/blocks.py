@@ -247,7 +247,7 @@ class Objectives(Blocks):
 
 
 class PixelParams(Model):
-    start: Literal["real", "noise"]
+    start: Literal["real", "herding", "noise"]
 
 
 class GladParams(Model):
@@ -259,7 +259,7 @@ class GladParams(Model):
 
 class LD3MParams(Model):
     prior: Literal["trained", "unconditional", "random"]
-    start: Literal["real", "prior", "noise"]
+    start: Literal["real", "herding", "prior", "noise"]
     learn: Literal["auto", "z", "z_T"]
     skip: Literal["x0", "mean", "none"]
     steps: Steps
@@ -288,6 +288,7 @@ class Budget(Model):
     the rate 0 stays as it starts."""
 
     iterations: Count
+    optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rates: dict[str, Annotated[float, Field(ge=0)]]
 
 
@@ -335,12 +336,14 @@ class GradientNormParams(Model):
 
 
 class AblationParams(Model):
-    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` and `space` where
-    they are not dm and ld3m. One that changes nothing is the baseline, which the first of them measures for all."""
+    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective`, `space` and `ipc`
+    where they are not dm, ld3m and 1; the objective none is that of a control, which `space` names. One that changes
+    nothing is the baseline, which the first of them measures for all."""
 
-    iterations: Count
+    iterations: Count | None  # null: those of `distill`
     architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
-    seeds: Annotated[int, Field(ge=2)]
+    runs: Count  # sets of every setting
+    seeds: Count  # networks of each architecture on a set
     select_on_test: bool
     settings: dict[Name, dict[str, dict[str, Any]]]
 

@@ -21,7 +21,7 @@ class Names(dict[str, str]):
 NAMES = Names({
     "convnet": "ConvNet", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18": "ResNet18", "vit": "ViT",
     "none": "-", "random_real": "Random real", "herding": "Herding", "k_center": "k-center",
-    "iteration0": "Iteration 0", "prior_samples": "Prior samples",
+    "iteration0": "Iteration 0", "iteration0_herding": "Iteration 0 from herding", "prior_samples": "Prior samples",
     "dc": "DC", "dm": "DM", "mtt": "MTT", "pixel": "Pixel", "glad": "GLaD", "ld3m": "LD3M",
     "full_data": "Full data", UNSEEN: "Unseen mean",
 })  # fmt: skip

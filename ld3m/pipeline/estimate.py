@@ -169,9 +169,10 @@ def stages(experiment: StandIns) -> Iterator[Stage]:
         count = sum(map(params.networks_a_set, cell.runs))
         work = [(count, network(name, cell.ipc)) for name in params.architectures]
         yield f"evaluate {cell.key}", cell.table, ("evaluate.recipe.batch", "processes"), work
-    given = params.ablations
+    given, budget = params.ablations, params.budget("dm", "ld3m").iterations
     settings = 1 + sum(changes != {} for of in given.settings.values() for changes in of.values())  # one baseline
-    work = [(settings * given.iterations, (iteration_seconds, "dm", "ld3m", 1, "prior"))]
+    settings *= given.runs
+    work = [(settings * (given.iterations or budget), (iteration_seconds, "dm", "ld3m", 1, "prior"))]
     work += [(settings * given.seeds, network(name, 1)) for name in given.architecture]
     yield "ablations", "report", params.lowers_memory("dm", "ld3m"), work
 

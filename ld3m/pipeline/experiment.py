@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ld3m.data import dataset as data
 from ld3m.evaluation.artefact import read_artefact, write_artefact
-from ld3m.evaluation.controls import CONTROLS
+from ld3m.evaluation.controls import CONTROLS, chosen
 from ld3m.evaluation.evaluate import EvaluationJob, evaluate_sets
 from ld3m.evaluation.experts import Experts, open_experts
 from ld3m.method.distill import Distilled, Objective, Synthetic, distill
@@ -166,7 +166,7 @@ class Experiment:
         return {name: self.params.recipe(name, ipc) for name in self.params.architectures}
 
     def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
-        """The real pixels (N, C, H, W) and labels (N,) that every space and the controls start from."""
+        """Random real pixels (N, C, H, W) and labels (N,), other ones in every run."""
         train = self.dataset.train
         index = data.initial_indices(train, ipc=ipc, seed=self.seed)
         return train.x(index), train.labels[index]
@@ -176,8 +176,11 @@ class Experiment:
 
         `prior` is that of the cell, by default that of the space ("data", none, for one of your own).
         """
-        x, labels = self.initial(ipc)
         block = getattr(self.params.spaces, space).model_copy(update=changes)
+        is_chosen = getattr(block, "start", None) == "herding"
+        if is_chosen and prior == "data":
+            raise ValueError(f"spaces.{space}.start = 'herding' reads the prior: give its cells `prior: prior`")
+        x, labels = chosen(self, ipc) if is_chosen else self.initial(ipc)
         start = SPACES[space] if space in SPACES else own("space", f"spaces.{space}.factory", block.factory)
         return start(
             x,
@@ -222,12 +225,13 @@ class Experiment:
         job = EvaluationJob(images.__getitem__, labels, recipes, range(given.validation_seeds), self.seed)
         return self.evaluate([job], self.dataset.validation)[0][given.network]
 
-    def evaluation_job(self, images: Tensor | None, labels: Tensor) -> EvaluationJob:
-        """The images, or the full training split (None), with the evaluation networks to train on them."""
+    def evaluation_job(self, images: Tensor | None, labels: Tensor, *, networks: int | None = None) -> EvaluationJob:
+        """The images, or the full training split (None), with the evaluation networks to train on them: `networks` of
+        each architecture, by default as many as `evaluate` of params.yaml says."""
         ipc = 0 if images is None else self._ipc(labels)
         real = partial(self.dataset.train.normalized, self.dataset.normalization)
         fetch = real if images is None else images.__getitem__
-        seeds = range(self.params.networks_a_set(self.run))
+        seeds = range(networks or self.params.networks_a_set(self.run))
         return EvaluationJob(fetch, labels, self.recipes(ipc), seeds, self.seed)
 
     def evaluate(
@@ -272,6 +276,7 @@ class Experiment:
                 self.objective(cell.objective),
                 iterations=budget.iterations,
                 learning_rates=budget.learning_rates,
+                optimizer=budget.optimizer,
                 momentum=params.distill.momentum,
                 validate=partial(self.validate, labels=synthetic.labels),
                 validation_checks=params.distill.validation_checks,
@@ -337,6 +342,7 @@ class Experiment:
             "network_size": params.networks[architecture].model_dump(),
             "iterations": budget.iterations,
             "learning_rates": budget.learning_rates,
+            "optimizer": budget.optimizer,
             "momentum": params.distill.momentum,
             "validation_checks": params.distill.validation_checks,
             "validation_seeds": params.distill.validation_seeds,

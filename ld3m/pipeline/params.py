@@ -49,6 +49,8 @@ class Params(blocks.Model):
                 self.budget(objective, space)
         if all(changes for of in self.ablations.settings.values() for changes in of.values()):
             raise ValueError("ablations.settings has no baseline: add a setting that changes nothing, `name: {}`")
+        if self.ablations.runs * self.ablations.seeds < 2:
+            raise ValueError("ablations.seeds = 1: must be at least 2 with ablations.runs = 1, for an interval")
         if self.distill.network not in self.ablations.architecture:
             raise ValueError(f"ablations.architecture lacks {self.distill.network!r}, which is distill.network: add it")
         trained = {*self.architectures, *self.ablations.architecture, self.distill.network}
@@ -105,7 +107,8 @@ class Params(blocks.Model):
             for kind in ("objective", "space"):
                 if (name := getattr(cell, kind)) not in (known := getattr(self, f"{kind}s").names()):
                     raise ValueError(f"cells.{key}.{kind} = {name!r}: there are {', '.join(known)} in {kind}s")
-            if (needed := PRIORS.get(cell.space, cell.prior)) != cell.prior:
+            needed = PRIORS.get(cell.space, cell.prior)
+            if cell.prior not in (needed, "prior" if cell.space == "pixel" else needed):  # pixels may start from herding
                 raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {needed!r}")
             if cell.objective in OBJECTIVES and cell.experts != ("trajectories" if cell.objective == "mtt" else "data"):
                 raise ValueError(f"cells.{key}.experts = {cell.experts!r}: trajectories for mtt, data for dc and dm")
@@ -191,7 +194,7 @@ class Params(blocks.Model):
         """The budget of a cell: its iterations (`iterations` replaces those given) and the rates of what it learns.
 
         What is matched are means over the images of a class, so the gradient of one image falls as 1 / ipc. The rates
-        in params.yaml are those for one image per class; for more they are `ipc` times as large.
+        in params.yaml are those for one image per class; those of SGD are `ipc` times as large for more.
         """
         given: blocks.Budget = self.distill.__pydantic_extra__[objective][space]
         ld3m, learned = self.spaces.ld3m, set(given.learning_rates)
@@ -206,7 +209,8 @@ class Params(blocks.Model):
                     f"distill.{objective}.{space}.learning_rates has {', '.join(sorted(given.learning_rates))}; needed "
                     f"are {', '.join(sorted(needed))}"
                 )
-        rates = {name: given.learning_rates[name] * (1 if name == "student_lr" else ipc) for name in sorted(learned)}
+        factors = {"student_lr": 1} if given.optimizer == "sgd" else dict.fromkeys(learned, 1)
+        rates = {name: given.learning_rates[name] * factors.get(name, ipc) for name in sorted(learned)}
         return given.model_copy(update={"learning_rates": rates, "iterations": iterations or given.iterations})
 
     def lowers_memory(self, objective: str, space: str) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def load_params(overrides: dict[str, Any] | None = None, *, path: Path = PARAMS)
     ValueError
         With one line for every wrong key.
     """
-    return _overridden(_read(path), overrides or {}, origin=path.name)
+    return _overridden(read_values(path), overrides or {}, origin=path.name)
 
 
 def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: str) -> Params:
@@ -75,7 +75,7 @@ def _overridden(values: dict[str, Any], overrides: dict[str, Any], *, origin: st
 
 def ablation_settings(
     ablation: str, overrides: dict[str, Any] | None = None, *, path: Path = PARAMS
-) -> dict[str, tuple[Params, str, str]]:
+) -> dict[str, tuple[Params, str, str, int]]:
     """Read the settings that an ablation measures: those that change something, and the baseline if it comes first.
 
     Parameters
@@ -86,14 +86,14 @@ def ablation_settings(
     Returns
     -------
     dict
-        {setting: (its parameters, objective, space)}
+        {setting: (its parameters, objective, space, images a class)}
 
     Raises
     ------
     ValueError
         Where there is no such ablation, or a setting, which is named, is not valid.
     """
-    values, overrides = _read(path), overrides or {}
+    values, overrides = read_values(path), overrides or {}
     given = _overridden(values, overrides, origin=path.name).ablations
     if ablation not in given.settings:
         raise ValueError(
@@ -103,19 +103,15 @@ def ablation_settings(
     for name, changes in given.settings[ablation].items():
         if changes or (ablation, name) == given.baseline:
             keys = dict(changes)
-            objective, space = keys.pop("objective", "dm"), keys.pop("space", "ld3m")
-            shared = {
-                "processes": 1,
-                "cluster": None,
-                "architectures": given.architecture,
-                "evaluate.seeds": given.seeds,
-                f"distill.{objective}.{space}.iterations": given.iterations,
-            }
+            objective, space, ipc = keys.pop("objective", "dm"), keys.pop("space", "ld3m"), keys.pop("ipc", 1)
+            shared = {"processes": 1, "cluster": None, "architectures": given.architecture}
+            if given.iterations and objective != "none":
+                shared |= {f"distill.{objective}.{space}.iterations": given.iterations}
             try:
                 changed = _overridden(values, overrides | shared | keys, origin=path.name)
             except ValueError as error:
                 raise ValueError(f"ablations.settings.{ablation}.{name}: {error}") from None
-            settings[name] = changed, objective, space
+            settings[name] = changed, objective, space, ipc
     return settings
 
 
@@ -213,7 +209,7 @@ def _layers(profile: str | Path, folder: Path, above: tuple[Path, ...] = ()) -> 
         raise FileNotFoundError(f"there is no profile {profile}; profiles/ has {known}")
     if file in above:
         raise ValueError(f"{above[-1].name}: over = {profile} leads back to {file.name}")
-    overlay = _read(file)
+    overlay = read_values(file)
     if base := overlay.pop("over", None):
         yield from _layers(str(base), file.parent, (*above, file))
     yield file, overlay
@@ -231,7 +227,8 @@ def _merge(values: Any, overlay: dict[str, Any], *, origin: str, under: str) -> 
             values[key] = value
 
 
-def _read(path: Path) -> Any:
+def read_values(path: Path) -> dict[str, Any]:
+    """Read params.yaml or a profile as plain values; FileNotFoundError or ValueError says what is wrong with it."""
     try:
         text = Path(path).read_text()
         if any(isinstance(event, AliasEvent) for event in YAML(typ="safe").parse(text)):
