@@ -51,7 +51,7 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 
 plus: embedded ## compare LD3M+ with LD3M, pixels, GLaD and selection over five sets each (after reproduce)
 	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/07_plus.ipynb reports/$(DATASET)/notebooks/plus.ipynb
-	@echo && cat reports/$(DATASET)/plus/table.md reports/$(DATASET)/plus/differences.md && echo
+	@echo && cat reports/$(DATASET)/plus/table.md && echo
 	@echo 'figure    reports/$(DATASET)/plus/accuracy-seconds.png'
 
 report: embedded ## run the whole pipeline: more spaces, controls and runs, ablations, an HTML report

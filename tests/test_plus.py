@@ -6,7 +6,14 @@ import torch
 from ld3m.data.coresets import herding
 from ld3m.pipeline import ablations
 from ld3m.pipeline.experiment import Experiment
-from ld3m.pipeline.profiles import PROFILES, ablation_settings, load_params, read_values, validate
+from ld3m.pipeline.profiles import (
+    PROFILES,
+    ablation_settings,
+    apply_profiles,
+    load_params,
+    read_values,
+    validate,
+)
 
 FAST = {"evaluate.recipe.epochs": dict.fromkeys(("convnet", "alexnet", "vgg11", "resnet18", "vit"), 1)}
 FAST |= {"processes": 1, "evaluate.recipe_overrides": {}}
@@ -17,8 +24,7 @@ def experiment():
     return Experiment(load_params(FAST))
 
 
-@pytest.mark.parametrize("space", ["pixel", "ld3m"])
-def test_a_set_can_start_from_the_images_nearest_to_the_means_of_latents(experiment, space):
+def test_a_set_can_start_from_the_images_nearest_to_the_means_of_latents(experiment):
     train, prior = experiment.dataset.train, experiment.prior
     expected = []
     for label in range(10):
@@ -27,14 +33,13 @@ def test_a_set_can_start_from_the_images_nearest_to_the_means_of_latents(experim
             z = prior.encode(train.x(members)).flatten(1)
         expected.append(members[(z - z.mean(0)).norm(dim=1).argmin()])
     x = train.x(torch.stack(expected))
-    started = experiment.synthetic(space, 1, start="herding", prior="prior")
-    assert started.labels.tolist() == list(range(10))
-    if space == "pixel":
-        torch.testing.assert_close(started.learnables["images"], experiment.dataset.normalization.normalize(x))
-    else:
-        torch.testing.assert_close(started.learnables["z"], prior.encode(x))
-        images, labels = experiment.control("iteration0_herding", 1)
-        assert torch.equal(images, started.render()) and torch.equal(labels, started.labels)
+    pixels = experiment.synthetic("pixel", 1, start="herding", prior="prior")
+    latents = experiment.synthetic("ld3m", 1, start="herding", prior="prior")
+    torch.testing.assert_close(pixels.learnables["images"], experiment.dataset.normalization.normalize(x))
+    torch.testing.assert_close(latents.learnables["z"], prior.encode(x))
+    assert pixels.labels.tolist() == latents.labels.tolist() == list(range(10))
+    images, labels = experiment.control("iteration0_herding", 1)
+    assert torch.equal(images, latents.render()) and torch.equal(labels, latents.labels)
 
 
 def test_a_cell_that_starts_from_chosen_images_depends_on_the_prior(experiment):
@@ -57,7 +62,7 @@ def test_rates_of_adam_do_not_depend_on_the_number_of_images():
     assert load_params({"distill.dm.ld3m": budget}).budget("dm", "ld3m", 10).learning_rates == {"z": 1.0, "c": 3.0}
 
 
-@pytest.mark.parametrize("objective, space, iterations", [("none", "herding", 0), ("dm", "pixel", 1)])
+@pytest.mark.parametrize("objective, space, iterations", [("none", "random_real", 0), ("dm", "pixel", 1)])
 def test_a_setting_has_a_set_for_every_run_and_pairs_its_networks(objective, space, iterations):
     changes = {"ablations.runs": 2, "ablations.seeds": 2, "ablations.architecture": ["convnet", "vit"]}
     budget = {"distill.dm.pixel": {"iterations": 1, "learning_rates": {"images": 1.0}}}
@@ -74,13 +79,13 @@ def test_a_setting_has_a_set_for_every_run_and_pairs_its_networks(objective, spa
     assert record["images"].shape == (20, 3, 32, 32) and (record["seconds"] > 0) == bool(iterations)
 
 
-@pytest.mark.parametrize("dataset", [[], ["cifar10_cpu"], ["smoke"]], ids=str)
-def test_the_profile_fits_every_data_set(dataset, tmp_path):
-    from ld3m.pipeline.profiles import apply_profiles
-
-    apply_profiles(*dataset, "plus", path=tmp_path / "params.yaml")
-    settings = ablation_settings("plus", path=tmp_path / "params.yaml")
-    assert len(settings) == len(read_values(PROFILES / "plus.yaml")["ablations"]["settings"]["plus"])
+@pytest.mark.parametrize("profiles", [[], ["cifar10_cpu"], ["imagenette128"]], ids=str)
+def test_the_profile_fits_every_data_set(profiles, tmp_path):
+    apply_profiles(*profiles, path=tmp_path / "params.yaml")
+    rows = read_values(PROFILES / "plus.yaml")["ablations"]
+    overrides = {f"ablations.{key}": value for key, value in rows.items()}
+    settings = ablation_settings("plus", overrides, path=tmp_path / "params.yaml")
+    assert list(settings) == list(rows["settings"]["plus"])
     assert {params.ablations.runs for params, *_ in settings.values()} == {5}
 
 

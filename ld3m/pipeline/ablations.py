@@ -35,9 +35,13 @@ def ablation_checkpoint(ablation: str, params: Params, settings: dict[str, tuple
 
 
 def ablate(
-    settings: dict[str, tuple[Params, str, str, int]], *, processes: int, cluster: str | None = None, checkpoint: Checkpoint
+    settings: dict[str, tuple[Params, str, str, int]],
+    *,
+    processes: int,
+    cluster: str | None = None,
+    checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
-    """One record a setting (its parameters, objective, space and images a class), in their order: `measure`, and the setting's name.
+    """One record a setting, in their order: what `measure` returns of its arguments, and the setting's name.
 
     Settings run side by side, one thread each; those that an interrupted call left in `checkpoint` are not run again.
     """
@@ -91,8 +95,9 @@ def measure(params: Params, objective: str, space: str, ipc: int) -> dict[str, A
         "seconds": sum(seconds for *_, seconds in made) / len(made),
         "peak_mib": peak_mib,
     }
-    norms = {name: [step[name] for step in history] for name in history[0] if name.startswith("grad_norm_")} if history else {}
-    record |= {name: sum(values) / len(values) for name, values in norms.items()}
+    for name in history[0] if history else ():
+        if name.startswith("grad_norm_"):
+            record[name] = sum(step[name] for step in history) / len(history)
     return record | {"seconds_per_iteration": record["seconds"] / len(history) if history else None}
 
 

@@ -336,9 +336,9 @@ class GradientNormParams(Model):
 
 
 class AblationParams(Model):
-    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective`, `space` and `ipc`
-    where they are not dm, ld3m and 1; the objective none is that of a control, which `space` names. One that changes
-    nothing is the baseline, which the first of them measures for all."""
+    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective`, `space` and
+    `ipc` where they are not dm, ld3m and 1. The objective none is that of a control, which `space` names. A setting
+    that changes nothing is the baseline, which the first of them measures for all."""
 
     iterations: Count | None  # null: those of `distill`
     architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]

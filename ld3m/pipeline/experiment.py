@@ -180,7 +180,9 @@ class Experiment:
         is_chosen = getattr(block, "start", None) == "herding"
         if is_chosen and prior == "data":
             raise ValueError(f"spaces.{space}.start = 'herding' reads the prior: give its cells `prior: prior`")
-        x, labels = chosen(self, ipc) if is_chosen else self.initial(ipc)
+        if is_chosen and (key := f"herding {ipc}") not in self.loaded:  # the same in all runs
+            self.loaded[key] = chosen(self, ipc)
+        x, labels = self.loaded[key] if is_chosen else self.initial(ipc)
         start = SPACES[space] if space in SPACES else own("space", f"spaces.{space}.factory", block.factory)
         return start(
             x,

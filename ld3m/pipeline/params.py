@@ -108,7 +108,8 @@ class Params(blocks.Model):
                 if (name := getattr(cell, kind)) not in (known := getattr(self, f"{kind}s").names()):
                     raise ValueError(f"cells.{key}.{kind} = {name!r}: there are {', '.join(known)} in {kind}s")
             needed = PRIORS.get(cell.space, cell.prior)
-            if cell.prior not in (needed, "prior" if cell.space == "pixel" else needed):  # pixels may start from herding
+            reads_prior = cell.space == "pixel" and cell.prior == "prior"  # to start from herding
+            if cell.prior != needed and not reads_prior:
                 raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {needed!r}")
             if cell.objective in OBJECTIVES and cell.experts != ("trajectories" if cell.objective == "mtt" else "data"):
                 raise ValueError(f"cells.{key}.experts = {cell.experts!r}: trajectories for mtt, data for dc and dm")
