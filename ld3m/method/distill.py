@@ -57,10 +57,8 @@ def distill(
 
     Parameters
     ----------
-    learning_rates
-        One for every learnable of `synthetic` and of `objective`.
-    momentum, optimizer
-        SGD with constant rates and this momentum; or Adam, without it, whose rates fall to 0 as a cosine.
+    learning_rates, momentum, optimizer
+        One rate for every learnable; the momentum of SGD. The rates of Adam fall to 0 as a cosine.
     validate
         Called with normalized images (N, C, H, W), gives accuracies in [0, 1], whose mean decides.
     validation_checks
@@ -72,8 +70,7 @@ def distill(
     learnables = synthetic.learnables | objective.learnables
     if learning_rates.keys() != learnables.keys():
         raise ValueError(f"learning_rates has {sorted(learning_rates)}; needed are {sorted(learnables)}")
-    rates = {name: {"lr": learning_rates[name], "initial_lr": learning_rates[name]} for name in learnables}
-    groups = [{"params": [tensor], **rates[name]} for name, tensor in learnables.items()]
+    groups = [{"params": [tensor], "lr": learning_rates[name]} for name, tensor in learnables.items()]
     stepper = torch.optim.Adam(groups) if optimizer == "adam" else torch.optim.SGD(groups, momentum=momentum)
     run = Distilled()
 
@@ -118,8 +115,8 @@ def distill(
                 if not all(map(math.isfinite, record.values())):
                     raise ValueError(f"step {step}: {record} not finite; lower learning_rates. {checkpoint.status()}")
                 if optimizer == "adam":
-                    for group in stepper.param_groups:
-                        group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / iterations))
+                    for group, name in zip(stepper.param_groups, learnables, strict=True):
+                        group["lr"] = learning_rates[name] * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 stepper.step()
                 for name, tensor in objective.learnables.items():
                     if tensor.item() <= 0:

@@ -5,8 +5,7 @@
 `learnables`, if any. Every random draw is named by (seed, purpose, step), so any step can be repeated.
 
 DC and DM sum a distance between real and synthetic images over the classes, in a network that is freshly initialized
-in every step. They differ in that distance, `gradient_distance` or `feature_distance`, and in how many classes go
-through the network together.
+in every step. They differ in that distance, `gradient_distance` or `feature_distance`.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,6 @@ from ld3m.runtime.chunked import thread_map
 from ld3m.runtime.seeds import derive, generator
 
 AT_ONCE_PX = 2**20  # 1024 images of 32 px, 64 of 128 px
-
 
 Distance = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -171,8 +171,7 @@ def start_latents(
     x, labels
         Real images (N, C, H, W) in [-1, 1] and their classes (N,): with "herding" chosen ones.
     start
-        Encode `x`, or samples of the prior ("prior"), or draw standard normal latents ("noise"). `c` starts from the
-        classes.
+        Encode `x`, or samples of the prior, or draw standard normal latents ("noise"); `c` starts from the classes.
     learn
         `z` or `z_T`, beside `c`; "auto" learns `z` with the skip "x0" and `z_T` with the others.
     clamp

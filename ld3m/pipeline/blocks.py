@@ -153,8 +153,6 @@ class GanCheck(Model):
 
 
 class PriorCheck(GanCheck):
-    """Samples are guided."""
-
     steps: Steps
     guidance: Guidance
 
@@ -336,9 +334,8 @@ class GradientNormParams(Model):
 
 
 class AblationParams(Model):
-    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective`, `space` and
-    `ipc` where they are not dm, ld3m and 1. The objective none is that of a control, which `space` names. A setting
-    that changes nothing is the baseline, which the first of them measures for all."""
+    """`settings`: ablation -> setting -> what it changes: dotted keys of params.yaml, and `objective` (none: `space` is
+    a control), `space` and `ipc` where not dm, ld3m, 1. The first that changes nothing measures the baseline."""
 
     iterations: Count | None  # null: those of `distill`
     architecture: Annotated[tuple[str, ...], Field(min_length=2), Distinct]

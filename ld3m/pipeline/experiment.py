@@ -105,8 +105,7 @@ class Experiment:
         model.check(size_px=given.size_px, channels=given.channels, classes=len(self.dataset.train.classes))
 
     def new_prior(self) -> Prior:
-        """Return a prior of the sizes in params.yaml, untrained but for an autoencoder from elsewhere; ValueError if
-        they do not fit the images."""
+        """Return a prior of the sizes in params.yaml, to be trained; ValueError if they do not fit the images."""
         autoencoder, denoiser = self.params.prior.autoencoder, self.params.prior.denoiser
         prior = build_prior(
             size_px=self.params.data.size_px,
@@ -161,8 +160,7 @@ class Experiment:
         return partial(build, classes=len(self.dataset.train.classes), device=self.params.on_device, **given)
 
     def recipes(self, ipc: int) -> dict[str, dict[str, Any]]:
-        """Return how every architecture is trained on sets of `ipc` images a class (0: all real images): the keyword
-        arguments of `training.train` but the seed."""
+        """Return how every architecture is trained on sets of `ipc` images a class (0: all real images)."""
         return {name: self.params.recipe(name, ipc) for name in self.params.architectures}
 
     def initial(self, ipc: int) -> tuple[Tensor, Tensor]:
@@ -180,9 +178,7 @@ class Experiment:
         is_chosen = getattr(block, "start", None) == "herding"
         if is_chosen and prior == "data":
             raise ValueError(f"spaces.{space}.start = 'herding' reads the prior: give its cells `prior: prior`")
-        if is_chosen and (key := f"herding {ipc}") not in self.loaded:  # the same in all runs
-            self.loaded[key] = chosen(self, ipc)
-        x, labels = self.loaded[key] if is_chosen else self.initial(ipc)
+        x, labels = chosen(self, ipc) if is_chosen else self.initial(ipc)
         start = SPACES[space] if space in SPACES else own("space", f"spaces.{space}.factory", block.factory)
         return start(
             x,
@@ -228,8 +224,7 @@ class Experiment:
         return self.evaluate([job], self.dataset.validation)[0][given.network]
 
     def evaluation_job(self, images: Tensor | None, labels: Tensor, *, networks: int | None = None) -> EvaluationJob:
-        """The images, or the full training split (None), with the evaluation networks to train on them: `networks` of
-        each architecture, by default as many as `evaluate` of params.yaml says."""
+        """The images (None: all real ones) and the networks to train on them, by default as many as `evaluate` says."""
         ipc = 0 if images is None else self._ipc(labels)
         real = partial(self.dataset.train.normalized, self.dataset.normalization)
         fetch = real if images is None else images.__getitem__
@@ -262,10 +257,7 @@ class Experiment:
         return (CONTROLS[name] if name in CONTROLS else own("control", "control", name))(self, ipc)
 
     def distill(self, cell: Cell) -> Path:
-        """Distill one cell, from its checkpoint where an interrupted run left one; return the artefact's folder.
-
-        The checkpoint stays, for the other runs of the cell may be interrupted: the caller removes it.
-        """
+        """Distill one cell, from the checkpoint of an interrupted run, which the caller removes; return its folder."""
         configuration = self.configuration(cell) | {"normalization": vars(self.dataset.normalization)}
         params, checkpoint = self.params, self.checkpoint_of(cell, configuration)
         budget = params.budget(*cell.row, iterations=cell.iterations)
