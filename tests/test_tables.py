@@ -216,7 +216,7 @@ def with_more(params, monkeypatch):
             write(file_of(cell), {run: dict.fromkeys(more.architectures, given) for run, given in values.items()})
             write_json(cell.cost_file(0), {"iterations": 9, "seconds": 5.0, "peak_mib": 700.0})
     record = {"objective": "dm", "space": "ld3m", "accuracy": {"convnet": [0.8, 0.9], "vit": [0.2, 0.3]}}
-    record |= {"grad_norm_z": 1.0, "grad_norm_c": 1.0, "seconds_per_iteration": 1.0, "peak_mib": None}
+    record |= {"grad_norm_z": 1.0, "grad_norm_c": 1.0, "seconds_per_iteration": 1.0, "seconds": 9.0, "peak_mib": None}
     write_records(DATASET, "steps", [record | {"setting": name} for name in more.ablations.settings["steps"]])
     return more
 
@@ -350,7 +350,13 @@ def test_ablations_change_against_the_baseline_or_the_first_of_their_objective_p
 
     def record(setting, objective, shift, norm):
         accuracy = {"convnet": [0.8, 0.9], "vit": [0.2 + shift, 0.3 + shift], "alexnet": [0.5, 0.6 + shift]}
-        measured = {"grad_norm_z": norm, "grad_norm_c": 1.0, "seconds_per_iteration": norm / 4, "peak_mib": None}
+        measured = {
+            "grad_norm_z": norm,
+            "grad_norm_c": 1.0,
+            "seconds_per_iteration": norm / 4,
+            "seconds": 1.0,
+            "peak_mib": None,
+        }
         return {"setting": setting, "objective": objective, "space": "ld3m", "accuracy": accuracy} | measured
 
     write_records(DATASET, "steps", [record("T = 2", "dm", 0.05, 1.0), record("T = 5", "dm", 0.0, 2.0)])
