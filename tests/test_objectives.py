@@ -198,6 +198,45 @@ class FakeExperts:
         return self.table[expert, epochs]
 
 
+@pytest.mark.parametrize("name", ["dc", "dm"])
+def test_trained_networks_lie_between_a_random_one_and_an_expert(dataset, learned, name):
+    experts, asked, seen = FakeExperts(new_network(seed=0)), [], []
+    options = {"experts": lambda last_epoch: asked.append(last_epoch) or experts, "trained_epochs": 2}
+    objective = class_matching(dataset.train, name, **options)
+
+    def distance(network, *batch):
+        seen.append(flat_parameters(network))
+        return DISTANCES[name](network, *batch)
+
+    for step in range(4):
+        replace(objective, distance=distance)(*learned, step=step)
+        start, share = new_network(seed=derive(0, "network", step)), generator(0, "trained", step)
+        theta, change = flat_parameters(start).double(), []
+        for expert in range(3):
+            toward, moved = experts.table[expert, 2].double() - theta, seen[-1] - theta
+            change.append((moved @ toward / (toward @ toward), (moved @ toward / (moved.norm() * toward.norm()))))
+        k = int(torch.randint(3, (), generator=share))
+        assert change[k][1] > 1 - 1e-6 and 0 < change[k][0] < 1
+    assert set(asked) == {2}
+    assert objective(*learned, step=2)[0] == objective(*learned, step=2)[0]
+
+
+@pytest.mark.parametrize("name", ["dc", "dm"])
+def test_cross_entropy_of_the_synthetic_images_is_added_over_the_classes(dataset, learned, name):
+    (images, labels), weight = learned, 0.7
+    plain = class_matching(dataset.train, name)(images, labels, step=5)
+    loss, gradient = class_matching(dataset.train, name, cross_entropy=weight)(images, labels, step=5)
+    network, images = new_network(seed=derive(0, "network", 5)).double(), images.requires_grad_()
+    total = 0.0
+    for label in range(CLASSES):
+        rng = generator(0, "real", 5, label)
+        class_batch(dataset.train, label, count=4, generator=rng)
+        own = augment(images[labels == label], draw(DSA, count=1, generator=rng))
+        total = total + mean_cross_entropy(network(own), labels[labels == label])
+    assert loss - plain[0] == pytest.approx(weight * total.item(), rel=1e-9)
+    assert relative_difference(gradient - plain[1], weight * torch.autograd.grad(total, images)[0]) < 1e-9
+
+
 @pytest.mark.parametrize(("student_batch", "first_order"), [(None, False), (1, False), (4, True)])
 def test_trajectory_matching_is_that_of_a_student_between_two_snapshots_with_the_draws_of_the_step(
     network, learned, student_batch, first_order
