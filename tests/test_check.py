@@ -61,6 +61,7 @@ TOO_MANY = {"control": "random_real", "ipc": 400, "runs": [0], "table": "main", 
         ),
         ({"networks.vit": {"factory": "torch.nn:Identity"}}, "networks.vit.factory .*must be a subclass of Network"),
         ({"trajectories.experts": 10**9}, "MiB needed"),
+        ({"objectives.dm.trained_epochs": 1}, "cells.dm-pixel-1.experts in params.yaml: trained_epochs needs traj"),
     ],
 )
 def test_what_is_wrong_is_named(overrides, words):

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad
 
 from ld3m.data.augment import augment, draw
 from ld3m.data.dataset import Split, class_batch
+from ld3m.evaluation.experts import Experts
 from ld3m.method import objectives
 from ld3m.method.objectives import OBJECTIVES, feature_distance, gradient_distance, match_trajectory
 from ld3m.models.networks import build, flat_parameters, unflatten
@@ -184,7 +185,7 @@ def test_trajectory_gradient_equals_plain_autograd(network, randn, first_order, 
     assert relative_difference(grad_lr, expected_lr) < 1e-9
 
 
-class FakeExperts:
+class FakeExperts(Experts):
     """Three experts of five snapshots."""
 
     def __init__(self, network):
@@ -219,22 +220,6 @@ def test_trained_networks_lie_between_a_random_one_and_an_expert(dataset, learne
         assert change[k][1] > 1 - 1e-6 and 0 < change[k][0] < 1
     assert set(asked) == {2}
     assert objective(*learned, step=2)[0] == objective(*learned, step=2)[0]
-
-
-@pytest.mark.parametrize("name", ["dc", "dm"])
-def test_cross_entropy_of_the_synthetic_images_is_added_over_the_classes(dataset, learned, name):
-    (images, labels), weight = learned, 0.7
-    plain = class_matching(dataset.train, name)(images, labels, step=5)
-    loss, gradient = class_matching(dataset.train, name, cross_entropy=weight)(images, labels, step=5)
-    network, images = new_network(seed=derive(0, "network", 5)).double(), images.requires_grad_()
-    total = 0.0
-    for label in range(CLASSES):
-        rng = generator(0, "real", 5, label)
-        class_batch(dataset.train, label, count=4, generator=rng)
-        own = augment(images[labels == label], draw(DSA, count=1, generator=rng))
-        total = total + mean_cross_entropy(network(own), labels[labels == label])
-    assert loss - plain[0] == pytest.approx(weight * total.item(), rel=1e-9)
-    assert relative_difference(gradient - plain[1], weight * torch.autograd.grad(total, images)[0]) < 1e-9
 
 
 @pytest.mark.parametrize(("student_batch", "first_order"), [(None, False), (1, False), (4, True)])

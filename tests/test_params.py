@@ -110,7 +110,7 @@ def entry(**changes):
         (entry(objective="dd"), "cells.mine.objective = 'dd': there are dc, dm, mtt"),
         (entry(space="latent"), "cells.mine.space = 'latent': there are pixel, glad, ld3m"),
         (entry(prior="data"), "cells.mine.prior = 'data': ld3m needs 'prior'"),
-        (entry(experts="trajectories"), "cells.mine.experts = 'trajectories'"),
+        (entry(objective="mtt"), "cells.mine.experts = 'data': mtt needs trajectories"),
         ({"cells": {"one": CELL, "two": CELL | {"table": "report"}}}, "cells.two.runs has run 0, which cells.one has"),
         ({"controls": {"dm-ld3m-1": CONTROL}}, "one key for two entries"),
         ({"controls": {"a": CONTROL | {"control": "noise"}}}, "controls.a.control = 'noise'"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ld3m.data.dataset import Dataset
 from ld3m.evaluation.training import accuracy, train_together
-from ld3m.models.networks import flat_parameters
+from ld3m.models.networks import flat_parameters, unflatten
 from ld3m.runtime.checkpoint import Checkpoint
 from ld3m.runtime.devices import network_chunk_size
 from ld3m.runtime.memory import explain_out_of_memory
@@ -40,6 +40,13 @@ class Experts:
         with safe_open(self.files[expert], framework="pt") as file:
             rows = file.get_slice("snapshots")
             return torch.stack([rows[epoch] for epoch in epochs])
+
+    def approach(self, network: nn.Module, *, epoch: int, generator: torch.Generator) -> None:
+        """Move the weights of a network a random share of the way to those of a random expert after `epoch` epochs."""
+        expert, share = int(torch.randint(len(self), (), generator=generator)), torch.rand((), generator=generator)
+        theta = flat_parameters(network)
+        moved = torch.lerp(theta, self.snapshots(expert, [epoch])[0].to(theta), share.to(theta))
+        network.load_state_dict(unflatten(moved, network), strict=False)
 
 
 def snapshot_bytes(network: nn.Module, *, count: int, epochs: int) -> int:

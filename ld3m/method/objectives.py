@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from ld3m.data.augment import Augmentation, augment, augment_each, draw
 from ld3m.data.dataset import Normalization, Split, class_batch
-from ld3m.models.networks import flat_parameters, unflatten
+from ld3m.models.networks import unflatten
 from ld3m.runtime.chunked import thread_map
 from ld3m.runtime.seeds import derive, generator
 
@@ -91,9 +91,8 @@ def real_chunk_size(shape: tuple[int, ...]) -> int:
 class ClassMatching:
     """DC and DM: the sum over classes of a distance in a network that is new in every step.
 
-    Real and synthetic images of a class share one augmentation (Siamese). With `trained_epochs` the network's weights
-    lie between random ones and an expert's (IDC, DANCE); the distance is as published with neither this nor
-    `cross_entropy`. Groups of classes are matched in threads of one core each; the number of threads changes no bit.
+    Real and synthetic images of a class share one augmentation (Siamese). Groups of classes are matched in threads of
+    one core each; the number of threads changes no bit.
     """
 
     learnables: ClassVar[dict[str, Tensor]] = {}
@@ -108,15 +107,16 @@ class ClassMatching:
     threads: int
     seed: int
     real_batch: int  # real images of a class in a step
-    trained_epochs: int = 0  # after which an expert's weights are taken; 0: random networks alone
-    cross_entropy: float = 0.0  # weight of the network's cross-entropy for the synthetic images
+    trained_epochs: int = 0  # of the expert whose weights the random ones approach (IDC, DANCE); 0: they do not
 
     @property
     def class_chunk_size(self) -> int:
         return max(1, min(self.most_classes, AT_ONCE_PX // (self.real_batch * self.split.shape[-1] ** 2)))
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
-        network = self._network(step).to(images).eval()
+        network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
+        if epoch := self.trained_epochs:
+            self.experts(last_epoch=epoch).approach(network, epoch=epoch, generator=generator(self.seed, "trained", step))
         of_classes = partial(self._of_classes, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
         chunks = labels.unique().split(self.class_chunk_size)
@@ -124,15 +124,6 @@ class ClassMatching:
             loss += distance
             grad_images[index] = grad
         return loss, grad_images
-
-    def _network(self, step: int) -> nn.Module:
-        network = self.new_network(seed=derive(self.seed, "network", step))
-        if self.trained_epochs:
-            experts, rng = self.experts(last_epoch=self.trained_epochs), generator(self.seed, "trained", step)
-            expert, share = int(torch.randint(len(experts), (), generator=rng)), float(torch.rand((), generator=rng))
-            theta, trained = flat_parameters(network), experts.snapshots(expert, [self.trained_epochs])[0]
-            network.load_state_dict(unflatten(torch.lerp(theta, trained.to(theta), share), network), strict=False)
-        return network
 
     def _of_classes(
         self, network: nn.Module, images: Tensor, labels: Tensor, step: int, classes: Tensor
@@ -146,19 +137,12 @@ class ClassMatching:
             augmentations.append(draw(self.strategy, count=1, generator=rng))
         index, real_index = torch.cat(members), torch.cat(chosen)
         real = self.split.normalized(self.normalization, real_index).to(images)
-        synthetic = images[index].requires_grad_()
-        augmented = augment_each(synthetic, [*map(len, members)], augmentations)
-        targets = labels[index].to(images.device)
-        distance = self.distance(
-            network,
-            augment_each(real, [*map(len, chosen)], augmentations),
-            self.split.labels[real_index].to(images.device),
-            augmented,
-            targets,
-        )
-        if self.cross_entropy:
-            distance = distance + self.cross_entropy * len(classes) * cross_entropy(network(augmented), targets)
-        return index, distance.item(), torch.autograd.grad(distance, synthetic)[0]
+        real = augment_each(real, [*map(len, chosen)], augmentations)
+        learned = images[index].requires_grad_()
+        synthetic = augment_each(learned, [*map(len, members)], augmentations)
+        real_targets, targets = (of.to(images.device) for of in (self.split.labels[real_index], labels[index]))
+        distance = self.distance(network, real, real_targets, synthetic, targets)
+        return index, distance.item(), torch.autograd.grad(distance, learned)[0]
 
 
 @dataclass

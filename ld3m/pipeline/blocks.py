@@ -228,7 +228,6 @@ class TrajectoriesParams(Model):
 class ClassMatchingParams(Model):
     real_batch: Count
     trained_epochs: Whole
-    cross_entropy: Annotated[float, Field(ge=0)]
 
 
 class TrajectoryMatchingParams(Model):

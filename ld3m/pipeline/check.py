@@ -64,6 +64,9 @@ def check(params: Params) -> Iterator[str]:
     for cell in cells(params):
         if cell.prior == "data" and cell.space not in SPACES and cell.objective != "none":
             experiment.synthetic(cell.space, 1)
+        matched = getattr(params.objectives, cell.objective, None)
+        if cell.experts == "data" and getattr(matched, "trained_epochs", 0):
+            raise ValueError(f"cells.{cell.key}.experts in params.yaml: trained_epochs needs trajectories")
         if cell.experts == "data" and cell.objective not in (*OBJECTIVES, "none"):
             experiment.objective(cell.objective)(*experiment.control("random_real", 1), step=0)
     if params.prior.source:

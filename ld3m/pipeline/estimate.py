@@ -26,6 +26,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from ld3m.data.dataset import Dataset, Normalization, Split
+from ld3m.evaluation.experts import Experts
 from ld3m.evaluation.training import accuracy, train
 from ld3m.models.compvis import build as build_cin256
 from ld3m.models.diffusion_prior import Prior
@@ -83,6 +84,8 @@ class StandIns(Experiment):
 
 class RandomExperts(list):
     """The flat weights (P,) of untrained networks in place of experts."""
+
+    approach = Experts.approach
 
     def snapshots(self, expert: int, epochs: list[int]) -> Tensor:
         return torch.stack([(1 + epoch) * self[expert] for epoch in epochs])

@@ -111,8 +111,8 @@ class Params(blocks.Model):
             reads_prior = cell.space == "pixel" and cell.prior == "prior"  # to start from herding
             if cell.prior != needed and not reads_prior:
                 raise ValueError(f"cells.{key}.prior = {cell.prior!r}: {cell.space} needs {needed!r}")
-            if cell.objective in OBJECTIVES and cell.experts != ("trajectories" if cell.objective == "mtt" else "data"):
-                raise ValueError(f"cells.{key}.experts = {cell.experts!r}: trajectories for mtt, data for dc and dm")
+            if cell.objective == "mtt" and cell.experts != "trajectories":
+                raise ValueError(f"cells.{key}.experts = {cell.experts!r}: mtt needs trajectories")
             if cell.space not in self.distill.__pydantic_extra__.get(cell.objective, {}):
                 raise ValueError(f"distill.{cell.objective}.{cell.space} is missing, which cells.{key} asks for")
         names = (*CONTROLS, "full_data")
