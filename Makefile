@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+ROWS = plus
 DATASET = $(shell sed -n 's/^dataset: *\([^ ]*\).*/\1/p' params.yaml)
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -50,7 +51,7 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 	@echo 'notebooks reports/$(DATASET)/notebooks/ (executed)'
 
 plus: embedded ## compare LD3M+ with LD3M, pixels, GLaD and selection over five sets each (after reproduce)
-	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/07_plus.ipynb reports/$(DATASET)/notebooks/plus.ipynb
+	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/07_plus.ipynb reports/$(DATASET)/notebooks/plus.ipynb -r rows $(ROWS)
 	@echo && cat reports/$(DATASET)/plus/table.md && echo
 	@echo 'figure    reports/$(DATASET)/plus/accuracy-seconds.png'
 

@@ -27,14 +27,20 @@ def random_real(run: Any, ipc: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def chosen(run: Any, ipc: int, choose: Callable[[Tensor, int], Tensor] = herding) -> tuple[Tensor, Tensor]:
-    """Choose real images (N, C, H, W), in [-1, 1], of every class by their latents in the prior's autoencoder."""
-    train, indices = run.dataset.train, []
-    for label in range(len(train.classes)):
-        members = train.of_class(label)
-        parts = members.split(prior_chunk_size(train.shape[-1]))
-        z = torch.cat([run.prior.encode(train.x(part)) for part in parts])
-        indices.append(members[choose(z.flatten(1).cpu(), ipc)])
-    index = torch.cat(indices)
+    """Choose real images (N, C, H, W), in [-1, 1], of every class by their latents in the prior's autoencoder.
+
+    The choice is that of every run, and made once.
+    """
+    train, key = run.dataset.train, f"{ipc} chosen by {choose}"
+    if key not in run.loaded:
+        indices = []
+        for label in range(len(train.classes)):
+            members = train.of_class(label)
+            parts = members.split(prior_chunk_size(train.shape[-1]))
+            z = torch.cat([run.prior.encode(train.x(part)) for part in parts])
+            indices.append(members[choose(z.flatten(1).cpu(), ipc)])
+        run.loaded[key] = torch.cat(indices)
+    index = run.loaded[key]
     return train.x(index), train.labels[index]
 
 
