@@ -116,6 +116,7 @@ def entry(**changes):
         ({"controls": {"a": CONTROL | {"control": "noise"}}}, "controls.a.control = 'noise'"),
         ({"controls": {"a": CONTROL | {"control": "full_data"}}}, "controls.a.ipc = 1"),
         ({"distill.typo": 1}, "override 'distill.typo'"),
+        ({"objectives.dm.trained_epochs": 4}, "objectives.dm.trained_epochs = 4: must be at most 3"),
     ],
 )
 def test_a_wrong_value_is_named(overrides, named):

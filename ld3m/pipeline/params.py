@@ -70,6 +70,9 @@ class Params(blocks.Model):
                 f"trajectories.epochs = {self.trajectories.epochs}: must be {needed}, the last epoch that "
                 "objectives.mtt reads (max_start_epoch - 1 + expert_epochs)"
             )
+        for name in ("dc", "dm"):
+            if (epochs := getattr(self.objectives, name).trained_epochs) > needed:
+                raise ValueError(f"objectives.{name}.trained_epochs = {epochs}: must be at most {needed}, those of experts")
         return self
 
     def _check_models(self) -> None:
