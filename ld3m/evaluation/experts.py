@@ -41,9 +41,9 @@ class Experts:
             rows = file.get_slice("snapshots")
             return torch.stack([rows[epoch] for epoch in epochs])
 
-    def approach(self, network: nn.Module, *, epoch: int, generator: torch.Generator) -> None:
+    def approach(self, network: nn.Module, *, epoch: int, rng: torch.Generator) -> None:
         """Move the weights of a network a random share of the way to those of a random expert after `epoch` epochs."""
-        expert, share = int(torch.randint(len(self), (), generator=generator)), torch.rand((), generator=generator)
+        expert, share = int(torch.randint(len(self), (), generator=rng)), torch.rand((), generator=rng)
         theta = flat_parameters(network)
         moved = torch.lerp(theta, self.snapshots(expert, [epoch])[0].to(theta), share.to(theta))
         network.load_state_dict(unflatten(moved, network), strict=False)

@@ -116,7 +116,7 @@ class ClassMatching:
     def __call__(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[float, Tensor]:
         network = self.new_network(seed=derive(self.seed, "network", step)).to(images).eval()
         if epoch := self.trained_epochs:
-            self.experts(last_epoch=epoch).approach(network, epoch=epoch, generator=generator(self.seed, "trained", step))
+            self.experts(last_epoch=epoch).approach(network, epoch=epoch, rng=generator(self.seed, "trained", step))
         of_classes = partial(self._of_classes, network, images.detach(), labels, step)
         loss, grad_images = 0.0, torch.zeros_like(images)
         chunks = labels.unique().split(self.class_chunk_size)

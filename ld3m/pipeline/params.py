@@ -72,7 +72,7 @@ class Params(blocks.Model):
             )
         for name in ("dc", "dm"):
             if (epochs := getattr(self.objectives, name).trained_epochs) > needed:
-                raise ValueError(f"objectives.{name}.trained_epochs = {epochs}: must be at most {needed}, those of experts")
+                raise ValueError(f"objectives.{name}.trained_epochs = {epochs}: must be at most {needed}, of experts")
         return self
 
     def _check_models(self) -> None:
