@@ -52,8 +52,8 @@ reproduce: embedded ## run what the main table needs (only what changed) and pri
 
 plus: embedded ## compare LD3M+ with LD3M, pixels, GLaD and selection over five sets each (after reproduce)
 	@OMP_NUM_THREADS=1 $(PY) -m ld3m.pipeline.papermill_engine -k python3 notebooks/07_plus.ipynb reports/$(DATASET)/notebooks/plus.ipynb -r rows $(ROWS)
-	@echo && cat reports/$(DATASET)/plus/table.md && echo
-	@echo 'figure    reports/$(DATASET)/plus/accuracy-seconds.png'
+	@echo && cat reports/$(DATASET)/$(ROWS:$(DATASET)_%=%)/table.md && echo
+	@echo 'figure    reports/$(DATASET)/$(ROWS:$(DATASET)_%=%)/accuracy-seconds.png'
 
 report: embedded ## run the whole pipeline: more spaces, controls and runs, ablations, an HTML report
 	@$(PY) -m ld3m.pipeline.check

@@ -75,8 +75,8 @@ def check(params: Params) -> Iterator[str]:
         yield f"prior   {params.prior.source}, its class of each class: {', '.join(pairs) or 'it has none'}"
     else:
         yield f"prior   {_trained(experiment, 'prior', load_prior, experiment.new_prior)}"
-    is_needed = any(cell.prior == "gan" for cell in params.cells.values())
-    yield f"gan     {_trained(experiment, 'gan', load_generator, experiment.new_gan if is_needed else lambda: None)}"
+    if any(cell.prior == "gan" for cell in params.cells.values()):
+        yield f"gan     {_trained(experiment, 'gan', load_generator, experiment.new_gan)}"
     if not (paths.ROOT / "data").exists():
         yield "dvc     data/ is missing, on which its stages depend whatever the data set: `dvc pull data.dvc`"
     given, network = params.trajectories, experiment.new_network(params.distill.network)(seed=0)
