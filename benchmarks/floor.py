@@ -46,7 +46,7 @@ def flop_of_stages(*, limit: int | None = None) -> Counter[str]:
     with patch.object(estimate, "clock", flop), silent():  # it counts operations in place of seconds
         for name, part, _, work in islice(estimate.stages(experiment), limit):
             if part == "main":
-                found[name.split()[0]] += sum(count * counted(*kind) for count, kind in work)
+                found[name.split()[0]] += sum(count * counted(*call) for count, call in work)
     return found
 
 

@@ -1,9 +1,9 @@
 """The blocks of params.yaml: frozen models that refuse unknown keys and values out of range."""
 
-import os.path
 import re
 from collections.abc import Callable
 from functools import partial
+from os.path import abspath, realpath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +29,7 @@ def that(holds: Callable[[Any], Any] | str, otherwise: str) -> AfterValidator:
 def _lasts(source: str) -> bool:
     """Tell whether a path leads past runs/ and cache/, through links too."""
     path, emptied = paths.ROOT / Path(source).expanduser(), (paths.ROOT / "runs", paths.ROOT / "cache")
-    views = (os.path.abspath, os.path.realpath)
-    return not any(Path(view(path)).is_relative_to(view(folder)) for folder in emptied for view in views)
+    return not any(Path(view(path)).is_relative_to(view(of)) for of in emptied for view in (abspath, realpath))
 
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]

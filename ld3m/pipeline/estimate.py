@@ -193,7 +193,7 @@ def estimate(experiment: StandIns) -> None:
     for name, table, lower, work in stages(experiment):
         try:
             with explain_out_of_memory(*lower):
-                found = [(count, *timed(*kind)) for count, kind in work]
+                found = [(count, *timed(*call)) for count, call in work]
         except OutOfMemory as problem:
             print(f"{name:<32} {problem.strerror}", flush=True)
             continue
